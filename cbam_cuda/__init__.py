@@ -1,0 +1,23 @@
+"""CBAM (Convolutional Block Attention Module), fused: a drop-in for the plain PyTorch module.
+
+``CBAM`` and its relatives are modules, ``cbam`` is the function under them, ``reference`` holds
+the same function in plain PyTorch, and ``info`` says which backends this installation has.
+"""
+
+from . import reference
+from .functional import cbam
+from .info import info
+from .module import CBAM, CBAM1d, CBAM2d, CBAM3d, CBAM_Module
+from .version import __version__
+
+__all__ = [
+    "CBAM",
+    "CBAM1d",
+    "CBAM2d",
+    "CBAM3d",
+    "CBAM_Module",
+    "__version__",
+    "cbam",
+    "info",
+    "reference",
+]

@@ -1,0 +1,148 @@
+"""The checks that every call passes through, whatever backend it ends in.
+
+Each error names the argument, what was expected and what came. Tracing uses the same checks, so a
+model that cannot run does not compile either. (The compiled operators repeat only what keeps them
+inside their memory, for those who call them directly.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Weights(NamedTuple):
+    """CBAM's weights for C channels, R hidden channels and D spatial dimensions."""
+
+    fc1_weight: Tensor  # [R, C, 1 * D] or [R, C]
+    fc1_bias: Tensor | None  # [R]
+    fc2_weight: Tensor  # [C, R, 1 * D] or [C, R]
+    fc2_bias: Tensor | None  # [C]
+    conv_weight: Tensor  # [1, 2, odd * D]
+    conv_bias: Tensor | None  # [1]
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of ``dtype`` are added up."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_sizes(in_channels: object, ratio: object, kernel_size: object, dim: object) -> int:
+    """The hidden channels of a module with these sizes; raise if there can be no such module."""
+    channels = _positive("in_channels", in_channels)
+    hidden = channels // _positive("ratio", ratio)
+    if hidden == 0:
+        raise ValueError(
+            f"ratio: expected at most in_channels ({channels}), got {ratio}, which leaves no hidden "
+            "channel"
+        )
+    if _positive("kernel_size", kernel_size) % 2 == 0:
+        raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
+    if _positive("dim", dim) > 3:
+        raise ValueError(f"dim: expected 1, 2 or 3, got {dim}")
+    return hidden
+
+
+def _positive(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return value
+
+
+def check_spatial_dimensions(x: object, dim: int) -> None:
+    """Raise if x is a tensor for another number of spatial dimensions than the module's."""
+    if isinstance(x, Tensor) and x.dim() != dim + 2:
+        raise ValueError(
+            f"x: expected [samples, channels, *space] with {dim} spatial dimensions, "
+            f"got shape {list(x.shape)}"
+        )
+
+
+def check_tensors(x: object, weights: Sequence[object]) -> None:
+    """Raise unless x and the weights are tensors, biases possibly None, and x is real floating."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    for name, value in zip(Weights._fields, weights, strict=True):
+        if isinstance(value, Tensor) or (value is None and name.endswith("_bias")):
+            continue
+        wanted = "a Tensor or None" if name.endswith("_bias") else "a Tensor"
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x: expected float32, float64, float16 or bfloat16, got {_name(x.dtype)}")
+
+
+def check_call(x: Tensor, weights: Weights) -> None:
+    """Raise unless shapes, dtypes and devices of x and the weights fit each other."""
+    dim = x.dim() - 2
+    if dim not in (1, 2, 3):
+        raise ValueError(
+            "x: expected [samples, channels, *space] with 1, 2 or 3 spatial dimensions, "
+            f"got shape {list(x.shape)}"
+        )
+    channels = x.shape[1]
+    if channels == 0 or 0 in x.shape[2:]:
+        raise ValueError(
+            f"x: expected at least one channel and one position in space, got shape {list(x.shape)}"
+        )
+    _check_shapes(channels, dim, weights)
+
+    dtype = weights.fc1_weight.dtype
+    if dtype != x.dtype and not (dtype == torch.float32 and x.dtype != torch.float64):
+        allowed = _name(x.dtype)
+        if accumulator_dtype(x.dtype) != x.dtype:
+            allowed += " (the dtype of x) or float32"
+        raise TypeError(f"fc1_weight: expected {allowed}, got {_name(dtype)}")
+    for name, tensor in zip(Weights._fields, weights, strict=True):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(
+                f"{name}: expected {_name(dtype)}, the dtype of fc1_weight, "
+                f"got {_name(tensor.dtype)}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device}, that of x, got {tensor.device}")
+
+
+def _check_shapes(channels: int, dim: int, weights: Weights) -> None:
+    ones = (1,) * dim
+    fc1 = weights.fc1_weight.shape
+    if len(fc1) not in (2, dim + 2) or fc1[1] != channels or fc1[2:].numel() != 1:
+        raise ValueError(
+            f"fc1_weight: expected [hidden, {channels}] or [hidden, {channels}{', 1' * dim}] for x "
+            f"with {channels} channels, got shape {list(fc1)}"
+        )
+    hidden = fc1[0]
+    if hidden == 0:
+        raise ValueError("fc1_weight: expected at least one hidden channel, got 0")
+    fc2 = weights.fc2_weight.shape
+    if fc2 != (channels, hidden, *ones) and fc2 != (channels, hidden):
+        raise _shape_error("fc2_weight", [channels, hidden, *ones], weights.fc2_weight)
+    conv = weights.conv_weight.shape
+    if len(conv) != dim + 2 or conv[0] != 1 or conv[1] != 2:
+        raise ValueError(
+            f"conv_weight: expected [1, 2{', odd' * dim}] for x with {dim} spatial dimensions, "
+            f"got shape {list(conv)}"
+        )
+    for size in conv[2:]:
+        if size % 2 == 0:
+            raise ValueError(f"conv_weight: expected odd kernel sizes, got {list(conv[2:])}")
+    for name, length in (("fc1_bias", hidden), ("fc2_bias", channels), ("conv_bias", 1)):
+        bias = getattr(weights, name)
+        if bias is not None and bias.shape != (length,):
+            raise _shape_error(name, [length], bias)
+
+
+def _shape_error(name: str, expected: list[int], got: Tensor) -> ValueError:
+    return ValueError(f"{name}: expected shape {expected}, got {list(got.shape)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,170 @@
+"""`cbam`: validates, picks the backend, calls its operator."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .arguments import Weights, check_call, check_tensors
+
+BACKENDS = ("auto", "cuda", "cpu", "reference")
+_VARIABLE = "CBAM_CUDA_BACKEND"
+
+
+@overload
+def cbam(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    *,
+    return_attention: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def cbam(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    *,
+    return_attention: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def cbam(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    *,
+    return_attention: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """CBAM of Woo et al., ECCV 2018: x times a gate for each channel, then one for each position.
+
+    With S positions in space and C channels::
+
+        channel_gate = sigmoid(MLP(mean of x over space) + MLP(max of x over space))
+        y            = x * channel_gate
+        spatial_gate = sigmoid(conv([mean of y over channels; max of y over channels]))
+        out          = y * spatial_gate
+
+    where MLP is fc2(relu(fc1(.))). Sums are kept in float32 (float64 for float64), a NaN is every
+    maximum it takes part in, and the first of equal values is the maximum whose gradient counts.
+
+    Args:
+        x: [N, C, *space] with 1, 2 or 3 dimensions of space; float32, float64, float16 or
+            bfloat16, any strides. Contiguous and channels_last layouts are read as they are.
+        fc1_weight: [hidden, C, 1, ...] or [hidden, C], in x's dtype or float32 (as are all weights;
+            float64 where x is float64).
+        fc1_bias: [hidden] or None.
+        fc2_weight: [C, hidden, 1, ...] or [C, hidden].
+        fc2_bias: [C] or None.
+        conv_weight: [1, 2, k, ...], one odd k for each dimension of space; maps in the order
+            mean, max; padded with zeros to keep the size.
+        conv_bias: [1] or None.
+        return_attention: also return the gates; gradients flow through all three.
+        backend: "auto" takes the fused backend of x's device, or the one that the environment
+            variable CBAM_CUDA_BACKEND names. Any other name is used or is an error.
+
+    Returns:
+        out like x, in its dtype and memory format; with `return_attention`
+        (out, channel_gate [N, C, 1, ...], spatial_gate [N, 1, *space]), all in x's dtype. Under
+        autocast the dtype is the one that the plain PyTorch form gives.
+
+    Raises:
+        TypeError: an argument is no tensor, or has a dtype that is not supported here.
+        ValueError: shapes or devices do not fit, or `backend` is unknown or not for this device.
+        RuntimeError: the backend that was asked for is not part of this installation.
+    """
+    given = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
+    check_tensors(x, given)
+    weights = Weights(*given)
+    if torch.is_autocast_enabled(x.device.type):
+        x, weights = _cast_as_autocast(x, weights)
+    check_call(x, weights)
+
+    if _choose(backend, x.device) == "reference":
+        return reference.cbam(x, *weights, return_attention=return_attention)
+    if return_attention or _needs_grad(x, weights):
+        out, channel_gate, spatial_gate, *_ = torch.ops.cbam_cuda.forward_train(x, *weights)
+        if return_attention:
+            return out, channel_gate.to(x.dtype), spatial_gate.to(x.dtype)
+    else:
+        out = torch.ops.cbam_cuda.forward(x, *weights)
+    return out
+
+
+def _needs_grad(x: Tensor, weights: Weights) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(w is not None and w.requires_grad for w in weights)
+    )
+
+
+def _cast_as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
+    """x in the dtype in which the plain form leaves autocast, and weights of one dtype.
+
+    There the gates come out of convolutions in autocast's dtype and multiply x. float64 is left
+    alone by autocast.
+    """
+    if x.dtype == torch.float64:
+        return x, weights
+    x = x.to(torch.promote_types(x.dtype, torch.get_autocast_dtype(x.device.type)))
+    if all(w is None or w.dtype == x.dtype for w in weights):
+        return x, weights
+    return x, Weights(*(None if w is None else w.to(torch.float32) for w in weights))  # type: ignore[arg-type]
+
+
+def _choose(backend: str, device: torch.device) -> str:
+    """The backend for tensors on `device`: "fused" or "reference"."""
+    name, source = backend, "backend"
+    if backend == "auto" and (named := os.environ.get(_VARIABLE)):
+        name, source = named, _VARIABLE
+    check_backend(source, name)
+    if name == "reference":
+        return "reference"
+    if name == "auto":
+        if ops.missing(device.type) is None:
+            return "fused"
+        _warn_of_fallback(device.type)
+        return "reference"
+    # Meta tensors have no data: any backend's operators describe what they would return.
+    if device.type not in (name, "meta"):
+        raise ValueError(f"{source}: {name!r} expects tensors on {name}, got x on {device}")
+    if (why := ops.missing(device.type)) is not None:
+        raise RuntimeError(f"{source}: {name!r} cannot be used: {why}")
+    return "fused"
+
+
+def check_backend(source: str, name: str) -> None:
+    """Raise unless there is a backend of this name; `source` says who named it."""
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+_warned: set[str] = set()
+
+
+def _warn_of_fallback(device_type: str) -> None:
+    """Say once for each kind of device that the slow path is taken."""
+    if device_type in _warned or torch.compiler.is_compiling():
+        return
+    _warned.add(device_type)
+    warnings.warn(
+        f"cbam_cuda runs its plain PyTorch form on {device_type}: {ops.missing(device_type)}",
+        stacklevel=4,
+    )

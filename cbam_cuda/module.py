@@ -1,0 +1,106 @@
+"""CBAM as modules: they own the weights, `functional.cbam` does the work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .arguments import check_spatial_dimensions
+from .functional import cbam, check_backend
+
+
+class CBAM(reference.CBAM):
+    """Convolutional Block Attention Module (Woo et al., ECCV 2018), fused.
+
+    Computes `cbam_cuda.cbam` with weights of its own: `fc1` and `fc2`, the 1x1 convolutions of the
+    MLP that both pools share, with in_channels // ratio hidden channels, and `conv`, from the two
+    maps to one. Initialised as torch's convolutions are.
+
+    Args:
+        in_channels: C, the channels of x.
+        ratio: in_channels // ratio hidden channels.
+        kernel_size: of the convolution over the maps; odd, the same in each dimension.
+        dim: 1, 2 or 3 spatial dimensions.
+        bias: whether the MLP has biases.
+        conv_bias: whether the convolution has one.
+        backend: see `cbam_cuda.cbam`.
+        device: of the weights.
+        dtype: of the weights: x's, or float32.
+
+    Shape:
+        x: [N, in_channels, *space], out: the same. With ``return_attention=True`` the result is
+        (out, channel_gate [N, in_channels, 1, ...], spatial_gate [N, 1, *space]).
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is less than 1, kernel_size is even, dim is not 1, 2 or 3, or ratio
+            leaves no hidden channel; `backend` is unknown.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        ratio: int = 16,
+        kernel_size: int = 7,
+        *,
+        dim: int = 2,
+        bias: bool = True,
+        conv_bias: bool = True,
+        backend: str = "auto",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            ratio,
+            kernel_size,
+            dim=dim,
+            bias=bias,
+            conv_bias=conv_bias,
+            device=device,
+            dtype=dtype,
+        )
+        check_backend("backend", backend)
+        self.backend = backend
+
+    def forward(
+        self, x: Tensor, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """CBAM of x; see the class and `cbam_cuda.cbam`."""
+        check_spatial_dimensions(x, self.dim)
+        return cbam(x, *self.weights(), return_attention=return_attention, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        """What `print` shows beside the layers."""
+        return f"{super().extra_repr()}, backend={self.backend!r}"
+
+
+class CBAM1d(CBAM):
+    """`CBAM` for x [N, C, L]."""
+
+    def __init__(self, in_channels: int, ratio: int = 16, kernel_size: int = 7, **kwargs: Any):
+        super().__init__(in_channels, ratio, kernel_size, dim=1, **kwargs)
+
+
+class CBAM2d(CBAM):
+    """`CBAM` for x [N, C, H, W]."""
+
+    def __init__(self, in_channels: int, ratio: int = 16, kernel_size: int = 7, **kwargs: Any):
+        super().__init__(in_channels, ratio, kernel_size, dim=2, **kwargs)
+
+
+class CBAM3d(CBAM):
+    """`CBAM` for x [N, C, D, H, W]."""
+
+    def __init__(self, in_channels: int, ratio: int = 16, kernel_size: int = 7, **kwargs: Any):
+        super().__init__(in_channels, ratio, kernel_size, dim=3, **kwargs)
+
+
+class CBAM_Module(CBAM):
+    """`CBAM` by the constructor of the module that it replaces: change the import, nothing else."""
+
+    def __init__(self, dim: int, in_channels: int, ratio: int, kernel_size: int, **kwargs: Any):
+        super().__init__(in_channels, ratio, kernel_size, dim=dim, **kwargs)

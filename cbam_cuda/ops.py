@@ -1,0 +1,198 @@
+"""Loads the compiled module and describes its operators to torch: tracing and autograd.
+
+Nothing else loads it. The operators (schemas in csrc/ops.cpp), for x [N, C, *space] and acc =
+float64 for float64, else float32:
+
+- ``forward`` returns out. It carries no autograd, which makes it the cheaper one to call.
+- ``forward_train`` also returns channel_gate acc [N, C, 1, ...], spatial_gate acc [N, 1, *space],
+  pooled acc [N, 2, C], hidden acc [N, 2, R], maps in x's dtype [N, 2, *space], and the positions
+  of the maxima, pixel_argmax int32 [N, C] and channel_argmax int32 [N, S].
+- ``backward`` returns a gradient for x and each weight, an empty tensor where not asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .arguments import Weights, accumulator_dtype, check_call
+
+load_error: ImportError | None = None
+try:
+    from . import _C
+except ImportError as error:
+    _C = None
+    load_error = error
+
+
+def missing(device_type: str) -> str | None:
+    """Why there is no fused backend for tensors on this kind of device; None if there is one."""
+    if _C is None:
+        return (
+            f"the compiled module did not load ({load_error}); "
+            "build it with `pip install --no-build-isolation .`"
+        )
+    if device_type in _FUSED:
+        return None
+    return f"this build has no fused kernels for {device_type}"
+
+
+def build_info() -> dict[str, Any] | None:
+    """What the compiled module says of itself; None where it did not load."""
+    return None if _C is None else _C.build_info()
+
+
+_WEIGHTS = len(Weights._fields)
+
+
+def _fake_forward(x: Tensor, *weights: Tensor | None) -> Tensor:
+    check_call(x, Weights(*weights))  # type: ignore[arg-type]
+    return torch.empty_like(x)
+
+
+def _fake_forward_train(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
+    out = _fake_forward(x, *weights)
+    samples, channels, *space = x.shape
+    hidden = Weights(*weights).fc1_weight.shape[0]  # type: ignore[arg-type]
+    acc = accumulator_dtype(x.dtype)
+    return (
+        out,
+        x.new_empty((samples, channels, *(1 for _ in space)), dtype=acc),
+        x.new_empty((samples, 1, *space), dtype=acc),
+        x.new_empty((samples, 2, channels), dtype=acc),
+        x.new_empty((samples, 2, hidden), dtype=acc),
+        x.new_empty((samples, 2, *space)),
+        x.new_empty((samples, channels), dtype=torch.int32),
+        x.new_empty((samples, x[0, 0].numel() if samples else 0), dtype=torch.int32),
+    )
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    grad_channel_gate: Tensor | None,
+    grad_spatial_gate: Tensor | None,
+    x: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    weights, output_mask = rest[:_WEIGHTS], rest[-1]
+    dx = torch.empty_like(x) if output_mask[0] else x.new_empty(0)
+    gradients = [
+        w.new_empty(w.shape) if wanted else x.new_empty(0)
+        for w, wanted in zip(weights, output_mask[1:], strict=True)
+    ]
+    return (dx, *gradients)
+
+
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, channel_gate, spatial_gate, *others = output
+    ctx.save_for_backward(*inputs, channel_gate, spatial_gate, *others)
+    ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)
+
+
+def _forward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of forward_train, from those of out, channel_gate and spatial_gate."""
+    x = ctx.saved_tensors[0]
+    grad_out, grad_channel_gate, grad_spatial_gate = grads[:3]
+    if grad_out is None:
+        if grad_channel_gate is None and grad_spatial_gate is None:
+            return (None,) * (1 + _WEIGHTS)
+        grad_out = torch.zeros_like(x)
+    mask = list(ctx.needs_input_grad)
+    gradients = torch.ops.cbam_cuda.backward(
+        grad_out, grad_channel_gate, grad_spatial_gate, *ctx.saved_tensors, mask
+    )
+    return tuple(g if wanted else None for g, wanted in zip(gradients, mask, strict=True))
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.output_mask = inputs[-1]
+    ctx.inputs = len(inputs)
+    ctx.save_for_backward(*inputs[: 4 + _WEIGHTS])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Second derivatives: the first ones of the reference, differentiated.
+
+    What forward_train saved is a function of x and the weights, so the whole derivative is taken
+    through these and none through the saved tensors.
+    """
+    needed = ctx.needs_input_grad[: 4 + _WEIGHTS]
+    with torch.enable_grad():
+        inputs = [_in_graph(t) for t in ctx.saved_tensors]
+        incoming, variables = inputs[:3], inputs[3:]
+        results = reference.cbam(*variables, return_attention=True)
+        pairs = [
+            (result, grad.to(result.dtype))
+            for result, grad in zip(results, incoming, strict=True)
+            if grad is not None
+        ]
+        first = _differentiate(
+            [result for result, _ in pairs],
+            [v if wanted else None for v, wanted in zip(variables, ctx.output_mask, strict=True)],
+            [grad for _, grad in pairs],
+            create_graph=True,
+        )
+    chosen = [(f, g) for f, g in zip(first, grads, strict=True) if f is not None and g is not None]
+    second = _differentiate(
+        [f for f, _ in chosen],
+        [t if wanted else None for t, wanted in zip(inputs, needed, strict=True)],
+        [g for _, g in chosen],
+        create_graph=torch.is_grad_enabled(),
+    )
+    return (*second, *(None for _ in range(ctx.inputs - len(second))))
+
+
+def _in_graph(t: Tensor | None) -> Tensor | None:
+    """An alias that can be differentiated for, still part of t's own graph if it has one."""
+    if t is None:
+        return None
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+
+def _differentiate(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    *,
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """`torch.autograd.grad` that passes over inputs which are None."""
+    wanted = [t for t in inputs if t is not None]
+    outputs_with_graph = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+    if not wanted or not outputs_with_graph:
+        return [None] * len(inputs)
+    results = iter(
+        torch.autograd.grad(
+            [o for o, _ in outputs_with_graph],
+            wanted,
+            [g for _, g in outputs_with_graph],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    )
+    return [None if t is None else next(results) for t in inputs]
+
+
+def _describe() -> frozenset[str]:
+    """Register tracing and autograd; return the device types that have kernels."""
+    torch.library.register_fake("cbam_cuda::forward", _fake_forward)
+    torch.library.register_fake("cbam_cuda::forward_train", _fake_forward_train)
+    torch.library.register_fake("cbam_cuda::backward", _fake_backward)
+    torch.library.register_autograd(
+        "cbam_cuda::forward_train", _forward_gradients, setup_context=_setup_forward
+    )
+    torch.library.register_autograd(
+        "cbam_cuda::backward", _backward_gradients, setup_context=_setup_backward
+    )
+    keys = {"cpu": "CPU", "cuda": "CUDA"}
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(d for d, key in keys.items() if has("cbam_cuda::forward", key)) | {"meta"}
+
+
+_FUSED = _describe() if _C is not None else frozenset()

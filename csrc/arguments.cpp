@@ -1,0 +1,233 @@
+#include "arguments.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+
+namespace cbam {
+namespace {
+
+std::string text(const std::vector<int64_t>& sizes) {
+  std::string s = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
+  return s + "]";
+}
+
+std::vector<int64_t> sizes_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+bool same_kind(const std::optional<Strides>& a, const std::optional<Strides>& b) {
+  return a && b && a->channels_first() == b->channels_first();
+}
+
+// [a, b] followed by the spatial sizes of x.
+std::vector<int64_t> over_space(const Tensor& x, int64_t a, int64_t b) {
+  std::vector<int64_t> sizes = sizes_of(x);
+  sizes[0] = a;
+  sizes[1] = b;
+  return sizes;
+}
+
+// [a, b] followed by as many ones as x has spatial dimensions.
+std::vector<int64_t> over_point(const Tensor& x, int64_t a, int64_t b) {
+  std::vector<int64_t> sizes(x.dim(), 1);
+  sizes[0] = a;
+  sizes[1] = b;
+  return sizes;
+}
+
+// Throws unless `t` has exactly these sizes and this dtype, on x's device.
+void expect_tensor(const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
+                   const Tensor& x, ScalarType dtype) {
+  STD_TORCH_CHECK(sizes_of(t) == sizes, name, ": expected shape ", text(sizes), ", got ",
+                  text(sizes_of(t)));
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": expected dtype ",
+                  torch::headeronly::toString(dtype), ", got ",
+                  torch::headeronly::toString(t.scalar_type()));
+  STD_TORCH_CHECK(t.device() == x.device(), name, ": expected the device of x");
+}
+
+// Indices address memory: those of a direct caller must not lead out of it.
+void expect_indices(const char* name, const Tensor& t, int64_t below) {
+  if (!t.is_cpu()) return;
+  const Tensor dense = torch::stable::contiguous(t);
+  const int32_t* p = static_cast<const int32_t*>(dense.const_data_ptr());
+  bool inside = true;
+  for (int64_t i = 0, n = dense.numel(); i < n; ++i) inside &= p[i] >= 0 && p[i] < below;
+  STD_TORCH_CHECK(inside, name, ": expected indices in [0, ", below, ")");
+}
+
+}  // namespace
+
+DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "x: expected float32, float64, float16 or bfloat16, got ",
+                      torch::headeronly::toString(x.scalar_type()));
+  }
+}
+
+ScalarType accumulator_of(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Shape check_forward(const Tensor& x, const WeightArguments& w) {
+  dtype_of(x);
+  const auto x_sizes = x.sizes(), k = w.conv_weight.sizes();
+  const int64_t dim = static_cast<int64_t>(x_sizes.size()) - 2;
+  STD_TORCH_CHECK(dim >= 1 && dim <= 3, "x: expected 3, 4 or 5 dimensions, got ", dim + 2);
+  STD_TORCH_CHECK(static_cast<int64_t>(k.size()) == dim + 2, "conv_weight: expected ", dim + 2,
+                  " dimensions, got ", k.size());
+  STD_TORCH_CHECK(w.fc1_weight.dim() >= 2, "fc1_weight: expected at least 2 dimensions");
+
+  // Spatial dimensions fill up from the last one.
+  int64_t space[3] = {1, 1, 1}, kernel[3] = {1, 1, 1};
+  for (int64_t i = 0; i < dim; ++i) {
+    space[3 - dim + i] = x_sizes[2 + i];
+    kernel[3 - dim + i] = k[2 + i];
+  }
+  const Shape s{x_sizes[0], x_sizes[1], w.fc1_weight.size(0),
+                space[0],   space[1],   space[2],
+                kernel[0],  kernel[1],  kernel[2]};
+  STD_TORCH_CHECK(s.channels > 0 && s.hidden > 0 && s.pixels() > 0,
+                  "x and fc1_weight: expected no empty channel, hidden or spatial dimension");
+  STD_TORCH_CHECK(s.pixels() < INT32_MAX && s.channels < INT32_MAX,
+                  "x: expected fewer than 2^31 - 1 channels and spatial positions");
+  STD_TORCH_CHECK(kernel[0] % 2 && kernel[1] % 2 && kernel[2] % 2,
+                  "conv_weight: expected odd kernel sizes");
+
+  const ScalarType dtype = w.fc1_weight.scalar_type();
+  STD_TORCH_CHECK(dtype == x.scalar_type() || dtype == accumulator_of(x),
+                  "fc1_weight: expected the dtype of x or its accumulator's");
+  std::vector<int64_t> fc1{s.hidden, s.channels}, fc2{s.channels, s.hidden}, conv{1, 2};
+  for (int64_t i = 2; i < w.fc1_weight.dim(); ++i) fc1.push_back(1);
+  for (int64_t i = 2; i < w.fc2_weight.dim(); ++i) fc2.push_back(1);
+  for (int64_t i = 0; i < dim; ++i) conv.push_back(k[2 + i]);
+  expect_tensor("fc1_weight", w.fc1_weight, fc1, x, dtype);
+  expect_tensor("fc2_weight", w.fc2_weight, fc2, x, dtype);
+  expect_tensor("conv_weight", w.conv_weight, conv, x, dtype);
+  if (w.fc1_bias) expect_tensor("fc1_bias", *w.fc1_bias, {s.hidden}, x, dtype);
+  if (w.fc2_bias) expect_tensor("fc2_bias", *w.fc2_bias, {s.channels}, x, dtype);
+  if (w.conv_bias) expect_tensor("conv_bias", *w.conv_bias, {1}, x, dtype);
+  return s;
+}
+
+DenseWeights::DenseWeights(const WeightArguments& w, ScalarType dtype) {
+  owned.reserve(6);
+  const auto dense = [&](const Tensor& t) -> const void* {
+    if (t.scalar_type() == dtype && t.is_contiguous()) return t.const_data_ptr();
+    owned.push_back(torch::stable::contiguous(torch::stable::to(t, dtype)));
+    return owned.back().const_data_ptr();
+  };
+  const auto dense_or_null = [&](const std::optional<Tensor>& t) {
+    return t ? dense(*t) : nullptr;
+  };
+  view = {dense(w.fc1_weight),       dense_or_null(w.fc1_bias), dense(w.fc2_weight),
+          dense_or_null(w.fc2_bias), dense(w.conv_weight),      dense_or_null(w.conv_bias)};
+}
+
+SavedTensors SavedTensors::make(const Tensor& x, const Shape& s) {
+  const ScalarType acc = accumulator_of(x);
+  const auto empty = [&](const std::vector<int64_t>& sizes, ScalarType dtype) {
+    return torch::stable::new_empty(x, sizes, dtype);
+  };
+  return {empty(over_point(x, s.samples, s.channels), acc),
+          empty(over_space(x, s.samples, 1), acc),
+          empty({s.samples, 2, s.channels}, acc),
+          empty({s.samples, 2, s.hidden}, acc),
+          empty(over_space(x, s.samples, 2), x.scalar_type()),
+          empty({s.samples, s.channels}, ScalarType::Int),
+          empty({s.samples, s.pixels()}, ScalarType::Int)};
+}
+
+void SavedTensors::check(const Tensor& x, const Shape& s) const {
+  const ScalarType acc = accumulator_of(x);
+  expect_tensor("channel_gate", channel_gate, over_point(x, s.samples, s.channels), x, acc);
+  expect_tensor("spatial_gate", spatial_gate, over_space(x, s.samples, 1), x, acc);
+  expect_tensor("pooled", pooled, {s.samples, 2, s.channels}, x, acc);
+  expect_tensor("hidden", hidden, {s.samples, 2, s.hidden}, x, acc);
+  expect_tensor("maps", maps, over_space(x, s.samples, 2), x, x.scalar_type());
+  expect_tensor("pixel_argmax", pixel_argmax, {s.samples, s.channels}, x, ScalarType::Int);
+  expect_tensor("channel_argmax", channel_argmax, {s.samples, s.pixels()}, x, ScalarType::Int);
+  expect_indices("pixel_argmax", pixel_argmax, s.pixels());
+  expect_indices("channel_argmax", channel_argmax, s.channels);
+}
+
+SavedTensors SavedTensors::contiguous() const {
+  const auto dense = [](const Tensor& t) {
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  };
+  return {dense(channel_gate), dense(spatial_gate), dense(pooled),        dense(hidden),
+          dense(maps),         dense(pixel_argmax), dense(channel_argmax)};
+}
+
+Saved SavedTensors::view() const {
+  return {channel_gate.mutable_data_ptr(),
+          pooled.mutable_data_ptr(),
+          hidden.mutable_data_ptr(),
+          spatial_gate.mutable_data_ptr(),
+          maps.mutable_data_ptr(),
+          static_cast<int32_t*>(pixel_argmax.mutable_data_ptr()),
+          static_cast<int32_t*>(channel_argmax.mutable_data_ptr())};
+}
+
+void check_gradients(const Tensor& x, const Shape& s, const Tensor& grad_out,
+                     const std::optional<Tensor>& grad_channel_gate,
+                     const std::optional<Tensor>& grad_spatial_gate) {
+  const ScalarType acc = accumulator_of(x);
+  expect_tensor("grad_out", grad_out, sizes_of(x), x, x.scalar_type());
+  if (grad_channel_gate)
+    expect_tensor("grad_channel_gate", *grad_channel_gate, over_point(x, s.samples, s.channels), x,
+                  acc);
+  if (grad_spatial_gate)
+    expect_tensor("grad_spatial_gate", *grad_spatial_gate, over_space(x, s.samples, 1), x, acc);
+}
+
+std::optional<Strides> native_strides(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  int64_t pixel = 1, pixels = 1;
+  for (size_t i = sizes.size() - 1; i >= 2; --i) {
+    if (sizes[i] == 1) continue;
+    if (pixels == 1) pixel = strides[i];
+    if (strides[i] != pixel * pixels) return std::nullopt;
+    pixels *= sizes[i];
+  }
+  const int64_t channels = sizes[1], channel = channels == 1 ? pixels : strides[1];
+  // One pixel is a row of channels, one channel a row of pixels: so dense tensors of the same sizes
+  // and strides always agree.
+  const bool first = pixel == 1 && (pixels > 1 || channels == 1);
+  const bool last = channel == 1 && channels > 1;
+  if (first) return Strides{strides[0], channel, 1};
+  if (last) return Strides{strides[0], 1, pixels == 1 ? channels : pixel};
+  return std::nullopt;
+}
+
+Tensor in_layout_of(const Tensor& like, const Tensor& t) {
+  if (same_kind(native_strides(like), native_strides(t))) return t;
+  Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+std::pair<Tensor, Tensor> in_one_layout(const Tensor& a, const Tensor& b) {
+  if (same_kind(native_strides(a), native_strides(b))) return {a, b};
+  return {torch::stable::contiguous(a), torch::stable::contiguous(b)};
+}
+
+Output::Output(const Tensor& x) : result(torch::stable::empty_like(x)), native(result) {
+  if (!native_strides(result)) native = torch::stable::new_empty(x, x.sizes());
+}
+
+void Output::finish() {
+  if (native.get() != result.get()) torch::stable::copy_(result, native);
+}
+
+}  // namespace cbam

@@ -1,0 +1,81 @@
+// From torch tensors to a Problem: the checks that keep kernels inside their memory, the layouts
+// they read, and the copies that bring anything else into one of those. Python has already told
+// users what is wrong in their terms (cbam_cuda/arguments.py); these errors are for direct calls.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "problem.h"
+
+namespace cbam {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct WeightArguments {
+  const Tensor& fc1_weight;
+  const std::optional<Tensor>& fc1_bias;
+  const Tensor& fc2_weight;
+  const std::optional<Tensor>& fc2_bias;
+  const Tensor& conv_weight;
+  const std::optional<Tensor>& conv_bias;
+};
+
+// The weights as kernels read them; holds the tensors that the pointers of `view` point into.
+struct DenseWeights {
+  std::vector<Tensor> owned;
+  Weights view;
+
+  DenseWeights(const WeightArguments& w, ScalarType dtype);
+};
+
+// What forward_train returns beside the output, for backward: sizes in problem.h.
+struct SavedTensors {
+  Tensor channel_gate, spatial_gate, pooled, hidden, maps, pixel_argmax, channel_argmax;
+
+  static SavedTensors make(const Tensor& x, const Shape& shape);
+  // Throws unless each has the sizes and dtype that make() gives it, and indices inside the image.
+  void check(const Tensor& x, const Shape& shape) const;
+  SavedTensors contiguous() const;
+  Saved view() const;
+};
+
+// Throws unless every tensor has the sizes, dtype and device that x and the weights' sizes ask for.
+Shape check_forward(const Tensor& x, const WeightArguments& weights);
+
+// Throws unless the gradients that arrive look like the outputs they belong to.
+void check_gradients(const Tensor& x, const Shape& shape, const Tensor& grad_out,
+                     const std::optional<Tensor>& grad_channel_gate,
+                     const std::optional<Tensor>& grad_spatial_gate);
+
+DType dtype_of(const Tensor& x);
+// float64 for float64, else float32.
+ScalarType accumulator_of(const Tensor& x);
+
+// The strides of a tensor whose pixels are evenly spaced and which has pixel or channel stride 1;
+// nothing for any other.
+std::optional<Strides> native_strides(const Tensor& x);
+
+// `t` itself if it has the kind of layout that `like` has, else a copy that does. `like` is dense
+// and native.
+Tensor in_layout_of(const Tensor& like, const Tensor& t);
+
+// Two tensors of the same sizes in one kind of layout: as they are, or both as contiguous copies.
+std::pair<Tensor, Tensor> in_one_layout(const Tensor& a, const Tensor& b);
+
+// A new tensor of x's sizes and dtype, strides kept as torch's elementwise operators keep them.
+// `native` is the same tensor, or a contiguous one where that layout is not native.
+struct Output {
+  Tensor result;
+  Tensor native;
+
+  explicit Output(const Tensor& x);
+  // Brings what was written to `native` into `result`.
+  void finish();
+};
+
+}  // namespace cbam

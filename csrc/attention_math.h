@@ -1,0 +1,62 @@
+// The arithmetic of CBAM that the CPU and the CUDA backend share, for one element or one vector of
+// them: gate and derivative, ReLU and derivative, the (sum, max, argmax) rules.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define CBAM_INLINE __host__ __device__ __forceinline__
+#else
+// Internal linkage: each CPU target compiles its own copy, which must never be merged with
+// another's.
+#define CBAM_INLINE static inline __attribute__((always_inline))
+#define CBAM_INLINE_MEMBER inline __attribute__((always_inline))
+#endif
+
+namespace cbam {
+
+// d/dz sigmoid(z), from the gate itself: a scalar A or a vector of them.
+template <class A, class V>
+CBAM_INLINE V sigmoid_derivative(V gate) {
+  return gate * (A(1) - gate);
+}
+
+// NaN passes, as in torch.relu.
+template <class A>
+CBAM_INLINE A relu(A v) {
+  return v < A(0) ? A(0) : v;
+}
+
+// torch lets the gradient through where the output is NaN, too.
+template <class A>
+CBAM_INLINE bool relu_passes(A output) {
+  return !(output <= A(0));
+}
+
+// Whether `v` takes the place of `best`: a NaN beats every number, the first of equals stays.
+template <class A>
+CBAM_INLINE auto takes_maximum(A v, A best) {
+  return ((v > best) | (v != v)) & (best == best);
+}
+
+// Storage formats of 16 bits.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// What values of a storage type are computed in.
+template <class T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename Accumulator<T>::type;
+
+}  // namespace cbam

@@ -1,0 +1,422 @@
+// CBAM's backward on the CPU, a sample at a time. With p = dout * x, g the channel gate, a the
+// spatial gate, C channels and S pixels:
+//   da[s] = sum_c p g                   dz = da a (1 - a)        (dmean, dmax)[s] = conv^T(dz)
+//   dy = dout a + dmean / C + dmax [c is s's argmax]             dg[c] = sum_s dy x
+//   dl = dg g (1 - g)                   (davg, dtop)[c] = MLP^T(dl)
+//   dx = dy g + davg / S + dtop [s is c's argmax]
+// Three walks over a sample: x and dout (both sums of p), x (the maps' part of dg), dout (dx).
+// Compiled once per target, with CBAM_CPU_TARGET naming it.
+#include "kernels.h"
+#include "mlp.h"
+#include "schedule.h"
+#include "stencil.h"
+
+namespace cbam::cpu {
+namespace {
+
+// For each row of a sample, the columns whose maximum lies in it, in ascending order.
+struct RowHits {
+  int32_t* first;    // [rows + 1]
+  int32_t* columns;  // [cols]
+
+  void build(const int32_t* row_of_column, int64_t rows, int64_t cols) {
+    std::memset(first, 0, (rows + 1) * sizeof(int32_t));
+    for (int64_t j = 0; j < cols; ++j) ++first[row_of_column[j] + 1];
+    for (int64_t r = 0; r < rows; ++r) first[r + 1] += first[r];
+    for (int64_t j = 0; j < cols; ++j) columns[first[row_of_column[j]]++] = static_cast<int32_t>(j);
+    for (int64_t r = rows; r > 0; --r) first[r] = first[r - 1];
+    first[0] = 0;
+  }
+};
+
+template <class T>
+class Backward {
+ public:
+  using A = acc_t<T>;
+
+  Backward(const BackwardProblem& problem, Scratch& scratch)
+      : p_(problem),
+        shape_(problem.shape),
+        mlp_(problem.shape, problem.weights),
+        planes_(problem.shape),
+        pixels_(problem.shape.pixels()),
+        channels_first_(problem.strides.channels_first()),
+        rows_(channels_first_ ? shape_.channels : pixels_),
+        cols_(channels_first_ ? pixels_ : shape_.channels),
+        reaches_gate_(problem.gradients.x || problem.gradients.mlp()) {
+    Carver measure(nullptr);
+    carve(measure);
+    scratch.allocate(measure.used());
+    Carver carver(scratch.base());
+    carve(carver);
+    flip_weights();
+  }
+
+  struct Workspace {
+    A* partial;   // [row blocks, cols]
+    A* row_sum;   // [rows]
+    A* col_sum;   // [cols]
+    A* planes;    // [3, image rows, pitch]: dz and, for the convolution's gradient, the maps
+    A* d_mean;    // [pixels]: of the mean map, over C
+    A* d_max;     // [pixels]: of the maximum map
+    A* d_pooled;  // [2, channels]: of the mean (over S) and of the maximum over space
+    RowHits hits;
+
+    Workspace(const ForwardProblem& p, int64_t, Carver& carver) {
+      const Planes<A> planes_of(p.shape);
+      const int64_t channels = p.shape.channels, pixels = p.shape.pixels();
+      const bool first = p.strides.channels_first();
+      const int64_t rows = first ? channels : pixels, cols = first ? pixels : channels;
+      partial = carver.array<A>(row_blocks(rows) * cols);
+      row_sum = carver.array<A>(rows);
+      col_sum = carver.array<A>(cols);
+      planes = carver.array<A>(3 * planes_of.size());
+      d_mean = carver.array<A>(pixels);
+      d_max = carver.array<A>(pixels);
+      d_pooled = carver.array<A>(2 * channels);
+      hits.first = carver.array<int32_t>(rows + 1);
+      hits.columns = carver.array<int32_t>(cols);
+      if (planes) std::memset(planes, 0, 3 * planes_of.size() * sizeof(A));
+    }
+    A* channel_sum(bool channels_first) const { return channels_first ? row_sum : col_sum; }
+    A* pixel_sum(bool channels_first) const { return channels_first ? col_sum : row_sum; }
+  };
+
+  template <class Run>
+  void samples(int64_t first, int64_t last, Workspace& ws, Run run) const {
+    for (int64_t n = first; n < last; ++n) {
+      sum_products(n, ws, run);
+      gradient_of_logits(n, ws);
+      if (p_.gradients.conv()) gradient_of_conv(n, ws, run);
+      if (!reaches_gate_) continue;
+      gradient_of_maps(ws, run);
+      ws.hits.build(channels_first_ ? channel_argmax(n) : pixel_argmax(n), rows_, cols_);
+      add_map_terms(n, ws, run);
+      gradient_of_mlp(n, ws);
+      if (p_.gradients.x)
+        run(rows_, [&](int64_t begin, int64_t end) { write_dx(n, ws, begin, end); });
+    }
+  }
+
+  // What is summed over the batch, in the order of the samples.
+  void weight_gradients(const ThreadPool& pool) const {
+    const Gradients& g = p_.gradients;
+    if (g.mlp())
+      OverThreads{pool}(shape_.channels, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) second_layer_gradient(c);
+      });
+    if (g.fc1_weight || g.fc1_bias)
+      OverThreads{pool}(shape_.hidden, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) first_layer_gradient(r);
+      });
+    if (g.conv()) conv_gradient();
+  }
+
+ private:
+  static int64_t row_blocks(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
+
+  // Arrays of the whole call.
+  void carve(Carver& carver) {
+    flipped_ = carver.array<A>(2 * shape_.taps());
+    d_logits_ = carver.array<A>(shape_.samples * shape_.channels);
+    d_hidden_ = carver.array<A>(shape_.samples * 2 * shape_.hidden);
+    d_conv_ = carver.array<A>(shape_.samples * (2 * shape_.taps() + 1));
+  }
+
+  // A transposed convolution is a correlation with the taps in reverse order.
+  void flip_weights() {
+    const A* weight = static_cast<const A*>(p_.weights.conv_weight);
+    for (int64_t m = 0; m < 2; ++m)
+      for (int64_t t = 0; t < shape_.taps(); ++t)
+        flipped_[m * shape_.taps() + t] = weight[(m + 1) * shape_.taps() - 1 - t];
+  }
+
+  template <class E>
+  Matrix<E> matrix(E* base, const Strides& s, int64_t n) const {
+    return {base + n * s.sample, rows_, cols_, channels_first_ ? s.channel : s.pixel};
+  }
+  Matrix<const T> x(int64_t n) const { return matrix(static_cast<const T*>(p_.x), p_.strides, n); }
+  Matrix<const T> dout(int64_t n) const {
+    return matrix(static_cast<const T*>(p_.dout), p_.dout_strides, n);
+  }
+  Matrix<T> dx(int64_t n) const {
+    return matrix(static_cast<T*>(p_.gradients.x), p_.dx_strides, n);
+  }
+
+  const A* channel_gate(int64_t n) const {
+    return static_cast<const A*>(p_.saved.channel_gate) + n * shape_.channels;
+  }
+  const A* spatial_gate(int64_t n) const {
+    return static_cast<const A*>(p_.saved.spatial_gate) + n * pixels_;
+  }
+  const A* hidden(int64_t n) const {
+    return static_cast<const A*>(p_.saved.hidden) + n * 2 * shape_.hidden;
+  }
+  const A* pooled(int64_t n) const {
+    return static_cast<const A*>(p_.saved.pooled) + n * 2 * shape_.channels;
+  }
+  const int32_t* pixel_argmax(int64_t n) const {
+    return p_.saved.pixel_argmax + n * shape_.channels;
+  }
+  const int32_t* channel_argmax(int64_t n) const { return p_.saved.channel_argmax + n * pixels_; }
+  A* d_logits(int64_t n) const { return d_logits_ + n * shape_.channels; }
+  A* d_hidden(int64_t n) const { return d_hidden_ + n * 2 * shape_.hidden; }
+  A* d_conv(int64_t n) const { return d_conv_ + n * (2 * shape_.taps() + 1); }
+
+  // to[j] = sum over row blocks of partial[block][j]
+  template <class Run>
+  void merge_partials(const A* partial, A* to, Run run) const {
+    run((cols_ + kColumnTile - 1) / kColumnTile, [&](int64_t first, int64_t last) {
+      const int64_t begin = first * kColumnTile;
+      const int64_t end = last * kColumnTile < cols_ ? last * kColumnTile : cols_;
+      if (to != partial) std::memcpy(to + begin, partial + begin, (end - begin) * sizeof(A));
+      for (int64_t b = 1; b < row_blocks(rows_); ++b)
+        add_scaled(partial + b * cols_ + begin, A(1), to + begin, end - begin);
+    });
+  }
+
+  // sum_s p a into the channels' sums and sum_c p g into the pixels'.
+  template <class Run>
+  void sum_products(int64_t n, Workspace& ws, Run run) const {
+    const A* row_factor = channels_first_ ? channel_gate(n) : spatial_gate(n);
+    const A* col_factor = channels_first_ ? spatial_gate(n) : channel_gate(n);
+    run(row_blocks(rows_), [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; ++b) {
+        const int64_t end = (b + 1) * kRowBlock < rows_ ? (b + 1) * kRowBlock : rows_;
+        cross_sums(x(n), dout(n), b * kRowBlock, end, row_factor, col_factor, ws.row_sum,
+                   ws.partial + b * cols_);
+      }
+    });
+    merge_partials(ws.partial, ws.col_sum, run);
+  }
+
+  // dz, into the first plane.
+  void gradient_of_logits(int64_t n, Workspace& ws) const {
+    A* dz = ws.pixel_sum(channels_first_);
+    const A* gate = spatial_gate(n);
+    if (p_.d_spatial_gate)
+      add_scaled(static_cast<const A*>(p_.d_spatial_gate) + n * pixels_, A(1), dz, pixels_);
+    for_vectors<A>(pixels_, [&](int64_t j, auto lanes) {
+      lanes.store(dz + j, lanes.load(dz + j) * sigmoid_derivative<A>(lanes.load(gate + j)));
+    });
+    planes_.insert(dz, 0, pixels_, ws.planes);
+  }
+
+  template <class Run>
+  void gradient_of_conv(int64_t n, Workspace& ws, Run run) const {
+    A* maps = ws.planes + planes_.size();
+    const T* saved = static_cast<const T*>(p_.saved.maps) + n * 2 * pixels_;
+    for (int64_t m = 0; m < 2; ++m)
+      for (int64_t begin = 0; begin < pixels_; begin += kColumnTile) {
+        const int64_t count = pixels_ - begin < kColumnTile ? pixels_ - begin : kColumnTile;
+        A widened[kColumnTile];
+        for_vectors<A>(count, [&](int64_t j, auto lanes) {
+          lanes.store(widened + j, lanes.load(saved + m * pixels_ + begin + j));
+        });
+        planes_.insert(widened, begin, begin + count, maps + m * planes_.size());
+      }
+    const int64_t kernel_rows = shape_.kernel_depth * shape_.kernel_height;
+    run(2 * kernel_rows, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t m = i / kernel_rows;
+        weight_gradient(planes_, ws.planes, maps + m * planes_.size(), i % kernel_rows,
+                        d_conv(n) + m * shape_.taps());
+      }
+    });
+    d_conv(n)[2 * shape_.taps()] =
+        reduce_row<false, false>(ws.pixel_sum(channels_first_), nullptr, pixels_).sum;
+  }
+
+  // dmean / C and dmax.
+  template <class Run>
+  void gradient_of_maps(Workspace& ws, Run run) const {
+    run(planes_.image_rows(), [&](int64_t begin, int64_t end) {
+      const int64_t width = shape_.width;
+      for (int64_t row = begin; row < end; ++row) {
+        A* mean = ws.d_mean + row * width;
+        correlate_row(planes_, ws.planes, 1, flipped_, A(0), row, mean);
+        correlate_row(planes_, ws.planes, 1, flipped_ + shape_.taps(), A(0), row,
+                      ws.d_max + row * width);
+        for (int64_t w = 0; w < width; ++w) mean[w] /= static_cast<A>(shape_.channels);
+      }
+    });
+  }
+
+  // dg: adds to the channels' sums what reaches the gate through the maps.
+  template <class Run>
+  void add_map_terms(int64_t n, Workspace& ws, Run run) const {
+    if (channels_first_) {
+      run(rows_, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+          const T* row = x(n).row(c);
+          A term = dot(row, ws.d_mean, pixels_);
+          for (int32_t i = ws.hits.first[c]; i < ws.hits.first[c + 1]; ++i) {
+            const int32_t s = ws.hits.columns[i];
+            term += ws.d_max[s] * load_one(row + s);
+          }
+          ws.row_sum[c] += term;
+        }
+      });
+    } else {
+      run(row_blocks(rows_), [&](int64_t first, int64_t last) {
+        for (int64_t b = first; b < last; ++b) map_terms_of_block(n, b, ws);
+      });
+      merge_partials(ws.partial, ws.partial, run);
+      add_scaled(ws.partial, A(1), ws.col_sum, cols_);
+    }
+  }
+
+  // Channels last: the map terms of one block of pixels.
+  void map_terms_of_block(int64_t n, int64_t block, Workspace& ws) const {
+    A* partial = ws.partial + block * cols_;
+    const int64_t end = (block + 1) * kRowBlock < rows_ ? (block + 1) * kRowBlock : rows_;
+    for (int64_t c = 0; c < cols_; ++c) partial[c] = A(0);
+    for (int64_t s = block * kRowBlock; s < end; ++s) {
+      const T* row = x(n).row(s);
+      add_scaled(row, ws.d_mean[s], partial, cols_);
+      const int32_t c = channel_argmax(n)[s];
+      partial[c] += ws.d_max[s] * load_one(row + c);
+    }
+  }
+
+  // dl, then davg / S and dtop.
+  void gradient_of_mlp(int64_t n, Workspace& ws) const {
+    A* d_gate = ws.channel_sum(channels_first_);
+    if (p_.d_channel_gate)
+      add_scaled(static_cast<const A*>(p_.d_channel_gate) + n * shape_.channels, A(1), d_gate,
+                 shape_.channels);
+    for (int64_t c = 0; c < shape_.channels; ++c)
+      d_logits(n)[c] = d_gate[c] * sigmoid_derivative<A>(channel_gate(n)[c]);
+    if (!p_.gradients.x && !p_.gradients.fc1_weight && !p_.gradients.fc1_bias) return;
+    mlp_.second_layer_backward(d_logits(n), hidden(n), d_hidden(n));
+    if (!p_.gradients.x) return;
+    mlp_.first_layer_backward(d_hidden(n), ws.d_pooled);
+    for (int64_t c = 0; c < shape_.channels; ++c) ws.d_pooled[c] /= static_cast<A>(pixels_);
+  }
+
+  // Rows [begin, end) of dx: first as if no element were a maximum, then those that are.
+  void write_dx(int64_t n, const Workspace& ws, int64_t begin, int64_t end) const {
+    for (int64_t r = begin; r < end; ++r) {
+      if (channels_first_)
+        write_channel(n, ws, r);
+      else
+        write_pixel(n, ws, r);
+      write_element(n, ws, r, (channels_first_ ? pixel_argmax(n) : channel_argmax(n))[r]);
+      for (int32_t i = ws.hits.first[r]; i < ws.hits.first[r + 1]; ++i)
+        write_element(n, ws, r, ws.hits.columns[i]);
+    }
+  }
+
+  void write_channel(int64_t n, const Workspace& ws, int64_t c) const {
+    const T* in = dout(n).row(c);
+    T* to = dx(n).row(c);
+    const A* spatial = spatial_gate(n);
+    const A gate = channel_gate(n)[c], d_avg = ws.d_pooled[c];
+    for_vectors<A>(cols_, [&](int64_t s, auto lanes) {
+      const vec_t<A> dy = lanes.load(in + s) * lanes.load(spatial + s) + lanes.load(ws.d_mean + s);
+      lanes.store(to + s, dy * gate + d_avg);
+    });
+  }
+
+  void write_pixel(int64_t n, const Workspace& ws, int64_t s) const {
+    const T* in = dout(n).row(s);
+    T* to = dx(n).row(s);
+    const A* gate = channel_gate(n);
+    const A spatial = spatial_gate(n)[s], d_mean = ws.d_mean[s];
+    for_vectors<A>(cols_, [&](int64_t c, auto lanes) {
+      const vec_t<A> dy = lanes.load(in + c) * spatial + d_mean;
+      lanes.store(to + c, dy * lanes.load(gate + c) + lanes.load(ws.d_pooled + c));
+    });
+  }
+
+  void write_element(int64_t n, const Workspace& ws, int64_t r, int64_t j) const {
+    const int64_t c = channels_first_ ? r : j, s = channels_first_ ? j : r;
+    A dy = load_one(dout(n).row(r) + j) * spatial_gate(n)[s] + ws.d_mean[s];
+    if (channel_argmax(n)[s] == c) dy += ws.d_max[s];
+    A v = dy * channel_gate(n)[c] + ws.d_pooled[c];
+    if (pixel_argmax(n)[c] == s) v += ws.d_pooled[shape_.channels + c];
+    store_one(dx(n).row(r) + j, v);
+  }
+
+  // Row c of dW1 and of db1.
+  void second_layer_gradient(int64_t c) const {
+    A* weight = static_cast<A*>(p_.gradients.fc2_weight);
+    A* bias = static_cast<A*>(p_.gradients.fc2_bias);
+    A total = A(0);
+    if (weight) std::memset(weight + c * shape_.hidden, 0, shape_.hidden * sizeof(A));
+    for (int64_t n = 0; n < shape_.samples; ++n) {
+      const A d = d_logits(n)[c];
+      total += d;
+      if (!weight) continue;
+      add_scaled(hidden(n), d, weight + c * shape_.hidden, shape_.hidden);
+      add_scaled(hidden(n) + shape_.hidden, d, weight + c * shape_.hidden, shape_.hidden);
+    }
+    if (bias) bias[c] = A(2) * total;
+  }
+
+  // Row r of dW0 and of db0.
+  void first_layer_gradient(int64_t r) const {
+    A* weight = static_cast<A*>(p_.gradients.fc1_weight);
+    A* bias = static_cast<A*>(p_.gradients.fc1_bias);
+    A total = A(0);
+    if (weight) std::memset(weight + r * shape_.channels, 0, shape_.channels * sizeof(A));
+    for (int64_t n = 0; n < shape_.samples; ++n)
+      for (int64_t i = 0; i < 2; ++i) {
+        const A d = d_hidden(n)[i * shape_.hidden + r];
+        total += d;
+        if (weight)
+          add_scaled(pooled(n) + i * shape_.channels, d, weight + r * shape_.channels,
+                     shape_.channels);
+      }
+    if (bias) bias[r] = total;
+  }
+
+  void conv_gradient() const {
+    A* weight = static_cast<A*>(p_.gradients.conv_weight);
+    A* bias = static_cast<A*>(p_.gradients.conv_bias);
+    const int64_t taps = 2 * shape_.taps();
+    if (weight) std::memset(weight, 0, taps * sizeof(A));
+    if (bias) *bias = A(0);
+    for (int64_t n = 0; n < shape_.samples; ++n) {
+      if (weight) add_scaled(d_conv(n), A(1), weight, taps);
+      if (bias) *bias += d_conv(n)[taps];
+    }
+  }
+
+  const BackwardProblem& p_;
+  const Shape& shape_;
+  Mlp<A> mlp_;
+  Planes<A> planes_;
+  int64_t pixels_;
+  bool channels_first_;
+  int64_t rows_, cols_;
+  bool reaches_gate_;  // whether anything before the spatial gate was asked for
+  A* flipped_;         // [2, taps]
+  A* d_logits_;        // [samples, channels]
+  A* d_hidden_;        // [samples, 2, hidden]
+  A* d_conv_;          // [samples, 2 taps + 1]: of the weight and of the bias
+};
+
+template <class T>
+void run(const BackwardProblem& problem, const ThreadPool& pool) {
+  Scratch scratch;
+  const Backward<T> backward(problem, scratch);
+  run_samples(backward, problem, pool, 2 * sizeof(T));
+  backward.weight_gradients(pool);
+}
+
+}  // namespace
+
+namespace CBAM_CPU_TARGET {
+
+void backward(const BackwardProblem& problem, const ThreadPool& pool) {
+  switch (problem.dtype) {
+    case DType::kFloat32: return run<float>(problem, pool);
+    case DType::kFloat64: return run<double>(problem, pool);
+    case DType::kFloat16: return run<Half>(problem, pool);
+    case DType::kBFloat16: return run<BFloat16>(problem, pool);
+  }
+}
+
+}  // namespace CBAM_CPU_TARGET
+}  // namespace cbam::cpu

@@ -1,0 +1,232 @@
+// CBAM's forward on the CPU, a sample at a time: pool over space, channel gate, pool over channels,
+// spatial gate, scale. x comes from memory once and from cache the other two times.
+// Compiled once per target, with CBAM_CPU_TARGET naming it.
+#include "kernels.h"
+#include "mlp.h"
+#include "schedule.h"
+#include "stencil.h"
+
+namespace cbam::cpu {
+namespace {
+
+template <class T>
+class Forward {
+ public:
+  using A = acc_t<T>;
+  using Index = index_t<A>;
+
+  explicit Forward(const ForwardProblem& problem)
+      : p_(problem),
+        shape_(problem.shape),
+        mlp_(problem.shape, problem.weights),
+        planes_(problem.shape),
+        pixels_(problem.shape.pixels()),
+        channels_first_(problem.strides.channels_first()) {}
+
+  struct Workspace {
+    A* block_sum;  // channels last: [row blocks, channels], partial results of the pool
+    A* block_max;
+    Index* block_argmax;
+    A* sums;     // [group, hidden]
+    A* planes;   // [2, image rows, pitch]: the maps
+    A* spatial;  // [pixels]: the spatial gate
+
+    Workspace(const ForwardProblem& p, int64_t group, Carver& carver) {
+      const Planes<A> planes_of(p.shape);
+      const int64_t partial =
+          p.strides.channels_first() ? 0 : blocks(p.shape.pixels()) * p.shape.channels;
+      block_sum = carver.array<A>(partial);
+      block_max = carver.array<A>(partial);
+      block_argmax = carver.array<Index>(partial);
+      sums = carver.array<A>(group * p.shape.hidden);
+      planes = carver.array<A>(2 * planes_of.size());
+      spatial = carver.array<A>(p.shape.pixels());
+      if (planes) std::memset(planes, 0, 2 * planes_of.size() * sizeof(A));
+    }
+  };
+
+  template <class Run>
+  void samples(int64_t first, int64_t last, Workspace& ws, Run run) const {
+    for (int64_t n = first; n < last; ++n) pool(n, ws, run);
+    mlp_.first_layer(pooled(first), last - first, hidden(first));
+    mlp_.second_layer(hidden(first), last - first, ws.sums, channel_gate(first));
+    for (int64_t n = first; n < last; ++n) {
+      maps(n, ws, run);
+      A* spatial =
+          p_.training() ? static_cast<A*>(p_.saved.spatial_gate) + n * pixels_ : ws.spatial;
+      run(planes_.image_rows(),
+          [&](int64_t begin, int64_t end) { spatial_gate(ws, spatial, begin, end); });
+      run(x(n).rows, [&](int64_t begin, int64_t end) {
+        const A* gate = channel_gate(n);
+        scale_rows(x(n), out(n), begin, end, channels_first_ ? gate : spatial,
+                   channels_first_ ? spatial : gate);
+      });
+    }
+  }
+
+ private:
+  static int64_t blocks(int64_t rows) { return (rows + kPoolBlock - 1) / kPoolBlock; }
+
+  Matrix<const T> x(int64_t n) const { return matrix(static_cast<const T*>(p_.x), p_.strides, n); }
+  Matrix<T> out(int64_t n) const { return matrix(static_cast<T*>(p_.out), p_.out_strides, n); }
+  template <class E>
+  Matrix<E> matrix(E* base, const Strides& s, int64_t n) const {
+    E* data = base + n * s.sample;
+    return channels_first_ ? Matrix<E>{data, shape_.channels, pixels_, s.channel}
+                           : Matrix<E>{data, pixels_, shape_.channels, s.pixel};
+  }
+
+  A* pooled(int64_t n) const { return static_cast<A*>(p_.saved.pooled) + n * 2 * shape_.channels; }
+  A* hidden(int64_t n) const { return static_cast<A*>(p_.saved.hidden) + n * 2 * shape_.hidden; }
+  A* channel_gate(int64_t n) const {
+    return static_cast<A*>(p_.saved.channel_gate) + n * shape_.channels;
+  }
+
+  void write_pooled(int64_t n, int64_t c, A sum, A max, int64_t argmax) const {
+    pooled(n)[c] = sum / static_cast<A>(pixels_);
+    pooled(n)[shape_.channels + c] = max;
+    if (p_.training())
+      p_.saved.pixel_argmax[n * shape_.channels + c] = static_cast<int32_t>(argmax);
+  }
+
+  template <class Run>
+  void pool(int64_t n, Workspace& ws, Run run) const {
+    if (channels_first_) {
+      run(shape_.channels, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+          const T* row = x(n).row(c);
+          const auto e = p_.training() ? reduce_row<false, true>(row, nullptr, pixels_)
+                                       : reduce_row<false, false>(row, nullptr, pixels_);
+          write_pooled(n, c, e.sum, e.max, e.argmax);
+        }
+      });
+    } else {
+      run(blocks(pixels_), [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) pool_block(n, b, ws);
+      });
+      merge_blocks(n, ws);
+    }
+  }
+
+  // Channels last: all channels over one block of pixels.
+  void pool_block(int64_t n, int64_t block, Workspace& ws) const {
+    const int64_t begin = block * kPoolBlock;
+    const int64_t end = begin + kPoolBlock < pixels_ ? begin + kPoolBlock : pixels_;
+    A sum[kColumnTile], max[kColumnTile];
+    Index argmax[kColumnTile];
+    for (int64_t c = 0; c < shape_.channels; c += kColumnTile) {
+      const int64_t count = shape_.channels - c < kColumnTile ? shape_.channels - c : kColumnTile;
+      if (p_.training())
+        reduce_columns<false, true>(x(n), begin, end, c, count, nullptr, sum, max, argmax);
+      else
+        reduce_columns<false, false>(x(n), begin, end, c, count, nullptr, sum, max, argmax);
+      const int64_t at = block * shape_.channels + c;
+      std::memcpy(ws.block_sum + at, sum, count * sizeof(A));
+      std::memcpy(ws.block_max + at, max, count * sizeof(A));
+      std::memcpy(ws.block_argmax + at, argmax, count * sizeof(Index));
+    }
+  }
+
+  void merge_blocks(int64_t n, const Workspace& ws) const {
+    for (int64_t c = 0; c < shape_.channels; ++c) {
+      A sum = A(0), max = minus_infinity<A>();
+      int64_t argmax = 0;
+      for (int64_t b = 0; b < blocks(pixels_); ++b) {
+        const int64_t at = b * shape_.channels + c;
+        sum += ws.block_sum[at];
+        if (takes_maximum(ws.block_max[at], max)) {
+          max = ws.block_max[at];
+          argmax = ws.block_argmax[at];
+        }
+      }
+      write_pooled(n, c, sum, max, argmax);
+    }
+  }
+
+  // Mean and maximum over channels of x * channel_gate, into the planes.
+  template <class Run>
+  void maps(int64_t n, Workspace& ws, Run run) const {
+    const int64_t tiles = (pixels_ + kColumnTile - 1) / kColumnTile;
+    run(tiles, [&](int64_t first, int64_t last) {
+      A mean[kColumnTile], max[kColumnTile];
+      Index argmax[kColumnTile];
+      for (int64_t begin = first * kColumnTile; begin < last * kColumnTile; begin += kColumnTile) {
+        const int64_t end = begin + kColumnTile < pixels_ ? begin + kColumnTile : pixels_;
+        if (begin >= end) break;
+        if (p_.training())
+          map_tile<true>(n, begin, end, mean, max, argmax);
+        else
+          map_tile<false>(n, begin, end, mean, max, argmax);
+        planes_.insert(mean, begin, end, ws.planes);
+        planes_.insert(max, begin, end, ws.planes + planes_.size());
+        if (p_.training()) save_maps(n, begin, end, mean, max, argmax);
+      }
+    });
+  }
+
+  template <bool kArgmax>
+  void map_tile(int64_t n, int64_t begin, int64_t end, A* mean, A* max, Index* argmax) const {
+    const A* gate = channel_gate(n);
+    if (channels_first_) {
+      reduce_columns<true, kArgmax>(x(n), 0, shape_.channels, begin, end - begin, gate, mean, max,
+                                    argmax);
+    } else {
+      for (int64_t s = begin; s < end; ++s) {
+        const auto e = reduce_row<true, kArgmax>(x(n).row(s), gate, shape_.channels);
+        mean[s - begin] = e.sum;
+        max[s - begin] = e.max;
+        argmax[s - begin] = static_cast<Index>(e.argmax);
+      }
+    }
+    for (int64_t j = 0; j < end - begin; ++j) mean[j] /= static_cast<A>(shape_.channels);
+  }
+
+  void save_maps(int64_t n, int64_t begin, int64_t end, const A* mean, const A* max,
+                 const Index* argmax) const {
+    T* saved = static_cast<T*>(p_.saved.maps) + n * 2 * pixels_ + begin;
+    int32_t* channel = p_.saved.channel_argmax + n * pixels_ + begin;
+    for_vectors<A>(end - begin, [&](int64_t j, auto lanes) {
+      lanes.store(saved + j, lanes.load(mean + j));
+      lanes.store(saved + pixels_ + j, lanes.load(max + j));
+    });
+    for (int64_t j = 0; j < end - begin; ++j) channel[j] = static_cast<int32_t>(argmax[j]);
+  }
+
+  // Image rows [begin, end) of sigmoid(conv(maps) + bias).
+  void spatial_gate(const Workspace& ws, A* gate, int64_t begin, int64_t end) const {
+    const A* weight = static_cast<const A*>(p_.weights.conv_weight);
+    const A* bias = static_cast<const A*>(p_.weights.conv_bias);
+    for (int64_t row = begin; row < end; ++row)
+      correlate_row(planes_, ws.planes, 2, weight, bias ? *bias : A(0), row,
+                    gate + row * shape_.width);
+    A* rows = gate + begin * shape_.width;
+    for_vectors<A>((end - begin) * shape_.width, [&](int64_t j, auto lanes) {
+      lanes.store(rows + j, sigmoid<A>(lanes.load(rows + j)));
+    });
+  }
+
+  static constexpr int64_t kPoolBlock = 1024;
+
+  const ForwardProblem& p_;
+  const Shape& shape_;
+  Mlp<A> mlp_;
+  Planes<A> planes_;
+  int64_t pixels_;
+  bool channels_first_;
+};
+
+}  // namespace
+
+namespace CBAM_CPU_TARGET {
+
+void forward(const ForwardProblem& problem, const ThreadPool& pool) {
+  switch (problem.dtype) {
+    case DType::kFloat32: return run_samples(Forward<float>(problem), problem, pool, 4);
+    case DType::kFloat64: return run_samples(Forward<double>(problem), problem, pool, 8);
+    case DType::kFloat16: return run_samples(Forward<Half>(problem), problem, pool, 2);
+    case DType::kBFloat16: return run_samples(Forward<BFloat16>(problem), problem, pool, 2);
+  }
+}
+
+}  // namespace CBAM_CPU_TARGET
+}  // namespace cbam::cpu

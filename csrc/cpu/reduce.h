@@ -1,0 +1,232 @@
+// Passes over one sample, seen as a matrix of rows whose columns lie side by side in memory:
+// channels x pixels where channels come first, pixels x channels where they come last. What a pass
+// over space is in one layout is a pass over channels in the other, so each is written once.
+#pragma once
+
+#include "simd.h"
+
+namespace cbam::cpu {
+namespace {
+
+// Fixed sizes of partial sums: they, not the number of threads, decide the order of every sum.
+constexpr int64_t kColumnTile = 512;
+constexpr int64_t kRowBlock = 32;
+constexpr int64_t kSumBlock = 4096;
+
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t rows, cols, stride;
+
+  CBAM_INLINE_MEMBER T* row(int64_t r) const { return data + r * stride; }
+};
+
+template <class A>
+struct Extremes {
+  A sum, max;
+  int64_t argmax;
+};
+
+// The first column in [begin, end) whose scaled value is `wanted`, or is NaN where `wanted` is NaN;
+// `end` if there is none.
+template <bool kScaled, class T>
+int64_t find_first(const T* row, const acc_t<T>* factor, int64_t begin, int64_t end,
+                   acc_t<T> wanted) {
+  using A = acc_t<T>;
+  const bool nan = wanted != wanted;
+  for (int64_t j = begin; j < end; j += kLanes<A>) {
+    const int64_t n = end - j < kLanes<A> ? end - j : kLanes<A>;
+    vec_t<A> v = n < kLanes<A> ? load_first(row + j, n) : load(row + j);
+    if constexpr (kScaled) v *= n < kLanes<A> ? load_first(factor + j, n) : load(factor + j);
+    const ivec_t<A> hit = nan ? v != v : v == wanted;
+    if (any<A>(hit))
+      for (int64_t i = 0; i < n; ++i)
+        if (hit[i]) return j + i;
+  }
+  return end;
+}
+
+// Sum and maximum of row[j] * factor[j], and with kArgmax the first column of the maximum. Without
+// kArgmax a NaN shows in the sum alone.
+template <bool kScaled, bool kArgmax, class T>
+Extremes<acc_t<T>> reduce_row(const T* row, const acc_t<T>* factor, int64_t cols) {
+  using A = acc_t<T>;
+  constexpr int kUnroll = 4, kStep = kUnroll * kLanes<A>;
+  Extremes<A> r{A(0), minus_infinity<A>(), 0};
+  int64_t block_of_max = 0;
+  for (int64_t begin = 0; begin < cols; begin += kSumBlock) {
+    const int64_t n = cols - begin < kSumBlock ? cols - begin : kSumBlock;
+    const T* x = row + begin;
+    const A* f = factor + begin;
+    vec_t<A> sum[kUnroll] = {}, max[kUnroll];
+    for (auto& m : max) m = splat(minus_infinity<A>());
+    int64_t j = 0;
+    for (; j + kStep <= n; j += kStep)
+      for (int u = 0; u < kUnroll; ++u) {
+        vec_t<A> v = load(x + j + u * kLanes<A>);
+        if constexpr (kScaled) v *= load(f + j + u * kLanes<A>);
+        sum[u] += v;
+        max[u] = maximum<A>(v, max[u]);
+      }
+    for_vectors<A>(n - j, [&](int64_t i, auto lanes) {
+      vec_t<A> v = lanes.load(x + j + i);
+      if constexpr (kScaled) v *= lanes.load(f + j + i);
+      sum[0] += v;
+      const ivec_t<A> inside = iota<A>() < static_cast<index_t<A>>(n - j - i);
+      max[0] = maximum<A>(inside ? v : splat(minus_infinity<A>()), max[0]);
+    });
+    r.sum += sum_of_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    const A block_max =
+        max_of_lanes<A>(maximum<A>(maximum<A>(max[0], max[1]), maximum<A>(max[2], max[3])));
+    if (block_max > r.max) {
+      r.max = block_max;
+      block_of_max = begin;
+    }
+  }
+  if constexpr (kArgmax) {
+    const A nan = r.sum;
+    const int64_t first_nan = nan != nan ? find_first<kScaled>(row, factor, 0, cols, nan) : cols;
+    if (first_nan < cols) {
+      r.max = nan;
+      r.argmax = first_nan;
+    } else {
+      r.argmax = find_first<kScaled>(row, factor, block_of_max, cols, r.max);
+    }
+  }
+  return r;
+}
+
+// kRows rows at once into one vector of columns.
+template <int kRows, bool kScaled, bool kArgmax, class T, class A, class L>
+CBAM_INLINE void fold_rows(const Matrix<const T>& m, int64_t r, int64_t col, const A* factor,
+                           L lanes, A* sum, A* max, index_t<A>* argmax) {
+  vec_t<A> v[kRows], best = load(max);
+  for (int i = 0; i < kRows; ++i) {
+    v[i] = lanes.load(m.row(r + i) + col);
+    if constexpr (kScaled) v[i] *= factor[r + i];
+  }
+  if constexpr (kArgmax) {
+    ivec_t<A> index;
+    __builtin_memcpy(&index, argmax, sizeof index);
+    for (int i = 0; i < kRows; ++i) {
+      const ivec_t<A> wins = takes_maximum(v[i], best);
+      best = wins ? v[i] : best;
+      index = wins ? ivec_t<A>{} + static_cast<index_t<A>>(r + i) : index;
+    }
+    __builtin_memcpy(argmax, &index, sizeof index);
+  } else {
+    for (int i = 0; i < kRows; ++i) best = maximum<A>(v[i], best);
+  }
+  store(max, best);
+  for (int width = kRows / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  store(sum, load(sum) + v[0]);
+}
+
+// Per column of [col, col + cols): sum, maximum and with kArgmax the first row of the maximum of
+// m[r][c] * factor[r] over rows [begin, end). cols <= kColumnTile; the outputs hold kColumnTile.
+template <bool kScaled, bool kArgmax, class T>
+void reduce_columns(const Matrix<const T>& m, int64_t begin, int64_t end, int64_t col, int64_t cols,
+                    const acc_t<T>* factor, acc_t<T>* sum, acc_t<T>* max,
+                    index_t<acc_t<T>>* argmax) {
+  using A = acc_t<T>;
+  constexpr int kRows = 8;
+  for (int64_t j = 0; j < kColumnTile; ++j) {
+    sum[j] = A(0);
+    max[j] = minus_infinity<A>();
+    if constexpr (kArgmax) argmax[j] = static_cast<index_t<A>>(begin);
+  }
+  int64_t r = begin;
+  for (; r + kRows <= end; r += kRows)
+    for_vectors<A>(cols, [&](int64_t j, auto lanes) {
+      fold_rows<kRows, kScaled, kArgmax>(m, r, col + j, factor, lanes, sum + j, max + j,
+                                         argmax + j);
+    });
+  for (; r < end; ++r)
+    for_vectors<A>(cols, [&](int64_t j, auto lanes) {
+      fold_rows<1, kScaled, kArgmax>(m, r, col + j, factor, lanes, sum + j, max + j, argmax + j);
+    });
+}
+
+// out[r][j] = x[r][j] * row_factor[r] * col_factor[j] for rows [begin, end).
+template <class T, class A = acc_t<T>>
+void scale_rows(const Matrix<const T>& x, const Matrix<T>& out, int64_t begin, int64_t end,
+                const A* row_factor, const A* col_factor) {
+  for (int64_t r = begin; r < end; ++r) {
+    const T* in = x.row(r);
+    T* to = out.row(r);
+    const A f = row_factor[r];
+    for_vectors<A>(x.cols, [&](int64_t j, auto lanes) {
+      lanes.store(to + j, lanes.load(in + j) * f * lanes.load(col_factor + j));
+    });
+  }
+}
+
+// kRows rows of p = a * b: each row's sum of p * col_factor, and p * row_factor added to col_sum.
+template <int kRows, class T, class A>
+CBAM_INLINE void cross_rows(const Matrix<const T>& a, const Matrix<const T>& b, int64_t r,
+                            const A* row_factor, const A* col_factor, A* row_sum, A* col_sum) {
+  for (int i = 0; i < kRows; ++i) row_sum[r + i] = A(0);
+  for (int64_t begin = 0; begin < a.cols; begin += kColumnTile) {
+    const int64_t n = a.cols - begin < kColumnTile ? a.cols - begin : kColumnTile;
+    vec_t<A> sum[kRows] = {};
+    for_vectors<A>(n, [&](int64_t k, auto lanes) {
+      const int64_t j = begin + k;
+      const vec_t<A> f = lanes.load(col_factor + j);
+      vec_t<A> column = lanes.load(col_sum + j);
+      for (int i = 0; i < kRows; ++i) {
+        const vec_t<A> p = lanes.load(a.row(r + i) + j) * lanes.load(b.row(r + i) + j);
+        sum[i] += p * f;
+        column += p * row_factor[r + i];
+      }
+      lanes.store(col_sum + j, column);
+    });
+    for (int i = 0; i < kRows; ++i) row_sum[r + i] += sum_of_lanes<A>(sum[i]);
+  }
+}
+
+// With p = a * b over rows [begin, end): row_sum[r] = sum_j p[r][j] * col_factor[j], and
+// col_sum[j] = sum_r p[r][j] * row_factor[r].
+template <class T, class A = acc_t<T>>
+void cross_sums(const Matrix<const T>& a, const Matrix<const T>& b, int64_t begin, int64_t end,
+                const A* row_factor, const A* col_factor, A* row_sum, A* col_sum) {
+  constexpr int kRows = 4;
+  for (int64_t j = 0; j < a.cols; ++j) col_sum[j] = A(0);
+  int64_t r = begin;
+  for (; r + kRows <= end; r += kRows)
+    cross_rows<kRows>(a, b, r, row_factor, col_factor, row_sum, col_sum);
+  for (; r < end; ++r) cross_rows<1>(a, b, r, row_factor, col_factor, row_sum, col_sum);
+}
+
+// sum_j row[j] * weight[j]
+template <class T>
+acc_t<T> dot(const T* row, const acc_t<T>* weight, int64_t cols) {
+  using A = acc_t<T>;
+  constexpr int kUnroll = 4, kStep = kUnroll * kLanes<A>;
+  A total = A(0);
+  for (int64_t begin = 0; begin < cols; begin += kSumBlock) {
+    const int64_t end = cols - begin < kSumBlock ? cols : begin + kSumBlock;
+    vec_t<A> sum[kUnroll] = {};
+    int64_t j = begin;
+    for (; j + kStep <= end; j += kStep)
+      for (int u = 0; u < kUnroll; ++u)
+        sum[u] += load(row + j + u * kLanes<A>) * load(weight + j + u * kLanes<A>);
+    for_vectors<A>(end - j, [&](int64_t i, auto lanes) {
+      sum[0] += lanes.load(row + j + i) * lanes.load(weight + j + i);
+    });
+    total += sum_of_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+  return total;
+}
+
+// to[j] += factor * row[j]
+template <class T>
+void add_scaled(const T* row, acc_t<T> factor, acc_t<T>* to, int64_t cols) {
+  using A = acc_t<T>;
+  for_vectors<A>(cols, [&](int64_t j, auto lanes) {
+    lanes.store(to + j, lanes.load(to + j) + factor * lanes.load(row + j));
+  });
+}
+
+}  // namespace
+}  // namespace cbam::cpu

@@ -1,0 +1,91 @@
+// What every backend is handed: plain structs of sizes, strides and raw pointers.
+// ops.cpp fills them after checking the arguments; kernels read nothing else.
+#pragma once
+
+#include <cstdint>
+
+namespace cbam {
+
+enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+// x is [samples, channels, depth, height, width]; an absent dimension is an extent of 1.
+struct Shape {
+  int64_t samples;
+  int64_t channels;
+  int64_t hidden;
+  int64_t depth, height, width;
+  int64_t kernel_depth, kernel_height, kernel_width;
+
+  int64_t pixels() const { return depth * height * width; }
+  int64_t taps() const { return kernel_depth * kernel_height * kernel_width; }
+};
+
+// In elements. Pixels are numbered along width, then height, then depth, and every tensor of x's
+// size either has pixel == 1 (channels first) or channel == 1 (channels last).
+struct Strides {
+  int64_t sample;
+  int64_t channel;
+  int64_t pixel;
+
+  bool channels_first() const { return pixel == 1; }
+};
+
+// `acc` below is double where x is double, else float.
+struct Weights {
+  const void* fc1_weight;   // acc [hidden, channels]
+  const void* fc1_bias;     // acc [hidden] or null
+  const void* fc2_weight;   // acc [channels, hidden]
+  const void* fc2_bias;     // acc [channels] or null
+  const void* conv_weight;  // acc [2, kernel_depth, kernel_height, kernel_width]
+  const void* conv_bias;    // acc [1] or null
+};
+
+// Written by the forward. The first three always, the others only when backward will follow.
+struct Saved {
+  void* channel_gate;     // acc [samples, channels]
+  void* pooled;           // acc [samples, 2, channels]: mean, max over space
+  void* hidden;           // acc [samples, 2, hidden]: after the ReLU, of mean and of max
+  void* spatial_gate;     // acc [samples, pixels] or null
+  void* maps;             // x's dtype [samples, 2, pixels]: mean, max over channels; or null
+  int32_t* pixel_argmax;  // [samples, channels]: the pixel that holds a channel's maximum; or null
+  int32_t* channel_argmax;  // [samples, pixels]: the channel that holds a pixel's maximum; or null
+};
+
+struct ForwardProblem {
+  DType dtype;
+  Shape shape;
+  Strides strides;      // of x
+  Strides out_strides;  // same kind as strides
+  const void* x;
+  void* out;
+  Weights weights;
+  Saved saved;
+
+  bool training() const { return saved.spatial_gate != nullptr; }
+};
+
+// Each gradient is null where it was not asked for.
+struct Gradients {
+  void* x;           // x's dtype, dx_strides
+  void* fc1_weight;  // acc, shaped like the weight; so are the following
+  void* fc1_bias;
+  void* fc2_weight;
+  void* fc2_bias;
+  void* conv_weight;
+  void* conv_bias;
+
+  bool mlp() const { return fc1_weight || fc1_bias || fc2_weight || fc2_bias; }
+  bool conv() const { return conv_weight || conv_bias; }
+};
+
+// Extends the forward's problem: x, weights and saved are read; out is not used.
+struct BackwardProblem : ForwardProblem {
+  Strides dout_strides;        // same kind as strides
+  Strides dx_strides;          // same kind as strides
+  const void* dout;            // x's dtype
+  const void* d_channel_gate;  // acc [samples, channels] or null: what else reached the gate
+  const void* d_spatial_gate;  // acc [samples, pixels] or null
+  Gradients gradients;
+};
+
+}  // namespace cbam

@@ -1,0 +1,225 @@
+"""Builds cbam_cuda._C with ninja. Everything that is not code generation stands in pyproject.toml.
+
+CBAM_CUDA_BUILD=auto (the default) compiles the CUDA sources where a CUDA toolkit is found, whether
+or not there is a GPU; =cuda makes its absence an error; =cpu leaves them out. The toolkit is looked
+for in CUDA_HOME, CUDA_PATH and /usr/local/cuda. TORCH_CUDA_ARCH_LIST names the architectures.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+
+OLDEST_TORCH = (2, 11)
+TORCH_TARGET_VERSION = "0x020b000000000000"
+DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+# The CPU kernels are compiled once for each of these; csrc/cpu/target.cpp chooses at run time.
+CPU_TARGETS = {"baseline": ""}
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+if X86:
+    CPU_TARGETS["avx2"] = "-mavx2 -mfma -mf16c"
+    CPU_TARGETS["avx512"] = (
+        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 "
+        "-Wno-maybe-uninitialized"  # g++ 12 warns in its own avx512fintrin.h
+    )
+PER_TARGET_SOURCES = ("cpu/forward.cpp", "cpu/backward.cpp")
+
+
+def fail(message: str) -> None:
+    """End the build with one line that says what to do."""
+    raise SystemExit(f"cbam_cuda: {message}")
+
+
+def torch_paths() -> tuple[list[str], list[str]]:
+    """Include and library folders of the installed torch."""
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError:
+        fail(
+            "torch was not found by the build: install torch >= 2.11, then run "
+            "`pip install --no-build-isolation .`"
+        )
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < OLDEST_TORCH:
+        fail(f"torch >= 2.11 is needed, found {torch.__version__}: run `pip install -U torch`")
+    return cpp_extension.include_paths(), cpp_extension.library_paths()
+
+
+def pybind11_include() -> str:
+    """Include folder of the pybind11 package."""
+    try:
+        import pybind11
+    except ImportError:
+        fail("pybind11 was not found by the build: run `pip install pybind11`")
+    return pybind11.get_include()
+
+
+def ninja_path() -> str:
+    """The ninja program, of the Python package or of the system."""
+    try:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    except ImportError:
+        found = shutil.which("ninja")
+    if not found:
+        fail("ninja was not found: run `pip install ninja`")
+    return found
+
+
+def compiler() -> str:
+    """The C++ compiler: CXX, or the system's."""
+    wanted = os.environ.get("CXX")
+    for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
+        if shutil.which(name.split()[0]):
+            return name
+    fail("no C++ compiler was found: install g++ >= 11 or set CXX to one")
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit to build with, or None for a build without CUDA."""
+    mode = os.environ.get("CBAM_CUDA_BUILD", "auto")
+    if mode not in ("auto", "cpu", "cuda"):
+        fail(f"CBAM_CUDA_BUILD: expected auto, cpu or cuda, got {mode!r}")
+    if mode == "cpu":
+        return None
+    # `which nvcc` may be a wrapper that stands outside its toolkit, so it is not asked.
+    for folder in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        home = Path(folder) if folder else None
+        if home and (home / "bin/nvcc").is_file() and (home / "include/cuda_runtime.h").is_file():
+            return home
+    if mode == "cuda":
+        fail(
+            "CBAM_CUDA_BUILD=cuda, but no CUDA toolkit was found in CUDA_HOME, CUDA_PATH or "
+            "/usr/local/cuda: set CUDA_HOME, or CBAM_CUDA_BUILD=cpu to build without CUDA"
+        )
+    return None
+
+
+def architectures() -> str:
+    """The CUDA architectures to compile for, as in TORCH_CUDA_ARCH_LIST."""
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").replace(",", ";")
+    return given or DEFAULT_ARCHITECTURES
+
+
+def gencode(archs: str) -> str:
+    """nvcc's flags for a list like ``8.0;9.0+PTX``."""
+    flags = []
+    for arch in filter(None, archs.split(";")):
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return " ".join(flags)
+
+
+def nvcc_version(home: Path) -> str:
+    """The toolkit's version, like ``13.0``."""
+    text = subprocess.run(
+        [str(home / "bin/nvcc"), "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    return text.split("release ")[1].split(",")[0]
+
+
+class NinjaFile:
+    """The build as ninja reads it: rules, one edge an object, one link."""
+
+    def __init__(self, folder: Path, output: Path, version: str) -> None:
+        self.folder = folder
+        self.objects: list[str] = []
+        self.lines: list[str] = []
+        cuda = cuda_home()
+        kernels = sorted((CSRC / "cuda").rglob("*.cu")) if cuda else []
+        self.write_rules(cuda if kernels else None, version)
+        for source in sorted([*CSRC.glob("*.cpp"), CSRC / "cpu/target.cpp"]):
+            self.compile("cxx", source)
+        for name, flags in CPU_TARGETS.items():
+            for source in PER_TARGET_SOURCES:
+                self.compile("cxx", CSRC / source, name, f"-O3 -DCBAM_CPU_TARGET={name} {flags}")
+        if kernels:
+            for source in [*kernels, *sorted((CSRC / "cuda").rglob("*.cpp"))]:
+                self.compile("nvcc" if source.suffix == ".cu" else "cxx", source)
+        self.lines.append(f"build {output}: link {' '.join(self.objects)}")
+
+    def write_rules(self, cuda: Path | None, version: str) -> None:
+        """Compilers, flags and libraries."""
+        includes, libraries = torch_paths()
+        system = [*includes, pybind11_include(), sysconfig.get_paths()["include"]]
+        if cuda:
+            system.append(str(cuda / "include"))
+        flags = [
+            "-std=c++17 -O2 -g0 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra -Wno-psabi",
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+            f"-DCBAM_VERSION='\"{version}\"'",
+            f"-I{CSRC}",
+            *(f"-isystem {folder}" for folder in reversed(system)),
+        ]
+        if X86:
+            flags.append("-DCBAM_X86_TARGETS")
+        link = [*(f"-L{folder}" for folder in libraries), "-ltorch_cpu -lc10"]
+        if cuda:
+            flags.append("-DCBAM_WITH_CUDA")
+            flags.append(f"-DCBAM_CUDA_VERSION='\"{nvcc_version(cuda)}\"'")
+            flags.append(f"-DCBAM_CUDA_ARCHITECTURES='\"{architectures()}\"'")
+            link.append(f"-L{cuda}/lib64 -lcudart_static -ldl -lrt -lpthread")
+            self.rule(
+                "nvcc",
+                f"{cuda}/bin/nvcc -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -I{CSRC} "
+                f"{gencode(architectures())} -MD -MF $out.d -c $in -o $out",
+            )
+        self.rule("cxx", f"{compiler()} {' '.join(flags)} $extra -MMD -MF $out.d -c $in -o $out")
+        shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
+        self.rule("link", f"{compiler()} {shared} $in {' '.join(link)} -o $out", depfile=False)
+
+    def rule(self, name: str, command: str, depfile: bool = True) -> None:
+        """One rule; compilations say which headers they read."""
+        self.lines += [f"rule {name}", f"  command = {command}"]
+        if depfile:
+            self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def compile(self, rule: str, source: Path, label: str = "", extra: str = "") -> None:
+        """One object; `label` tells apart those of the same source."""
+        name = source.relative_to(CSRC).as_posix() + (f".{label}" if label else "") + ".o"
+        self.objects.append(str(self.folder / name))
+        self.lines += [f"build {self.objects[-1]}: {rule} {source}", f"  extra = {extra}"]
+
+    def run(self) -> None:
+        """Write build.ninja and run it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "build.ninja"
+        path.write_text("\n".join(self.lines) + "\n")
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        if subprocess.run([ninja_path(), "-f", str(path), *jobs]).returncode:
+            fail(
+                "compilation failed, see the first error above; CBAM_CUDA_BUILD=cpu builds "
+                "without CUDA, CXX names another C++ compiler"
+            )
+
+
+class BuildExtension(build_ext):
+    """build_ext that hands the one extension to ninja."""
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(self.build_temp).resolve()
+        NinjaFile(folder, output, self.distribution.get_version()).run()
+
+
+setup(
+    ext_modules=[Extension("cbam_cuda._C", sources=[])],
+    cmdclass={"build_ext": BuildExtension},
+)
