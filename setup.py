@@ -140,7 +140,7 @@ class NinjaFile:
     def __init__(self, folder: Path, output: Path, version: str) -> None:
         self.folder = folder
         self.objects: list[str] = []
-        self.lines: list[str] = []
+        self.lines = [f"builddir = {folder}"]
         cuda = cuda_home()
         kernels = sorted((CSRC / "cuda").rglob("*.cu")) if cuda else []
         self.write_rules(cuda if kernels else None, version)
@@ -213,9 +213,11 @@ class BuildExtension(build_ext):
     """build_ext that hands the one extension to ninja."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Build `ext` where setuptools expects it."""
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(self.build_temp).resolve()
+        # Not build_temp, which an editable install throws away: a rebuild should only do what changed.
+        folder = ROOT / "build" / f"{sys.implementation.cache_tag}-{platform.machine()}"
         NinjaFile(folder, output, self.distribution.get_version()).run()
 
 

@@ -38,8 +38,8 @@ def check_sizes(in_channels: object, ratio: object, kernel_size: object, dim: ob
     hidden = channels // _positive("ratio", ratio)
     if hidden == 0:
         raise ValueError(
-            f"ratio: expected at most in_channels ({channels}), got {ratio}, which leaves no hidden "
-            "channel"
+            f"ratio: expected at most in_channels ({channels}), got {ratio}, "
+            "which leaves no hidden channel"
         )
     if _positive("kernel_size", kernel_size) % 2 == 0:
         raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")

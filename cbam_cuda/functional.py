@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,32 +15,6 @@ BACKENDS = ("auto", "cuda", "cpu", "reference")
 _VARIABLE = "CBAM_CUDA_BACKEND"
 
 
-@overload
-def cbam(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    *,
-    return_attention: Literal[False] = ...,
-    backend: str = ...,
-) -> Tensor: ...
-@overload
-def cbam(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    *,
-    return_attention: Literal[True],
-    backend: str = ...,
-) -> tuple[Tensor, Tensor, Tensor]: ...
 def cbam(
     x: Tensor,
     fc1_weight: Tensor,
@@ -101,12 +74,11 @@ def cbam(
     if _choose(backend, x.device) == "reference":
         return reference.cbam(x, *weights, return_attention=return_attention)
     if return_attention or _needs_grad(x, weights):
-        out, channel_gate, spatial_gate, *_ = torch.ops.cbam_cuda.forward_train(x, *weights)
+        out, channel_gate, spatial_gate, *_ = ops.forward_train(x, weights)
         if return_attention:
             return out, channel_gate.to(x.dtype), spatial_gate.to(x.dtype)
-    else:
-        out = torch.ops.cbam_cuda.forward(x, *weights)
-    return out
+        return out
+    return ops.forward(x, weights)
 
 
 def _needs_grad(x: Tensor, weights: Weights) -> bool:

@@ -25,7 +25,7 @@ load_error: ImportError | None = None
 try:
     from . import _C
 except ImportError as error:
-    _C = None
+    _C = None  # type: ignore[assignment]
     load_error = error
 
 
@@ -44,6 +44,18 @@ def missing(device_type: str) -> str | None:
 def build_info() -> dict[str, Any] | None:
     """What the compiled module says of itself; None where it did not load."""
     return None if _C is None else _C.build_info()
+
+
+def forward(x: Tensor, weights: Weights) -> Tensor:
+    """The output alone, outside autograd."""
+    out: Tensor = torch.ops.cbam_cuda.forward(x, *weights)
+    return out
+
+
+def forward_train(x: Tensor, weights: Weights) -> tuple[Tensor, ...]:
+    """The output, the gates, and what else backward needs."""
+    outputs: tuple[Tensor, ...] = torch.ops.cbam_cuda.forward_train(x, *weights)
+    return outputs
 
 
 _WEIGHTS = len(Weights._fields)
@@ -126,7 +138,7 @@ def _backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
     with torch.enable_grad():
         inputs = [_in_graph(t) for t in ctx.saved_tensors]
         incoming, variables = inputs[:3], inputs[3:]
-        results = reference.cbam(*variables, return_attention=True)
+        results = reference.cbam(*variables, return_attention=True)  # type: ignore[arg-type]
         pairs = [
             (result, grad.to(result.dtype))
             for result, grad in zip(results, incoming, strict=True)

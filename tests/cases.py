@@ -1,0 +1,154 @@
+"""What the suite runs over: shapes with the regime each covers, dtypes, layouts, and inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import cbam_cuda
+from cbam_cuda.arguments import Weights
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shape: tuple[int, ...]  # [N, C, *space]
+    hidden: int
+    kernel: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = (
+    # Two dimensions
+    Case("small sample, one thread does it all", (2, 16, 5, 6), 4, (3, 3)),
+    Case("rows shorter than a vector", (3, 20, 1, 3), 5, (7, 7)),
+    Case("rows of 7x7 leave a rest of every vector", (3, 64, 7, 7), 4, (7, 7)),
+    Case("more samples than threads", (9, 32, 14, 14), 2, (7, 7)),
+    Case("one sample split over threads", (1, 24, 33, 31), 3, (7, 7)),
+    Case("several column tiles, row blocks and pool blocks", (2, 72, 40, 40), 6, (5, 5)),
+    Case("row longer than a block of sums", (1, 6, 70, 71), 2, (7, 7)),
+    Case("more channels than a column tile", (2, 530, 3, 3), 33, (3, 3)),
+    Case("kernel larger than the image", (2, 8, 4, 3), 2, (11, 11)),
+    Case("kernel wider than a block of taps", (2, 8, 9, 40), 2, (19, 19)),
+    Case("kernel of one tap", (2, 8, 6, 6), 2, (1, 1)),
+    Case("kernel with a size for each dimension", (2, 8, 12, 9), 2, (3, 7)),
+    Case("one channel", (2, 1, 9, 9), 1, (3, 3)),
+    Case("one pixel", (3, 17, 1, 1), 4, (7, 7)),
+    Case("one of everything", (1, 1, 1, 1), 1, (1, 1)),
+    # One dimension
+    Case("sequence", (2, 12, 100), 3, (7,)),
+    Case("sequence longer than many blocks", (1, 4, 20000), 2, (9,)),
+    # Three dimensions
+    Case("volume", (2, 10, 4, 6, 9), 2, (3, 3, 3)),
+    Case("volume, a size for each dimension", (1, 40, 6, 17, 11), 4, (1, 3, 5)),
+    Case("volume, large kernel", (1, 4, 5, 8, 9), 2, (7, 7, 7)),
+)
+
+# Fewer, for tests where the regime does not matter: one of each number of dimensions.
+FEW_CASES = tuple(
+    c for c in CASES if c.name in ("rows of 7x7 leave a rest of every vector", "sequence", "volume")
+)
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return x.contiguous()
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _into(view: Tensor, x: Tensor) -> Tensor:
+    return view.copy_(x)
+
+
+def _channels_of_more(x: Tensor) -> Tensor:
+    n, c, *space = x.shape
+    return _into(x.new_full((n, c + 5, *space), torch.nan)[:, 2 : c + 2], x)
+
+
+def _channels_last_of_more(x: Tensor) -> Tensor:
+    n, c, *space = x.shape
+    return _into(x.new_full((n, *space, c + 3), torch.nan)[..., 1 : c + 1].movedim(-1, 1), x)
+
+
+def _every_second(x: Tensor) -> Tensor:
+    return _into(x.new_full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)[..., ::2], x)
+
+
+def _odd_offset(x: Tensor) -> Tensor:
+    return _into(x.new_full((x.numel() + 1,), torch.nan)[1:].view(x.shape), x)
+
+
+def _space_transposed(x: Tensor) -> Tensor:
+    return x.transpose(1, -1).contiguous().transpose(1, -1).transpose(-1, -2).contiguous().mT
+
+
+def _samples_reversed_in_memory(x: Tensor) -> Tensor:
+    return _into(x.new_full((x.shape[1], x.shape[0], *x.shape[2:]), torch.nan).transpose(0, 1), x)
+
+
+# The same values in other places.
+LAYOUTS = {
+    "contiguous": _contiguous,
+    "channels_last": _channels_last,
+    "channels of more": _channels_of_more,
+    "channels_last of more": _channels_last_of_more,
+    "every second": _every_second,
+    "odd offset": _odd_offset,
+    "space transposed": _space_transposed,
+    "samples inside": _samples_reversed_in_memory,
+}
+NATIVE_LAYOUTS = ("contiguous", "channels_last")
+
+
+def make_x(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(case.shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def make_weights(
+    case: Case, dtype: torch.dtype, device: str = "cpu", *, bias: bool = True, seed: int = 1
+) -> Weights:
+    """Weights large enough that every gate varies."""
+    generator = torch.Generator().manual_seed(seed)
+    channels, dim = case.shape[1], len(case.shape) - 2
+
+    def draw(*sizes: int, fan_in: int) -> Tensor:
+        values = torch.randn(sizes, generator=generator, dtype=torch.float64)
+        return (values * (2.0 / fan_in**0.5)).to(device, dtype)
+
+    ones = (1,) * dim
+    taps = 2 * torch.Size(case.kernel).numel()
+    return Weights(
+        draw(case.hidden, channels, *ones, fan_in=channels),
+        draw(case.hidden, fan_in=4) if bias else None,
+        draw(channels, case.hidden, *ones, fan_in=case.hidden),
+        draw(channels, fan_in=4) if bias else None,
+        draw(1, 2, *case.kernel, fan_in=taps),
+        draw(1, fan_in=4) if bias else None,
+    )
+
+
+def leaves(x: Tensor, weights: Weights, dtype: torch.dtype | None = None) -> list[Tensor | None]:
+    """Detached copies of x, layout kept, and the weights, all of which require gradients."""
+    copies: list[Tensor | None] = []
+    for t in (x, *weights):
+        copy = None if t is None else t.detach().to(dtype or t.dtype)
+        copies.append(None if copy is None else copy.requires_grad_())
+    return copies
+
+
+def gradients(backend: str, tensors: list[Tensor | None], grad_out: Tensor) -> list[Tensor | None]:
+    """The output and the gradient of each tensor, None for those that are None."""
+    out = cbam_cuda.cbam(*tensors, backend=backend)
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(out, wanted, grad_out))
+    grads = [next(found) if t is not None and t.requires_grad else None for t in tensors]
+    return [out.detach(), *grads]

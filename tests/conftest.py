@@ -1,0 +1,34 @@
+"""The backends that the suite runs over, and the fixtures that every file shares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+import cbam_cuda
+
+settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("suite")
+
+
+def why_not(backend: str) -> str | None:
+    """Why a fused backend cannot run here, or None."""
+    state = cbam_cuda.info()["backends"][backend]
+    return None if state == "available" else f"{backend}: {state}"
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """A fused backend. Each is also the name of the device whose tensors it takes."""
+    if reason := why_not(request.param):
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """Set torch's number of threads, put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,214 @@
+"""The backward against the reference and against finite differences."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    DTYPES,
+    FEW_CASES,
+    LAYOUTS,
+    NATIVE_LAYOUTS,
+    Case,
+    gradients,
+    leaves,
+    make_weights,
+    make_x,
+)
+from tolerance import assert_as_good_as_eager
+
+from cbam_cuda import cbam
+from cbam_cuda.arguments import Weights
+
+NAMES = ("out", "x", *Weights._fields)
+
+
+def check(backend, case, dtype, layout, grad_layout="contiguous", **weight_options):
+    x = LAYOUTS[layout](make_x(case, dtype, backend))
+    grad = LAYOUTS[grad_layout](make_x(case, dtype, backend, seed=2))
+    weights = make_weights(case, **{"dtype": dtype, "device": backend, **weight_options})
+    fused = gradients(backend, leaves(x, weights), grad)
+    eager = gradients("reference", leaves(x, weights), grad)
+    truth = gradients("reference", leaves(x, weights, torch.float64), grad.double())
+    for name, *three in zip(NAMES, fused, eager, truth, strict=True):
+        if three[2] is not None:
+            assert_as_good_as_eager(name, *three)
+    return x, fused[1]
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_reference(backend, case, dtype, layout):
+    check(backend, case, dtype, layout, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_layout_gives_the_same(backend, case, layout):
+    x, dx = check(backend, case, torch.float32, layout, layout)
+    assert dx.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+@pytest.mark.parametrize("grad_layout", LAYOUTS)
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_gradient_that_arrives_in_another_layout(backend, case, layout, grad_layout):
+    check(backend, case, torch.float32, layout, grad_layout)
+
+
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_gradient_that_arrives_expanded(backend, case):
+    """As after `out.sum().backward()`: one element, strides of 0."""
+    x, weights = make_x(case, torch.float32, backend), make_weights(case, torch.float32, backend)
+    one = torch.ones((), device=backend)
+    expanded = gradients(backend, leaves(x, weights), one.expand_as(x))
+    dense = gradients(backend, leaves(x, weights), torch.ones_like(x))
+    for a, b in zip(expanded, dense, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_weights_in_float32_beside_x_of_16_bits(backend, case, dtype):
+    check(backend, case, dtype, "contiguous", **{"dtype": torch.float32})
+
+
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_without_biases(backend, case):
+    check(backend, case, torch.float32, "contiguous", bias=False)
+
+
+TINY = {
+    1: Case("tiny sequence", (2, 4, 5), 2, (3,)),
+    2: Case("tiny image", (2, 4, 3, 4), 2, (3, 3)),
+    3: Case("tiny volume", (1, 3, 2, 3, 2), 2, (3, 1, 3)),
+}
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+@pytest.mark.parametrize("dim", TINY)
+def test_gradcheck_through_all_outputs(backend, dim, layout):
+    x = LAYOUTS[layout](make_x(TINY[dim], torch.float64, backend))
+    tensors = leaves(x, make_weights(TINY[dim], torch.float64, backend))
+
+    def function(*tensors):
+        return cbam(*tensors, backend=backend, return_attention=True)
+
+    assert torch.autograd.gradcheck(function, tensors)
+
+
+@pytest.mark.parametrize("dim", TINY)
+def test_gradgradcheck(backend, dim):
+    x = make_x(TINY[dim], torch.float64, backend)
+    tensors = leaves(x, make_weights(TINY[dim], torch.float64, backend))
+    grad = make_x(TINY[dim], torch.float64, backend, seed=2).requires_grad_()
+
+    def function(*tensors):
+        return cbam(*tensors, backend=backend)
+
+    assert torch.autograd.gradgradcheck(function, tensors, [grad])
+
+
+def test_gradgradcheck_through_the_gates(backend):
+    x = make_x(TINY[2], torch.float64, backend)
+    tensors = leaves(x, make_weights(TINY[2], torch.float64, backend))
+
+    def function(*tensors):
+        return cbam(*tensors, backend=backend, return_attention=True)[1:]
+
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
+def test_gradient_penalty_trains(backend):
+    """A loss on a gradient, as in WGAN-GP: second derivatives by create_graph, frozen weights."""
+    case = TINY[2]
+    grads = {}
+    for which in (backend, "reference"):
+        x, *weights = leaves(
+            make_x(case, torch.float64, backend), make_weights(case, torch.float64, backend)
+        )
+        weights[0].requires_grad_(False)
+        out = cbam(x, *weights, backend=which)
+        (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        trained = [x, *weights[1:]]
+        grads[which] = torch.autograd.grad(dx.square().sum(), trained)
+    for a, b in zip(grads[backend], grads["reference"], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_frozen_mixtures_give_the_same_gradients(backend, mask):
+    """x, the first layer, the second layer, the convolution: any of them frozen."""
+    case = FEW_CASES[0]
+    x, weights = make_x(case, torch.float32, backend), make_weights(case, torch.float32, backend)
+    if not any(mask):
+        assert not cbam(x, *weights, backend=backend).requires_grad
+        return
+    grad = make_x(case, torch.float32, backend, seed=2)
+    wanted = [mask[0], mask[1], mask[1], mask[2], mask[2], mask[3], mask[3]]
+    tensors = [t.requires_grad_(w) for t, w in zip(leaves(x, weights), wanted, strict=True)]
+    some = gradients(backend, tensors, grad)[1:]
+    full = gradients(backend, leaves(x, weights), grad)[1:]
+    for a, b, w in zip(some, full, wanted, strict=True):
+        assert (a is not None) == w
+        assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+def test_one_gradient_alone(backend, index, layout):
+    case = FEW_CASES[0]
+    x = LAYOUTS[layout](make_x(case, torch.float32, backend))
+    weights, grad = make_weights(case, torch.float32, backend), torch.ones_like(x)
+    tensors = leaves(x, weights)
+    for i, t in enumerate(tensors):
+        t.requires_grad_(i == index)
+    alone = gradients(backend, tensors, grad)[1 + index]
+    assert torch.equal(alone, gradients(backend, leaves(x, weights), grad)[1 + index])
+
+
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_empty_batch(backend, case):
+    x = make_x(case, torch.float32, backend)[:0]
+    weights = make_weights(case, torch.float32, backend)
+    out, dx, *rest = gradients(backend, leaves(x, weights), x)
+    assert dx.shape == out.shape == x.shape
+    assert all(torch.equal(g, torch.zeros_like(w)) for g, w in zip(rest, weights, strict=True))
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bitwise_equal_for_every_number_of_threads(case, layout, threads):
+    x = LAYOUTS[layout](make_x(case, torch.float32))
+    grad = LAYOUTS[layout](make_x(case, torch.float32, seed=2))
+    weights = make_weights(case, torch.float32)
+    results = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        results.append(gradients("cpu", leaves(x, weights), grad))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 64, 56, 56), (2, 256, 56, 56), (2, 512, 28, 28)], ids=str)
+def test_little_is_saved_beside_x(backend, dtype, shape):
+    case = Case("", shape, shape[1] // 16, (7, 7))
+    x = make_x(case, dtype, backend).requires_grad_()
+    weights = make_weights(case, dtype, backend)
+    storages = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        cbam(x, *weights, backend=backend)
+    given = [x, *weights]
+    for t in given:
+        storages.pop(t.untyped_storage().data_ptr(), None)
+    assert sum(storages.values()) < 0.1 * x.untyped_storage().nbytes()

@@ -1,0 +1,39 @@
+"""The one rule for how far a result may be from the truth.
+
+The truth is the reference in float64. A result may be off by a small multiple of what plain PyTorch
+itself is off by in the same dtype on the same input, plus a few roundings of the largest value. In
+float64 eager is the truth, roundings and all, and its error cannot be seen: there a fixed number of
+roundings stands for it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MULTIPLE_OF_EAGER = 3.0
+ROUNDINGS = 6.0
+ROUNDINGS_FLOAT64 = 100.0
+
+
+def allowed_error(eager: Tensor, truth: Tensor) -> float:
+    """The largest absolute error that a result in eager's dtype may have."""
+    if truth.numel() == 0:
+        return 0.0
+    rounding = torch.finfo(eager.dtype).eps * truth.abs().max().item()
+    if eager.dtype == torch.float64:
+        return ROUNDINGS_FLOAT64 * rounding
+    eager_error = (eager.double() - truth).abs().max().item()
+    return MULTIPLE_OF_EAGER * eager_error + ROUNDINGS * rounding
+
+
+def assert_as_good_as_eager(name: str, result: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """Fail unless `result` keeps to the rule; shapes and dtypes are eager's."""
+    assert result.shape == eager.shape, (name, result.shape, eager.shape)
+    assert result.dtype == eager.dtype, (name, result.dtype, eager.dtype)
+    if truth.numel() == 0:
+        return
+    truth = truth.to(result.device)
+    error = (result.double() - truth).abs().max().item()
+    allowed = allowed_error(eager.to(result.device), truth)
+    assert error <= allowed, f"{name}: off by {error:.3e}, allowed {allowed:.3e}"
