@@ -26,10 +26,10 @@ from cbam_cuda.arguments import Weights
 NAMES = ("out", "x", *Weights._fields)
 
 
-def check(backend, case, dtype, layout, grad_layout="contiguous", **weight_options):
+def check(backend, case, dtype, layout, grad_layout="contiguous", *, bias=True, weight_dtype=None):
     x = LAYOUTS[layout](make_x(case, dtype, backend))
     grad = LAYOUTS[grad_layout](make_x(case, dtype, backend, seed=2))
-    weights = make_weights(case, **{"dtype": dtype, "device": backend, **weight_options})
+    weights = make_weights(case, weight_dtype or dtype, backend, bias=bias)
     fused = gradients(backend, leaves(x, weights), grad)
     eager = gradients("reference", leaves(x, weights), grad)
     truth = gradients("reference", leaves(x, weights, torch.float64), grad.double())
@@ -74,7 +74,7 @@ def test_gradient_that_arrives_expanded(backend, case):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_weights_in_float32_beside_x_of_16_bits(backend, case, dtype):
-    check(backend, case, dtype, "contiguous", **{"dtype": torch.float32})
+    check(backend, case, dtype, "contiguous", weight_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)

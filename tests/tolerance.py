@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 MULTIPLE_OF_EAGER = 3.0
-ROUNDINGS = 6.0
-ROUNDINGS_FLOAT64 = 100.0
+ROUNDINGS = 16.0
+ROUNDINGS_FLOAT64 = 1000.0
 
 
 def allowed_error(eager: Tensor, truth: Tensor) -> float:

@@ -104,23 +104,33 @@ void correlate_row(const Planes<A>& g, const A* planes, int64_t count, const A* 
   }
 }
 
-// kTaps taps of one kernel row (kd, kh), from kw on, over the whole image.
+// kTaps taps of one kernel row (kd, kh), from kw on, over the whole image in blocks of about
+// kSumBlock pixels.
 template <int kTaps, class A>
 CBAM_INLINE void tap_gradients(const Planes<A>& g, const A* dz, const A* plane, int64_t kd,
                                int64_t kh, int64_t kw, A* out) {
-  vec_t<A> sum[kTaps] = {};
-  for (int64_t row = 0; row < g.image_rows(); ++row) {
-    const int64_t d = row / g.shape.height + kd - g.pad_depth;
-    const int64_t h = row % g.shape.height + kh - g.pad_height;
-    if (d < 0 || d >= g.shape.depth || h < 0 || h >= g.shape.height) continue;
-    const A* z = dz + row * g.pitch + g.pad_width;
-    const A* in = plane + (d * g.shape.height + h) * g.pitch + kw;
-    for (int64_t w = 0; w < g.shape.width; w += kLanes<A>) {
-      const vec_t<A> v = load(z + w);
-      for (int t = 0; t < kTaps; ++t) sum[t] += v * load(in + w + t);
+  const int64_t width = g.shape.width, rows = g.image_rows();
+  const int64_t rows_of_block = width < kSumBlock ? kSumBlock / width : 1;
+  vec_t<A> total[kTaps] = {};
+  for (int64_t first = 0; first < rows; first += rows_of_block)
+    for (int64_t begin = 0; begin < width; begin += kSumBlock) {
+      const int64_t last = first + rows_of_block < rows ? first + rows_of_block : rows;
+      const int64_t end = begin + kSumBlock < width ? begin + kSumBlock : width;
+      vec_t<A> sum[kTaps] = {};
+      for (int64_t row = first; row < last; ++row) {
+        const int64_t d = row / g.shape.height + kd - g.pad_depth;
+        const int64_t h = row % g.shape.height + kh - g.pad_height;
+        if (d < 0 || d >= g.shape.depth || h < 0 || h >= g.shape.height) continue;
+        const A* z = dz + row * g.pitch + g.pad_width;
+        const A* in = plane + (d * g.shape.height + h) * g.pitch + kw;
+        for (int64_t w = begin; w < end; w += kLanes<A>) {
+          const vec_t<A> v = load(z + w);
+          for (int t = 0; t < kTaps; ++t) sum[t] += v * load(in + w + t);
+        }
+      }
+      for (int t = 0; t < kTaps; ++t) total[t] += sum[t];
     }
-  }
-  for (int t = 0; t < kTaps; ++t) out[t] = sum_of_lanes<A>(sum[t]);
+  for (int t = 0; t < kTaps; ++t) out[t] = sum_of_lanes<A>(total[t]);
 }
 
 // weight_grad[t] = sum_p dz[p] * plane[p + t - pad] for the taps t of one kernel row. dz is a

@@ -1,0 +1,1 @@
+"""What the fused block costs, beside plain PyTorch, torch.compile and the memory limit."""

@@ -1,0 +1,1 @@
+"""CBAM at work in a small network."""
