@@ -216,12 +216,13 @@ class BuildExtension(build_ext):
         """Build `ext` where setuptools expects it."""
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        # Not build_temp, which an editable install throws away: a rebuild should only do what changed.
+        # Not build_temp: an editable install throws that away, and with it what need not be redone.
         folder = ROOT / "build" / f"{sys.implementation.cache_tag}-{platform.machine()}"
         NinjaFile(folder, output, self.distribution.get_version()).run()
 
 
-setup(
-    ext_modules=[Extension("cbam_cuda._C", sources=[])],
-    cmdclass={"build_ext": BuildExtension},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("cbam_cuda._C", sources=[])],
+        cmdclass={"build_ext": BuildExtension},
+    )

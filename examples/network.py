@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 STAGES = (16, 32, 64)
+BLOCKS_PER_STAGE = 2
 RATIO = 4
 CLASSES = 10
 
@@ -15,15 +17,18 @@ Attention = Callable[..., nn.Module]  # cbam_cuda.CBAM or cbam_cuda.reference.CB
 
 
 class Block(nn.Module):
-    """relu(shortcut + CBAM(two convolutions)), the place that the CBAM paper gives it."""
+    """relu(x + CBAM(residual(x))): the place that the paper gives it in a ResNet."""
 
     def __init__(self, attention: Attention, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        # No bias before batch norm: its gradient would be nothing but rounding.
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        # Batch norm follows: a bias would have no gradient but rounding.
+        self.residual = nn.Sequential(
+            nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
         self.cbam = attention(channels, ratio=RATIO, kernel_size=7)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != channels:
@@ -31,9 +36,46 @@ class Block(nn.Module):
                 nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's output and its spatial gate."""
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        y, _, spatial_gate = self.cbam(y, return_attention=True)
-        return F.relu(self.shortcut(x) + y), spatial_gate
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, channels, H / stride, W / stride]."""
+        return F.relu(self.shortcut(x) + self.cbam(self.residual(x)))
+
+    def spatial_gate(self, x: Tensor) -> Tensor:
+        """Where the block looks: [N, 1, H / stride, W / stride], from 0 to 1."""
+        _, _, gate = self.cbam(self.residual(x), return_attention=True)
+        return gate
+
+
+class Network(nn.Module):
+    """Stem, three stages at 28x28, 14x14 and 7x7, mean over space, linear classifier."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, STAGES[0], 3, padding=1, bias=False),
+            nn.BatchNorm2d(STAGES[0]),
+            nn.ReLU(),
+        )
+        self.blocks = nn.Sequential()
+        in_channels = STAGES[0]
+        for stage, channels in enumerate(STAGES):
+            for block in range(BLOCKS_PER_STAGE):
+                stride = 2 if stage > 0 and block == 0 else 1
+                self.blocks.append(Block(attention, in_channels, channels, stride))
+                in_channels = channels
+        self.classifier = nn.Linear(in_channels, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, 1, 28, 28] -> logits [N, 10]."""
+        return self.classifier(self.blocks(self.stem(images)).mean(dim=(2, 3)))
+
+    @torch.no_grad()
+    def spatial_gates(self, images: Tensor) -> list[Tensor]:
+        """The spatial gate of the last block of each stage, [N, 1, H, W], finest first."""
+        gates = []
+        x = self.stem(images)
+        for index, block in enumerate(self.blocks, start=1):
+            if index % BLOCKS_PER_STAGE == 0:
+                gates.append(block.spatial_gate(x))
+            x = block(x)
+        return gates

@@ -1,0 +1,41 @@
+# Everything a newcomer types. Each target sets up what it needs: see .ci/environment.py.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml cbam_cuda/version.py
+
+.PHONY: demo test bench lint build gpu clean
+.DELETE_ON_ERROR:
+
+## Train on real digits with the plain and the fused block, and print the speed of both.
+demo: build
+	$(BIN)/python -m examples.digits
+
+## Formatters, linters, types, then the suite on every backend that runs here.
+test: lint build
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term $(PYTEST_OPTIONS)
+
+## The speed table of the block; writes benchmarks/results.
+bench: build
+	$(BIN)/python -m benchmarks.block $(BENCH_OPTIONS)
+
+lint: .venv/.ready
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+build: .venv/.built
+
+.venv/.ready: requirements-dev.txt .ci/environment.py
+	$(PYTHON) .ci/environment.py
+	touch $@
+
+.venv/.built: .venv/.ready $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(BIN)/python -m cbam_cuda
+	touch $@
+
+## The suite on the GPU of this machine.
+gpu: build
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'make gpu: no CUDA device'"
+	$(BIN)/python -m pytest -k cuda $(PYTEST_OPTIONS)
+
+clean:
+	rm -rf .venv build dist *.egg-info cbam_cuda/*.so

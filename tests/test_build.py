@@ -1,0 +1,245 @@
+"""The build: what it says when it cannot go on, what it compiles, what it packs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+
+import cbam_cuda
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """setup.py as a module, in an environment that names no toolkit."""
+    for name in ("CBAM_CUDA_BUILD", "CUDA_HOME", "CUDA_PATH", "CXX", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    spec = importlib.util.spec_from_file_location("cbam_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def toolkit(tmp_path, monkeypatch):
+    """A folder that looks like a CUDA toolkit; its nvcc knows its version and nothing else."""
+    home = tmp_path / "toolkit"
+    (home / "bin").mkdir(parents=True)
+    (home / "include").mkdir()
+    (home / "include/cuda_runtime.h").touch()
+    nvcc = home / "bin/nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.41'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    return home
+
+
+def failure(call, *arguments) -> str:
+    with pytest.raises(SystemExit) as stop:
+        call(*arguments)
+    message = str(stop.value)
+    assert message.startswith("cbam_cuda: ")
+    assert "\n" not in message
+    return message
+
+
+def test_without_torch(build, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "pip install --no-build-isolation ." in failure(build.torch_paths)
+
+
+def test_with_an_old_torch(build, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    message = failure(build.torch_paths)
+    assert "torch >= 2.11 is needed, found 2.9.1+cpu" in message
+    assert "pip install -U torch" in message
+
+
+def test_without_pybind11(build, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    assert "pip install pybind11" in failure(build.pybind11_include)
+
+
+def test_without_ninja(build, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    monkeypatch.setenv("PATH", "")
+    assert "pip install ninja" in failure(build.ninja_path)
+
+
+def test_without_a_compiler(build, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert "install g++" in failure(build.compiler)
+
+
+def test_unknown_build_mode(build, monkeypatch):
+    monkeypatch.setenv("CBAM_CUDA_BUILD", "rocm")
+    assert "CBAM_CUDA_BUILD: expected auto, cpu or cuda, got 'rocm'" in failure(build.cuda_home)
+
+
+def test_cuda_asked_for_where_there_is_none(build, monkeypatch):
+    monkeypatch.setenv("CBAM_CUDA_BUILD", "cuda")
+    monkeypatch.setattr(build.Path, "is_file", lambda self: False)
+    message = failure(build.cuda_home)
+    assert "no CUDA toolkit was found" in message
+    assert "set CUDA_HOME, or CBAM_CUDA_BUILD=cpu" in message
+
+
+def test_modes_decide_about_cuda(build, toolkit, monkeypatch):
+    assert build.cuda_home() == toolkit
+    monkeypatch.setenv("CBAM_CUDA_BUILD", "cuda")
+    assert build.cuda_home() == toolkit
+    monkeypatch.setenv("CBAM_CUDA_BUILD", "cpu")
+    assert build.cuda_home() is None
+
+
+def test_compiler_that_fails(build, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("CBAM_CUDA_BUILD", "cpu")
+    ninja_file = build.NinjaFile(tmp_path, tmp_path / "_C.so", "0")
+    message = failure(ninja_file.run)
+    assert "compilation failed" in message
+    assert "CXX names another C++ compiler" in message
+
+
+def test_architectures(build, monkeypatch):
+    assert build.architectures() == build.DEFAULT_ARCHITECTURES
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX")
+    assert build.gencode(build.architectures()) == (
+        "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90 "
+        "-gencode=arch=compute_90,code=compute_90"
+    )
+
+
+def test_cuda_sources_are_compiled_by_nvcc_and_linked_statically(build, toolkit, tmp_path):
+    text = "\n".join(build.NinjaFile(tmp_path, tmp_path / "_C.so", "0").lines)
+    sources = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
+    assert sources
+    for source in sources:
+        assert re.search(rf"build \S+\.cu\.o: nvcc {re.escape(str(source))}\n", text)
+    assert f"command = {toolkit}/bin/nvcc" in text
+    assert "-lcudart_static" in text
+    assert "-DCBAM_WITH_CUDA" in text
+    assert "-DCBAM_CUDA_VERSION='\"12.9\"'" in text
+
+
+def test_cpu_build_mentions_no_cuda(build, toolkit, tmp_path, monkeypatch):
+    monkeypatch.setenv("CBAM_CUDA_BUILD", "cpu")
+    text = "\n".join(build.NinjaFile(tmp_path, tmp_path / "_C.so", "0").lines)
+    assert not re.search(r"nvcc|cudart|CBAM_WITH_CUDA|\.cu\b", text)
+
+
+@pytest.mark.skipif(not Path("/usr/local/cuda/bin/nvcc").is_file(), reason="no CUDA toolkit")
+def test_cuda_sources_compile_and_load_without_a_gpu(build, tmp_path, monkeypatch):
+    """The real toolkit, one architecture, the CUDA part alone."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    ninja_file = build.NinjaFile(tmp_path, tmp_path / "_C.so", "0")
+    objects = [name for name in ninja_file.objects if name.endswith(".cu.o")]
+    (tmp_path / "build.ninja").write_text("\n".join(ninja_file.lines) + "\n")
+    subprocess.run([build.ninja_path(), "-f", str(tmp_path / "build.ninja"), *objects], check=True)
+    assert all(Path(name).is_file() for name in objects)
+    built_with_cuda = cbam_cuda.info()["build"]["cuda_version"]
+    if built_with_cuda is not None and not torch.cuda.is_available():
+        assert cbam_cuda.info()["build"]["cuda_devices"] == []
+
+
+def test_nothing_is_compiled_for_this_processor_alone(build, tmp_path):
+    text = "\n".join(build.NinjaFile(tmp_path, tmp_path / "_C.so", "0").lines)
+    assert "native" not in text
+    general = next(line for line in text.splitlines() if "-MMD" in line)
+    assert "-mavx" not in general
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="no nm")
+def test_targets_share_no_code():
+    """A function that two targets both define weakly could be linked from the wrong one."""
+    objects = sorted((ROOT / "build").glob(f"{sys.implementation.cache_tag}*/cpu/*.cpp.*.o"))
+    assert objects
+    for path in objects:
+        symbols = subprocess.run(["nm", str(path)], capture_output=True, text=True, check=True)
+        weak = [s for s in symbols.stdout.splitlines() if re.search(r" [WVu] ", s)]
+        assert all("DW.ref" in s for s in weak), (path, weak)
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="no nm")
+def test_binary_depends_on_the_stable_abi_alone():
+    """No C++ symbol of torch, so that one binary serves every torch from 2.11 on."""
+    (module,) = (ROOT / "cbam_cuda").glob(f"_C*{sysconfig.get_config_var('EXT_SUFFIX')}")
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(module)], capture_output=True, text=True, check=True
+    ).stdout
+    names = [line.split()[-1] for line in listing.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    assert not [name for name in names if re.match(r"_ZNK?(2at|3c10|5torch|5caffe2)", name)]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    source = folder / "source"
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.so", "*.egg-info", ".*")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "-d", str(folder)], cwd=source, check=True
+    )
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+def test_sdist_has_every_source(sdist):
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ("csrc", "cbam_cuda"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".typed"):
+                assert path.relative_to(ROOT).as_posix() in packed
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= packed
+
+
+@pytest.mark.slow
+def test_wheel_from_the_sdist_works_in_a_clean_environment(sdist, tmp_path):
+    """Nothing of the checkout is used but the sdist; torch and the build's needs are lent."""
+    environment = {**os.environ, "CBAM_CUDA_BUILD": "cpu"}
+    environment.pop("PYTHONPATH", None)
+    clean = tmp_path / "venv"
+    venv.create(clean, with_pip=False)
+    python = clean / "bin/python"
+    lent = [p for p in sys.path if p.endswith("-packages")]
+    (site,) = clean.glob("lib/python*/site-packages")
+    (site / "lent.pth").write_text("\n".join(lent) + "\n")
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), str(sdist)],
+        check=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run(
+        [*pip, "install", "-q", "--no-deps", "--ignore-installed", str(wheel)],
+        check=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    code = (
+        "import torch, cbam_cuda; assert 'site-packages' in cbam_cuda.__file__; "
+        "assert cbam_cuda.info()['build']['cuda_version'] is None; "
+        "x = torch.randn(2, 32, 9, 9, requires_grad=True); "
+        "m = cbam_cuda.CBAM(32, backend='cpu'); m(x).sum().backward(); print(cbam_cuda.__file__)"
+    )
+    shown = subprocess.run(
+        [str(python), "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith(str(clean))
