@@ -6,6 +6,7 @@
 //   dx = dy g + davg / S + dtop [s is c's argmax]
 // Three walks over a sample: x and dout (both sums of p), x (the maps' part of dg), dout (dx).
 // Compiled once per target, with CBAM_CPU_TARGET naming it.
+#include "batch_gradients.h"
 #include "kernels.h"
 #include "mlp.h"
 #include "schedule.h"
@@ -34,7 +35,8 @@ class Backward {
  public:
   using A = acc_t<T>;
 
-  Backward(const BackwardProblem& problem, Scratch& scratch)
+  // `batch` takes what is summed over the batch; `flipped` holds [2, taps].
+  Backward(const BackwardProblem& problem, const BatchGradients<A>& batch, A* flipped)
       : p_(problem),
         shape_(problem.shape),
         mlp_(problem.shape, problem.weights),
@@ -43,12 +45,9 @@ class Backward {
         channels_first_(problem.strides.channels_first()),
         rows_(channels_first_ ? shape_.channels : pixels_),
         cols_(channels_first_ ? pixels_ : shape_.channels),
-        reaches_gate_(problem.gradients.x || problem.gradients.mlp()) {
-    Carver measure(nullptr);
-    carve(measure);
-    scratch.allocate(measure.used());
-    Carver carver(scratch.base());
-    carve(carver);
+        reaches_gate_(problem.gradients.x || problem.gradients.mlp()),
+        batch_(batch),
+        flipped_(flipped) {
     flip_weights();
   }
 
@@ -98,30 +97,8 @@ class Backward {
     }
   }
 
-  // What is summed over the batch, in the order of the samples.
-  void weight_gradients(const ThreadPool& pool) const {
-    const Gradients& g = p_.gradients;
-    if (g.mlp())
-      OverThreads{pool}(shape_.channels, [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; ++c) second_layer_gradient(c);
-      });
-    if (g.fc1_weight || g.fc1_bias)
-      OverThreads{pool}(shape_.hidden, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) first_layer_gradient(r);
-      });
-    if (g.conv()) conv_gradient();
-  }
-
  private:
   static int64_t row_blocks(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
-
-  // Arrays of the whole call.
-  void carve(Carver& carver) {
-    flipped_ = carver.array<A>(2 * shape_.taps());
-    d_logits_ = carver.array<A>(shape_.samples * shape_.channels);
-    d_hidden_ = carver.array<A>(shape_.samples * 2 * shape_.hidden);
-    d_conv_ = carver.array<A>(shape_.samples * (2 * shape_.taps() + 1));
-  }
 
   // A transposed convolution is a correlation with the taps in reverse order.
   void flip_weights() {
@@ -159,10 +136,6 @@ class Backward {
     return p_.saved.pixel_argmax + n * shape_.channels;
   }
   const int32_t* channel_argmax(int64_t n) const { return p_.saved.channel_argmax + n * pixels_; }
-  A* d_logits(int64_t n) const { return d_logits_ + n * shape_.channels; }
-  A* d_hidden(int64_t n) const { return d_hidden_ + n * 2 * shape_.hidden; }
-  A* d_conv(int64_t n) const { return d_conv_ + n * (2 * shape_.taps() + 1); }
-
   // to[j] = sum over row blocks of partial[block][j]
   template <class Run>
   void merge_partials(const A* partial, A* to, Run run) const {
@@ -220,10 +193,10 @@ class Backward {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t m = i / kernel_rows;
         weight_gradient(planes_, ws.planes, maps + m * planes_.size(), i % kernel_rows,
-                        d_conv(n) + m * shape_.taps());
+                        batch_.d_conv(n) + m * shape_.taps());
       }
     });
-    d_conv(n)[2 * shape_.taps()] =
+    batch_.d_conv(n)[2 * shape_.taps()] =
         reduce_row<false, false>(ws.pixel_sum(channels_first_), nullptr, pixels_).sum;
   }
 
@@ -286,11 +259,11 @@ class Backward {
       add_scaled(static_cast<const A*>(p_.d_channel_gate) + n * shape_.channels, A(1), d_gate,
                  shape_.channels);
     for (int64_t c = 0; c < shape_.channels; ++c)
-      d_logits(n)[c] = d_gate[c] * sigmoid_derivative<A>(channel_gate(n)[c]);
+      batch_.d_logits(n)[c] = d_gate[c] * sigmoid_derivative<A>(channel_gate(n)[c]);
     if (!p_.gradients.x && !p_.gradients.fc1_weight && !p_.gradients.fc1_bias) return;
-    mlp_.second_layer_backward(d_logits(n), hidden(n), d_hidden(n));
+    mlp_.second_layer_backward(batch_.d_logits(n), hidden(n), batch_.d_hidden(n));
     if (!p_.gradients.x) return;
-    mlp_.first_layer_backward(d_hidden(n), ws.d_pooled);
+    mlp_.first_layer_backward(batch_.d_hidden(n), ws.d_pooled);
     for (int64_t c = 0; c < shape_.channels; ++c) ws.d_pooled[c] /= static_cast<A>(pixels_);
   }
 
@@ -338,51 +311,6 @@ class Backward {
     store_one(dx(n).row(r) + j, v);
   }
 
-  // Row c of dW1 and of db1.
-  void second_layer_gradient(int64_t c) const {
-    A* weight = static_cast<A*>(p_.gradients.fc2_weight);
-    A* bias = static_cast<A*>(p_.gradients.fc2_bias);
-    A total = A(0);
-    if (weight) std::memset(weight + c * shape_.hidden, 0, shape_.hidden * sizeof(A));
-    for (int64_t n = 0; n < shape_.samples; ++n) {
-      const A d = d_logits(n)[c];
-      total += d;
-      if (!weight) continue;
-      add_scaled(hidden(n), d, weight + c * shape_.hidden, shape_.hidden);
-      add_scaled(hidden(n) + shape_.hidden, d, weight + c * shape_.hidden, shape_.hidden);
-    }
-    if (bias) bias[c] = A(2) * total;
-  }
-
-  // Row r of dW0 and of db0.
-  void first_layer_gradient(int64_t r) const {
-    A* weight = static_cast<A*>(p_.gradients.fc1_weight);
-    A* bias = static_cast<A*>(p_.gradients.fc1_bias);
-    A total = A(0);
-    if (weight) std::memset(weight + r * shape_.channels, 0, shape_.channels * sizeof(A));
-    for (int64_t n = 0; n < shape_.samples; ++n)
-      for (int64_t i = 0; i < 2; ++i) {
-        const A d = d_hidden(n)[i * shape_.hidden + r];
-        total += d;
-        if (weight)
-          add_scaled(pooled(n) + i * shape_.channels, d, weight + r * shape_.channels,
-                     shape_.channels);
-      }
-    if (bias) bias[r] = total;
-  }
-
-  void conv_gradient() const {
-    A* weight = static_cast<A*>(p_.gradients.conv_weight);
-    A* bias = static_cast<A*>(p_.gradients.conv_bias);
-    const int64_t taps = 2 * shape_.taps();
-    if (weight) std::memset(weight, 0, taps * sizeof(A));
-    if (bias) *bias = A(0);
-    for (int64_t n = 0; n < shape_.samples; ++n) {
-      if (weight) add_scaled(d_conv(n), A(1), weight, taps);
-      if (bias) *bias += d_conv(n)[taps];
-    }
-  }
-
   const BackwardProblem& p_;
   const Shape& shape_;
   Mlp<A> mlp_;
@@ -391,18 +319,22 @@ class Backward {
   bool channels_first_;
   int64_t rows_, cols_;
   bool reaches_gate_;  // whether anything before the spatial gate was asked for
-  A* flipped_;         // [2, taps]
-  A* d_logits_;        // [samples, channels]
-  A* d_hidden_;        // [samples, 2, hidden]
-  A* d_conv_;          // [samples, 2 taps + 1]: of the weight and of the bias
+  const BatchGradients<A>& batch_;
+  A* flipped_;  // [2, taps]
 };
 
 template <class T>
 void run(const BackwardProblem& problem, const ThreadPool& pool) {
+  using A = acc_t<T>;
+  BatchGradients<A> batch(problem);
+  A* flipped = nullptr;
   Scratch scratch;
-  const Backward<T> backward(problem, scratch);
-  run_samples(backward, problem, pool, 2 * sizeof(T));
-  backward.weight_gradients(pool);
+  scratch.carve([&](Carver& carver) {
+    batch.carve(carver);
+    flipped = carver.array<A>(2 * problem.shape.taps());
+  });
+  run_samples(Backward<T>(problem, batch, flipped), problem, pool, 2 * sizeof(T));
+  batch.finish(pool);
 }
 
 }  // namespace

@@ -46,26 +46,7 @@ struct OverThreads {
   }
 };
 
-// Memory of one call, 64-byte aligned, given out in pieces. First measure, then allocate, then
-// give.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(base_); }
-
-  void allocate(int64_t bytes) {
-    base_ = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(bytes)));
-    if (!base_) throw std::bad_alloc();
-  }
-  char* base() const { return base_; }
-
- private:
-  char* base_ = nullptr;
-};
-
-// Hands out aligned arrays from `base`; with base null it only adds up what they need.
+// Hands out 64-byte aligned arrays from `base`; with base null it only adds up what they need.
 class Carver {
  public:
   explicit Carver(char* base) : base_(base) {}
@@ -81,6 +62,33 @@ class Carver {
  private:
   char* base_;
   int64_t used_ = 0;
+};
+
+// The memory of one call.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(base_); }
+
+  // Calls carve(Carver&) to learn how much is needed, and again to give it out.
+  template <class Carve>
+  void carve(Carve carve) {
+    Carver measure(nullptr);
+    carve(measure);
+    allocate(measure.used());
+    Carver carver(base_);
+    carve(carver);
+  }
+  char* allocate(int64_t bytes) {
+    base_ = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(bytes)));
+    if (!base_ && bytes > 0) throw std::bad_alloc();
+    return base_;
+  }
+
+ private:
+  char* base_ = nullptr;
 };
 
 // Runs direction.samples(first, last, workspace, stage runner) over the whole batch. `Direction`
@@ -100,9 +108,9 @@ void run_samples(const Direction& direction, const ForwardProblem& problem, cons
   Carver measure(nullptr);
   typename Direction::Workspace probe(problem, group, measure);
   Scratch scratch;
-  scratch.allocate(measure.used() * workers);
+  char* base = scratch.allocate(measure.used() * workers);
   const auto workspace = [&](int64_t worker) {
-    Carver carver(scratch.base() + measure.used() * worker);
+    Carver carver(base + measure.used() * worker);
     return typename Direction::Workspace(problem, group, carver);
   };
 
