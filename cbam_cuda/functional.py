@@ -67,7 +67,7 @@ def cbam(
     given = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
     check_tensors(x, given)
     weights = Weights(*given)
-    if _autocasts(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x, weights = _cast_as_autocast(x, weights)
     check_call(x, weights)
 
@@ -85,10 +85,6 @@ def _needs_grad(x: Tensor, weights: Weights) -> bool:
     return torch.is_grad_enabled() and (
         x.requires_grad or any(w is not None and w.requires_grad for w in weights)
     )
-
-
-def _autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _cast_as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
