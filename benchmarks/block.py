@@ -107,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     if options.threads:
         torch.set_num_threads(options.threads)
     device, dtype = pick_device(), getattr(torch, options.dtype)
+    facts = {**environment(device), "dtype": options.dtype, "layout": options.layout}
     rows = measure(
         options.shapes or (QUICK_SHAPES if options.quick else SHAPES),
         device,
@@ -115,9 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         seconds=QUICK_SECONDS if options.quick else SECONDS,
         with_compile=not options.no_compile,
     )
-    machine = environment(device)
-    facts = {**machine, "dtype": options.dtype, "layout": options.layout}
-    stem = options.output / result_name(machine["device"], options)
+    stem = options.output / result_name(facts["device"], options)
     report.write(rows, facts, dtype.itemsize, stem)
     print(report.render(rows, facts, dtype.itemsize))
     print(f"written: {stem}.md and .json")

@@ -14,7 +14,7 @@ from .contestants import NAMES, Shape
 from .timing import Timing
 
 DIRECTIONS = {"forward": "forward", "step": "forward + backward"}
-MEAN = "geometric mean"
+BUSY = 0.2  # quartiles this fraction of the median apart
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def render_table(rows: Sequence[Row], direction: str, itemsize: int) -> str:
     header = ["NxCxHxW", *(f"{name} us" for name in NAMES), "eager/fused", "compile/fused"]
     body = [_cells(row, direction) for row in rows]
     means = (geometric_mean(r.ratio(direction, name) for r in rows) for name in _RIVALS)
-    body.append([MEAN, *("" for _ in NAMES), *map(_times, means)])
+    body.append(["geometric mean", *("" for _ in NAMES), *map(_times, means)])
     if direction == "forward":
         header.append("fused GB/s")
         speeds = [f"{row.gigabytes_per_second(itemsize):.1f}" for row in rows]
@@ -113,10 +113,23 @@ def render(rows: Sequence[Row], facts: Mapping[str, Any], itemsize: int) -> str:
         "writes over old ones. The copy is the memory limit: read x, write out; with backward also "
         "read x, read out's gradient, write x's gradient. GB/s counts read x, write out.",
         "",
+        f"- noise: {_noise(spreads(rows))}",
         *(f"- torch.compile is missing: {why}" for why in missing(rows)),
         *(f"- {key}: {value}" for key, value in facts.items() if value is not None),
     ]
     return "\n".join(lines) + "\n"
+
+
+def spreads(rows: Iterable[Row]) -> list[float]:
+    """How far apart the quartiles of each timing are, as a fraction of its median; sorted."""
+    timings = [t for row in rows for d in DIRECTIONS for t in row.timings(d).values()]
+    return sorted((t.upper - t.lower) / t.median for t in timings)
+
+
+def _noise(spread: Sequence[float]) -> str:
+    typical, worst = spread[len(spread) // 2], spread[-1]
+    text = f"the quartiles are {typical:.0%} of the median apart, at worst {worst:.0%}"
+    return text + ("; a busy machine, measure again" if typical > BUSY else "")
 
 
 def missing(rows: Iterable[Row]) -> list[str]:

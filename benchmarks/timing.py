@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import statistics
@@ -90,11 +91,12 @@ def _samples(
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
+    """What the numbers depend on besides the code. Called before measuring: see `load`."""
     build = cbam_cuda.info()["build"] or {}
     return {
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
+        "load": _load_average(),
         "cbam_cuda": cbam_cuda.__version__,
         "cpu_target": build.get("cpu_target"),
         "torch": torch.__version__,
@@ -113,3 +115,8 @@ def _device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _load_average() -> float | None:
+    """Of the last minute. Beside other work OpenMP's threads wait for each other's time slices."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None

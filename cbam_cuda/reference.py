@@ -95,14 +95,8 @@ class CBAM(nn.Module):
 
     def weights(self) -> Weights:
         """The tensors that the function takes after x."""
-        return Weights(
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
-            self.conv.weight,
-            self.conv.bias,
-        )
+        fc1, fc2, conv = self.fc1, self.fc2, self.conv
+        return Weights(fc1.weight, fc1.bias, fc2.weight, fc2.bias, conv.weight, conv.bias)
 
     def forward(
         self, x: Tensor, return_attention: bool = False

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STAGES = (16, 32, 64)
-BLOCKS_PER_STAGE = 2
+CHANNELS = (16, 32, 64)  # of the blocks; where they double, height and width are halved
 RATIO = 4
 CLASSES = 10
 
@@ -31,7 +30,7 @@ class Block(nn.Module):
         )
         self.cbam = attention(channels, ratio=RATIO, kernel_size=7)
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != channels:
+        if in_channels != channels:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
@@ -47,22 +46,21 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """Stem, three stages at 28x28, 14x14 and 7x7, mean over space, linear classifier."""
+    """Stem, a block each at 28x28, 14x14 and 7x7, mean over space, linear classifier."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(1, STAGES[0], 3, padding=1, bias=False),
-            nn.BatchNorm2d(STAGES[0]),
+            nn.Conv2d(1, CHANNELS[0], 3, padding=1, bias=False),
+            nn.BatchNorm2d(CHANNELS[0]),
             nn.ReLU(),
         )
         self.blocks = nn.Sequential()
-        in_channels = STAGES[0]
-        for stage, channels in enumerate(STAGES):
-            for block in range(BLOCKS_PER_STAGE):
-                stride = 2 if stage > 0 and block == 0 else 1
-                self.blocks.append(Block(attention, in_channels, channels, stride))
-                in_channels = channels
+        in_channels = CHANNELS[0]
+        for channels in CHANNELS:
+            stride = channels // in_channels
+            self.blocks.append(Block(attention, in_channels, channels, stride))
+            in_channels = channels
         self.classifier = nn.Linear(in_channels, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -71,11 +69,10 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def spatial_gates(self, images: Tensor) -> list[Tensor]:
-        """The spatial gate of the last block of each stage, [N, 1, H, W], finest first."""
+        """The spatial gate of each block, [N, 1, H, W], finest first."""
         gates = []
         x = self.stem(images)
-        for index, block in enumerate(self.blocks, start=1):
-            if index % BLOCKS_PER_STAGE == 0:
-                gates.append(block.spatial_gate(x))
+        for block in self.blocks:
+            gates.append(block.spatial_gate(x))
             x = block(x)
         return gates

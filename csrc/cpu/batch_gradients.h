@@ -32,12 +32,14 @@ class BatchGradients {
   // Once all samples are done.
   void finish(const ThreadPool& pool) const {
     const Gradients& g = p_.gradients;
+    const int64_t products = shape_.samples * shape_.channels * shape_.hidden;
+    const ThreadPool workers{products < kSmallestSplit ? 1 : pool.threads, pool.run};
     if (g.fc2_weight || g.fc2_bias)
-      OverThreads{pool}(shape_.channels, [&](int64_t begin, int64_t end) {
+      OverThreads{workers}(shape_.channels, [&](int64_t begin, int64_t end) {
         for (int64_t c = begin; c < end; ++c) second_layer(c);
       });
     if (g.fc1_weight || g.fc1_bias)
-      OverThreads{pool}(shape_.hidden, [&](int64_t begin, int64_t end) {
+      OverThreads{workers}(shape_.hidden, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) first_layer(r);
       });
     if (g.conv()) convolution();

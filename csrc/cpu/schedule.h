@@ -15,7 +15,8 @@ namespace cbam::cpu {
 
 namespace {
 
-// Samples below this size are not worth splitting (a fork and join costs some microseconds).
+// Less work than this many elements is not worth a second thread: a fork and join costs
+// microseconds.
 constexpr int64_t kSmallestSplit = 16 * 1024;
 // Samples whose x together fits in this many bytes share one walk over the MLP's weights.
 constexpr int64_t kGroupBytes = 1 << 20;
