@@ -47,11 +47,11 @@ def main() -> int:
     else:
         wanted.append(TORCH)
     pip = [str(FOLDER / "bin/python"), "-m", "pip", "install", "--quiet"]
-    if subprocess.run([*pip, *wanted]).returncode == 0:
-        return 0
     if not has_torch:
-        return 1
-    print(f"Going on without what could not be installed: {' '.join(wanted)}", file=sys.stderr)
+        return subprocess.run([*pip, *wanted]).returncode
+    missing = [line for line in wanted if subprocess.run([*pip, line]).returncode]
+    if missing:
+        print(f"Going on without what could not be installed: {' '.join(missing)}", file=sys.stderr)
     return 0
 
 

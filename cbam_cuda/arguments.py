@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Positions of maxima are kept in 32 bits. (All of x may have more elements.)
+MOST_POSITIONS = 2**31 - 1
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -69,13 +71,22 @@ def check_tensors(x: object, weights: Sequence[object]) -> None:
     """Raise unless x and the weights are tensors, biases possibly None, and x is real floating."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    _check_strided("x", x)
     for name, value in zip(Weights._fields, weights, strict=True):
-        if isinstance(value, Tensor) or (value is None and name.endswith("_bias")):
+        if value is None and name.endswith("_bias"):
+            continue
+        if isinstance(value, Tensor):
+            _check_strided(name, value)
             continue
         wanted = "a Tensor or None" if name.endswith("_bias") else "a Tensor"
         raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected float32, float64, float16 or bfloat16, got {_name(x.dtype)}")
+
+
+def _check_strided(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
 
 
 def check_call(x: Tensor, weights: Weights) -> None:
@@ -90,6 +101,10 @@ def check_call(x: Tensor, weights: Weights) -> None:
     if channels == 0 or 0 in x.shape[2:]:
         raise ValueError(
             f"x: expected at least one channel and one position in space, got shape {list(x.shape)}"
+        )
+    if x.shape[2:].numel() >= MOST_POSITIONS:
+        raise ValueError(
+            f"x: expected fewer than {MOST_POSITIONS} positions in space, got shape {list(x.shape)}"
         )
     _check_shapes(channels, dim, weights)
 

@@ -62,7 +62,9 @@ def cbam(
     Raises:
         TypeError: an argument is no tensor, or has a dtype that is not supported here.
         ValueError: shapes or devices do not fit, or `backend` is unknown or not for this device.
-        RuntimeError: the backend that was asked for is not part of this installation.
+        RuntimeError: the backend that was asked for is not part of this installation, or the call
+            is under forward-mode differentiation or a torch.func transform, where only "auto" and
+            "reference" work, both in plain PyTorch.
     """
     given = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
     check_tensors(x, given)
@@ -109,6 +111,13 @@ def _choose(backend: str, device: torch.device) -> str:
     check_backend(source, name)
     if name == "reference":
         return "reference"
+    if not torch.compiler.is_compiling() and _is_transformed():
+        if name == "auto":
+            return "reference"
+        raise RuntimeError(
+            f"{source}: {name!r} cannot be used under forward-mode differentiation or a torch.func "
+            "transform, which pass only through PyTorch's own operators: use 'auto' or 'reference'"
+        )
     if name == "auto":
         if ops.missing(device.type) is None:
             return "fused"
@@ -120,6 +129,12 @@ def _choose(backend: str, device: torch.device) -> str:
     if (why := ops.missing(device.type)) is not None:
         raise RuntimeError(f"{source}: {name!r} cannot be used: {why}")
     return "fused"
+
+
+def _is_transformed() -> bool:
+    """Whether a call now must be made of operators that PyTorch itself can transform."""
+    in_forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return in_forward_mode or torch._C._are_functorch_transforms_active()
 
 
 def check_backend(source: str, name: str) -> None:

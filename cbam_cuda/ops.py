@@ -12,6 +12,7 @@ float64 for float64, else float32:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ def _fake_forward_train(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...
         x.new_empty((samples, 2, hidden), dtype=acc),
         x.new_empty((samples, 2, *space)),
         x.new_empty((samples, channels), dtype=torch.int32),
-        x.new_empty((samples, x[0, 0].numel() if samples else 0), dtype=torch.int32),
+        x.new_empty((samples, math.prod(space)), dtype=torch.int32),
     )
 
 

@@ -219,7 +219,13 @@ Tensor in_layout_of(const Tensor& like, const Tensor& t) {
 
 std::pair<Tensor, Tensor> in_one_layout(const Tensor& a, const Tensor& b) {
   if (same_kind(native_strides(a), native_strides(b))) return {a, b};
-  return {torch::stable::contiguous(a), torch::stable::contiguous(b)};
+  // Not contiguous(): an empty tensor counts as that whatever its strides.
+  const auto copy_of = [](const Tensor& t) {
+    Tensor copy = torch::stable::new_empty(t, t.sizes());
+    torch::stable::copy_(copy, t);
+    return copy;
+  };
+  return {copy_of(a), copy_of(b)};
 }
 
 Output::Output(const Tensor& x) : result(torch::stable::empty_like(x)), native(result) {

@@ -4,14 +4,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define CBAM_INLINE __host__ __device__ __forceinline__
-#else
-// Internal linkage: each CPU target compiles its own copy, which must never be merged with
-// another's.
-#define CBAM_INLINE static inline __attribute__((always_inline))
-#define CBAM_INLINE_MEMBER inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace cbam {
 

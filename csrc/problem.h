@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "inline.h"
+
 namespace cbam {
 
 enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
@@ -16,8 +18,8 @@ struct Shape {
   int64_t depth, height, width;
   int64_t kernel_depth, kernel_height, kernel_width;
 
-  int64_t pixels() const { return depth * height * width; }
-  int64_t taps() const { return kernel_depth * kernel_height * kernel_width; }
+  CBAM_INLINE_MEMBER int64_t pixels() const { return depth * height * width; }
+  CBAM_INLINE_MEMBER int64_t taps() const { return kernel_depth * kernel_height * kernel_width; }
 };
 
 // In elements. Pixels are numbered along width, then height, then depth, and every tensor of x's
@@ -27,7 +29,7 @@ struct Strides {
   int64_t channel;
   int64_t pixel;
 
-  bool channels_first() const { return pixel == 1; }
+  CBAM_INLINE_MEMBER bool channels_first() const { return pixel == 1; }
 };
 
 // `acc` below is double where x is double, else float.
@@ -61,7 +63,7 @@ struct ForwardProblem {
   Weights weights;
   Saved saved;
 
-  bool training() const { return saved.spatial_gate != nullptr; }
+  CBAM_INLINE_MEMBER bool training() const { return saved.spatial_gate != nullptr; }
 };
 
 // Each gradient is null where it was not asked for.
@@ -74,8 +76,8 @@ struct Gradients {
   void* conv_weight;
   void* conv_bias;
 
-  bool mlp() const { return fc1_weight || fc1_bias || fc2_weight || fc2_bias; }
-  bool conv() const { return conv_weight || conv_bias; }
+  CBAM_INLINE_MEMBER bool mlp() const { return fc1_weight || fc1_bias || fc2_weight || fc2_bias; }
+  CBAM_INLINE_MEMBER bool conv() const { return conv_weight || conv_bias; }
 };
 
 // Extends the forward's problem: x, weights and saved are read; out is not used.

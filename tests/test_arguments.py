@@ -118,6 +118,14 @@ WRONG_TYPES = {
         {"x": torch.zeros(2, 8, 6, 5, dtype=torch.int64)},
         r"x: expected float32, float64, float16 or bfloat16, got int64",
     ),
+    "x is sparse": (
+        {"x": torch.zeros(2, 8, 6, 5).to_sparse()},
+        r"x: expected a strided tensor, got layout torch.sparse_coo",
+    ),
+    "weight is sparse": (
+        {"fc2_weight": torch.zeros(8, 2, 1, 1).to_sparse()},
+        r"fc2_weight: expected a strided tensor",
+    ),
     "x is complex": (
         {"x": torch.zeros(2, 8, 6, 5, dtype=torch.complex64)},
         r"x: expected .*, got complex64",
@@ -149,6 +157,13 @@ def test_wrong_type(call, what):
     replaced, message = WRONG_TYPES[what]
     with pytest.raises(TypeError, match=message):
         call(**replaced)
+
+
+def test_more_positions_than_an_index_holds():
+    weights = make_weights(SEQUENCE, torch.float32, "meta")
+    with pytest.raises(ValueError, match=r"x: expected fewer than 2147483647 positions in space"):
+        cbam(torch.empty(1, 8, 2**31, device="meta"), *weights)
+    assert cbam(torch.empty(1, 8, 2**31 - 2, device="meta"), *weights).shape[2] == 2**31 - 2
 
 
 def test_mixed_devices(call):

@@ -172,11 +172,16 @@ def test_one_gradient_alone(backend, index, layout):
 
 
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
-def test_empty_batch(backend, case):
-    x = make_x(case, torch.float32, backend)[:0]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_empty_batch(backend, case, layout):
+    x = LAYOUTS[layout](make_x(case, torch.float32, backend))[:0]
     weights = make_weights(case, torch.float32, backend)
     out, dx, *rest = gradients(backend, leaves(x, weights), x)
     assert dx.shape == out.shape == x.shape
+    assert all(torch.equal(g, torch.zeros_like(w)) for g, w in zip(rest, weights, strict=True))
+    tensors = leaves(x, weights)
+    tensors[0].requires_grad_(False)
+    rest = gradients(backend, tensors, x)[2:]
     assert all(torch.equal(g, torch.zeros_like(w)) for g, w in zip(rest, weights, strict=True))
 
 

@@ -112,15 +112,19 @@ def test_opcheck_of_the_backward(backend, case):
     )
 
 
+@pytest.mark.parametrize("samples", [0, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_tracing_describes_what_comes_out(backend, dtype, layout):
-    x, weights = LAYOUTS[layout](make_x(CASE, dtype, backend)), make_weights(CASE, dtype, backend)
+def test_tracing_describes_what_comes_out(backend, dtype, layout, samples):
+    x = LAYOUTS[layout](make_x(CASE, dtype, backend)[:samples])
+    weights = make_weights(CASE, dtype, backend)
     real = torch.ops.cbam_cuda.forward_train(x, *weights)
     mode = torch._subclasses.FakeTensorMode()
     fake = torch.ops.cbam_cuda.forward_train(*(mode.from_tensor(t) for t in (x, *weights)))
     for a, b in zip(real, fake, strict=True):
-        assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+        assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+        # torch.empty_like itself traces other strides than it gives to empty tensors.
+        assert samples == 0 or a.stride() == b.stride()
 
 
 def test_tracing_refuses_what_running_refuses():

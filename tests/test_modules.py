@@ -143,6 +143,26 @@ def test_functional_call(backend):
         torch.testing.assert_close(got[name], parameter.grad)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_transforms_of_torch_func_take_the_plain_form(frozen):
+    """They cannot pass through the operator; nothing may be lost silently."""
+    module, plain = CBAM(32, 4).requires_grad_(not frozen), reference.CBAM(32, 4)
+    plain.load_state_dict(module.state_dict())
+    x, t = torch.randn(SHAPES[2]), torch.randn(SHAPES[2])
+    expected = torch.func.jvp(plain, (x,), (t,))[1]
+    assert expected.abs().sum() > 0
+    torch.testing.assert_close(torch.func.jvp(module, (x,), (t,))[1], expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = module(torch.autograd.forward_ad.make_dual(x, t))
+        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(tangent, expected)
+    gradient = torch.func.grad(lambda v: module(v).square().sum())(x)
+    torch.testing.assert_close(gradient, torch.func.grad(lambda v: plain(v).square().sum())(x))
+    module.backend = "cpu"
+    with pytest.raises(RuntimeError, match="backend: 'cpu' cannot be used under forward-mode"):
+        torch.func.jvp(module, (x,), (t,))
+
+
 def test_attention_is_differentiable(backend):
     module = CBAM(32, 4, device=backend, dtype=torch.float64)
     plain = reference.CBAM(32, 4, device=backend, dtype=torch.float64)
