@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 STEPS = 20
 FIRST_LOSS = 1e-5
-FLOAT64 = 1e-9
+FLOAT64 = 1e-12
 MULTIPLE_OF_SPREAD = 10.0
 STEPS_AHEAD = 5
 
