@@ -89,7 +89,7 @@ def draw(runs: dict[str, Run], digits: Digits, rows: list[block.Row]) -> None:
 
 def main() -> int:
     """Train, check, time, draw."""
-    device = block.pick_device()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     exact_arithmetic()
     digits = load(device)
     print(f"{len(digits.labels)} digits to train with, {len(digits.test_labels)} to test, {device}")
