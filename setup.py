@@ -46,7 +46,7 @@ def torch_paths() -> tuple[list[str], list[str]]:
     """Include and library folders of the installed torch."""
     try:
         import torch
-        from torch.utils import cpp_extension
+        from torch.utils.cpp_extension import include_paths, library_paths
     except ImportError:
         fail(
             "torch was not found by the build: install torch >= 2.11, then run "
@@ -55,7 +55,7 @@ def torch_paths() -> tuple[list[str], list[str]]:
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < OLDEST_TORCH:
         fail(f"torch >= 2.11 is needed, found {torch.__version__}: run `pip install -U torch`")
-    return cpp_extension.include_paths(), cpp_extension.library_paths()
+    return include_paths(), library_paths()
 
 
 def pybind11_include() -> str:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import reference
 from .arguments import Weights, accumulator_dtype, check_call
@@ -194,13 +194,13 @@ def _differentiate(
 
 def _describe() -> frozenset[str]:
     """Register tracing and autograd; return the device types that have kernels."""
-    torch.library.register_fake("cbam_cuda::forward", _fake_forward)
-    torch.library.register_fake("cbam_cuda::forward_train", _fake_forward_train)
-    torch.library.register_fake("cbam_cuda::backward", _fake_backward)
-    torch.library.register_autograd(
+    library.register_fake("cbam_cuda::forward", _fake_forward)
+    library.register_fake("cbam_cuda::forward_train", _fake_forward_train)
+    library.register_fake("cbam_cuda::backward", _fake_backward)
+    library.register_autograd(
         "cbam_cuda::forward_train", _forward_gradients, setup_context=_setup_forward
     )
-    torch.library.register_autograd(
+    library.register_autograd(
         "cbam_cuda::backward", _backward_gradients, setup_context=_setup_backward
     )
     keys = {"cpu": "CPU", "cuda": "CUDA"}

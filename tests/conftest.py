@@ -12,13 +12,16 @@ settings.register_profile("suite", deadline=None, derandomize=True, print_blob=T
 settings.load_profile("suite")
 
 
+FUSED = ("cpu", "cuda")
+
+
 def why_not(backend: str) -> str | None:
     """Why a fused backend cannot run here, or None."""
     state = cbam_cuda.info()["backends"][backend]
     return None if state == "available" else f"{backend}: {state}"
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=FUSED)
 def backend(request: pytest.FixtureRequest) -> str:
     """A fused backend. Each is also the name of the device whose tensors it takes."""
     if reason := why_not(request.param):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, make_weights, make_x
-from conftest import why_not
+from conftest import FUSED, why_not
 
 from cbam_cuda import CBAM, CBAM3d, CBAM_Module, cbam, reference
 
@@ -13,7 +13,7 @@ CASE = Case("", (2, 8, 6, 5), 2, (3, 3))
 SEQUENCE = Case("", (2, 8, 6), 2, (3,))
 
 
-@pytest.fixture(params=["cpu", "cuda", "reference"])
+@pytest.fixture(params=[*FUSED, "reference"])
 def call(request):
     """Calls cbam with some arguments of a good call replaced."""
     backend = request.param
@@ -166,12 +166,14 @@ def test_more_positions_than_an_index_holds():
     assert cbam(torch.empty(1, 8, 2**31 - 2, device="meta"), *weights).shape[2] == 2**31 - 2
 
 
-def test_mixed_devices(call):
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_mixed_devices(backend):
     weights = make_weights(CASE, torch.float32, "meta")
     with pytest.raises(ValueError, match=r"conv_bias: expected device \w+(:0)?, .*, got meta"):
         cbam(
             make_x(CASE, torch.float32),
             *make_weights(CASE, torch.float32)._replace(conv_bias=weights.conv_bias),
+            backend=backend,
         )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from cases import FEW_CASES, LAYOUTS, Case, leaves, make_weights, make_x
+from torch import library
 
 from cbam_cuda import CBAM, cbam
 
@@ -78,7 +79,7 @@ def test_exports(backend):
 def test_opcheck_of_the_forward(backend, case, layout):
     x = LAYOUTS[layout](make_x(case, torch.float32, backend))
     weights = make_weights(case, torch.float32, backend)
-    torch.library.opcheck(torch.ops.cbam_cuda.forward.default, (x, *weights))
+    library.opcheck(torch.ops.cbam_cuda.forward.default, (x, *weights))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -87,7 +88,7 @@ def test_opcheck_of_the_forward(backend, case, layout):
 def test_opcheck_of_training(backend, case, dtype, bias):
     weights = make_weights(case, dtype, backend, bias=bias)
     tensors = leaves(make_x(case, dtype, backend), weights)
-    torch.library.opcheck(torch.ops.cbam_cuda.forward_train.default, tuple(tensors))
+    library.opcheck(torch.ops.cbam_cuda.forward_train.default, tuple(tensors))
 
 
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
@@ -97,10 +98,10 @@ def test_opcheck_of_the_backward(backend, case):
     _, *saved = torch.ops.cbam_cuda.forward_train(x, *weights)
     grad = make_x(case, torch.float64, backend, seed=2)
     arguments = (grad, None, None, x, *weights, *saved, [True, False] + [True] * 5)
-    torch.library.opcheck(torch.ops.cbam_cuda.backward.default, arguments)
+    library.opcheck(torch.ops.cbam_cuda.backward.default, arguments)
     # Static shapes: PyTorch cannot trace second derivatives of a convolution with symbolic ones.
     arguments = (grad.requires_grad_(), None, None, *leaves(x, weights), *saved, [True] * 7)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.cbam_cuda.backward.default,
         arguments,
         test_utils=[

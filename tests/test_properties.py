@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from cases import LAYOUTS, Case, gradients, leaves, make_weights, make_x
-from conftest import why_not
+from conftest import FUSED, why_not
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as_eager
 
-BACKENDS = [name for name in ("cpu", "cuda") if why_not(name) is None]
+BACKENDS = [name for name in FUSED if why_not(name) is None]
 
 
 @st.composite

@@ -129,13 +129,11 @@ class Backward {
   const A* hidden(int64_t n) const {
     return static_cast<const A*>(p_.saved.hidden) + n * 2 * shape_.hidden;
   }
-  const A* pooled(int64_t n) const {
-    return static_cast<const A*>(p_.saved.pooled) + n * 2 * shape_.channels;
-  }
   const int32_t* pixel_argmax(int64_t n) const {
     return p_.saved.pixel_argmax + n * shape_.channels;
   }
   const int32_t* channel_argmax(int64_t n) const { return p_.saved.channel_argmax + n * pixels_; }
+
   // to[j] = sum over row blocks of partial[block][j]
   template <class Run>
   void merge_partials(const A* partial, A* to, Run run) const {
