@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops, reference
 from .arguments import Weights, check_call, check_tensors
 
-BACKENDS = ("auto", "cuda", "cpu", "reference")
+BACKENDS = ("auto", "cuda", "cpu", "emulated", "reference")
 _VARIABLE = "CBAM_CUDA_BACKEND"
 
 
@@ -73,14 +73,16 @@ def cbam(
         x, weights = _cast_as_autocast(x, weights)
     check_call(x, weights)
 
-    if _choose(backend, x.device) == "reference":
+    training = _needs_grad(x, weights)
+    library = _choose(backend, x.device, training)
+    if library is None:
         return reference.cbam(x, *weights, return_attention=return_attention)
-    if return_attention or _needs_grad(x, weights):
-        out, channel_gate, spatial_gate, *_ = ops.forward_train(x, weights)
+    if return_attention or training:
+        out, channel_gate, spatial_gate, *_ = ops.forward_train(x, weights, library)
         if return_attention:
             return out, channel_gate.to(x.dtype), spatial_gate.to(x.dtype)
         return out
-    return ops.forward(x, weights)
+    return ops.forward(x, weights, library)
 
 
 def _needs_grad(x: Tensor, weights: Weights) -> bool:
@@ -103,32 +105,35 @@ def _cast_as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
     return x, Weights(*(None if w is None else w.to(torch.float32) for w in weights))  # type: ignore[arg-type]
 
 
-def _choose(backend: str, device: torch.device) -> str:
-    """The backend for tensors on `device`: "fused" or "reference"."""
+def _choose(backend: str, device: torch.device, training: bool) -> str | None:
+    """The library of operators for tensors on `device`, or None for the plain form."""
     name, source = backend, "backend"
     if backend == "auto" and (named := os.environ.get(_VARIABLE)):
         name, source = named, _VARIABLE
     check_backend(source, name)
     if name == "reference":
-        return "reference"
+        return None
     if not torch.compiler.is_compiling() and _is_transformed():
         if name == "auto":
-            return "reference"
+            return None
         raise RuntimeError(
             f"{source}: {name!r} cannot be used under forward-mode differentiation or a torch.func "
             "transform, which pass only through PyTorch's own operators: use 'auto' or 'reference'"
         )
     if name == "auto":
-        if ops.missing(device.type) is None:
-            return "fused"
-        _warn_of_fallback(device.type)
-        return "reference"
+        why = ops.missing(device.type, training=training)
+        if why is None:
+            return ops.FUSED
+        _warn_of_fallback(device.type, why)
+        return None
+    expected = "cpu" if name == "emulated" else name
     # Meta tensors have no data: any backend's operators describe what they would return.
-    if device.type not in (name, "meta"):
-        raise ValueError(f"{source}: {name!r} expects tensors on {name}, got x on {device}")
-    if (why := ops.missing(device.type)) is not None:
+    if device.type not in (expected, "meta"):
+        raise ValueError(f"{source}: {name!r} expects tensors on {expected}, got x on {device}")
+    library = ops.EMULATED if name == "emulated" else ops.FUSED
+    if (why := ops.missing(device.type, training=training, name=library)) is not None:
         raise RuntimeError(f"{source}: {name!r} cannot be used: {why}")
-    return "fused"
+    return library
 
 
 def _is_transformed() -> bool:
@@ -146,12 +151,12 @@ def check_backend(source: str, name: str) -> None:
 _warned: set[str] = set()
 
 
-def _warn_of_fallback(device_type: str) -> None:
-    """Say once for each kind of device that the slow path is taken."""
-    if device_type in _warned or torch.compiler.is_compiling():
+def _warn_of_fallback(device_type: str, why: str) -> None:
+    """Say once for each reason that the slow path is taken."""
+    if why in _warned or torch.compiler.is_compiling():
         return
-    _warned.add(device_type)
+    _warned.add(why)
     warnings.warn(
-        f"cbam_cuda runs its plain PyTorch form on {device_type}: {ops.missing(device_type)}",
+        f"cbam_cuda runs its plain PyTorch form on {device_type}: {why}",
         stacklevel=4,
     )

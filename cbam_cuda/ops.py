@@ -12,8 +12,11 @@ float64 for float64, else float32:
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +24,10 @@ from torch import Tensor, library
 
 from . import reference
 from .arguments import Weights, accumulator_dtype, check_call
+
+# Libraries of operators: the same schemas, and for tensors on a CPU different kernels behind them.
+FUSED = "cbam_cuda"
+EMULATED = "cbam_cuda_emulated"
 
 load_error: ImportError | None = None
 try:
@@ -30,16 +37,46 @@ except ImportError as error:
     load_error = error
 
 
-def missing(device_type: str) -> str | None:
-    """Why there is no fused backend for tensors on this kind of device; None if there is one."""
-    if _C is None:
+def missing(device_type: str, *, training: bool = False, name: str = FUSED) -> str | None:
+    """Why a library has no kernels for tensors on this kind of device; None if it has.
+
+    With `training`, backward is asked for as well.
+    """
+    if name == FUSED and _C is None:
         return (
             f"the compiled module did not load ({load_error}); "
             "build it with `pip install --no-build-isolation .`"
         )
-    if device_type in _FUSED:
-        return None
-    return f"this build has no fused kernels for {device_type}"
+    if name == EMULATED and EMULATED not in _KERNELS:
+        if not _emulator().exists():
+            return f"{_emulator()} does not exist; build it with `make emulator`"
+        load_emulated()
+    if device_type not in _KERNELS[name]["forward"]:
+        return f"this build has no fused kernels for {device_type}"
+    if training and device_type not in _KERNELS[name]["backward"]:
+        return f"this build has no fused backward for {device_type}"
+    return None
+
+
+def load_emulated() -> None:
+    """Load the library in which an emulator runs the CUDA kernels on CPU tensors."""
+    torch.ops.load_library(str(_emulator()))  # type: ignore[no-untyped-call]
+    _describe(EMULATED)
+
+
+def _emulator() -> Path:
+    return Path(os.environ.get("CBAM_CUDA_EMULATOR") or Path(__file__).with_name("_emulated.so"))
+
+
+def compiled() -> Any:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: it did not load.
+    """
+    if _C is None:
+        raise RuntimeError(missing("cpu"))
+    return _C
 
 
 def build_info() -> dict[str, Any] | None:
@@ -47,15 +84,15 @@ def build_info() -> dict[str, Any] | None:
     return None if _C is None else _C.build_info()
 
 
-def forward(x: Tensor, weights: Weights) -> Tensor:
+def forward(x: Tensor, weights: Weights, name: str = FUSED) -> Tensor:
     """The output alone, outside autograd."""
-    out: Tensor = torch.ops.cbam_cuda.forward(x, *weights)
+    out: Tensor = getattr(torch.ops, name).forward(x, *weights)
     return out
 
 
-def forward_train(x: Tensor, weights: Weights) -> tuple[Tensor, ...]:
+def forward_train(x: Tensor, weights: Weights, name: str = FUSED) -> tuple[Tensor, ...]:
     """The output, the gates, and what else backward needs."""
-    outputs: tuple[Tensor, ...] = torch.ops.cbam_cuda.forward_train(x, *weights)
+    outputs: tuple[Tensor, ...] = getattr(torch.ops, name).forward_train(x, *weights)
     return outputs
 
 
@@ -107,7 +144,7 @@ def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _forward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _forward_gradients(backward: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of forward_train, from those of out, channel_gate and spatial_gate."""
     x = ctx.saved_tensors[0]
     grad_out, grad_channel_gate, grad_spatial_gate = grads[:3]
@@ -116,9 +153,7 @@ def _forward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
             return (None,) * (1 + _WEIGHTS)
         grad_out = torch.zeros_like(x)
     mask = list(ctx.needs_input_grad)
-    gradients = torch.ops.cbam_cuda.backward(
-        grad_out, grad_channel_gate, grad_spatial_gate, *ctx.saved_tensors, mask
-    )
+    gradients = backward(grad_out, grad_channel_gate, grad_spatial_gate, *ctx.saved_tensors, mask)
     return tuple(g if wanted else None for g, wanted in zip(gradients, mask, strict=True))
 
 
@@ -192,20 +227,32 @@ def _differentiate(
     return [None if t is None else next(results) for t in inputs]
 
 
-def _describe() -> frozenset[str]:
-    """Register tracing and autograd; return the device types that have kernels."""
-    library.register_fake("cbam_cuda::forward", _fake_forward)
-    library.register_fake("cbam_cuda::forward_train", _fake_forward_train)
-    library.register_fake("cbam_cuda::backward", _fake_backward)
+# For each library and operator, the types of device that have a kernel.
+_KERNELS: dict[str, dict[str, frozenset[str]]] = {}
+
+
+def _describe(name: str) -> None:
+    """Register tracing and autograd for a library that is loaded, and note what it has."""
+    library.register_fake(f"{name}::forward", _fake_forward)
+    library.register_fake(f"{name}::forward_train", _fake_forward_train)
+    library.register_fake(f"{name}::backward", _fake_backward)
+    backward = getattr(torch.ops, name).backward
     library.register_autograd(
-        "cbam_cuda::forward_train", _forward_gradients, setup_context=_setup_forward
+        f"{name}::forward_train",
+        functools.partial(_forward_gradients, backward),
+        setup_context=_setup_forward,
     )
     library.register_autograd(
-        "cbam_cuda::backward", _backward_gradients, setup_context=_setup_backward
+        f"{name}::backward", _backward_gradients, setup_context=_setup_backward
     )
     keys = {"cpu": "CPU", "cuda": "CUDA"}
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return frozenset(d for d, key in keys.items() if has("cbam_cuda::forward", key)) | {"meta"}
+    _KERNELS[name] = {
+        operator: frozenset(d for d, key in keys.items() if has(f"{name}::{operator}", key))
+        | {"meta"}
+        for operator in ("forward", "backward")
+    }
 
 
-_FUSED = _describe() if _C is not None else frozenset()
+if _C is not None:
+    _describe(FUSED)

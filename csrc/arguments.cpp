@@ -63,17 +63,19 @@ void expect_indices(const char* name, const Tensor& t, int64_t below) {
 
 }  // namespace
 
-DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
+DType dtype_of(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Double: return DType::kFloat64;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::BFloat16: return DType::kBFloat16;
     default:
       STD_TORCH_CHECK(false, "x: expected float32, float64, float16 or bfloat16, got ",
-                      torch::headeronly::toString(x.scalar_type()));
+                      torch::headeronly::toString(dtype));
   }
 }
+
+DType dtype_of(const Tensor& x) { return dtype_of(x.scalar_type()); }
 
 ScalarType accumulator_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -120,6 +122,12 @@ Shape check_forward(const Tensor& x, const WeightArguments& w) {
   return s;
 }
 
+bool WeightArguments::all_are(ScalarType dtype) const {
+  const auto fits = [&](const std::optional<Tensor>& t) { return !t || t->scalar_type() == dtype; };
+  return fits(fc1_weight) && fits(fc1_bias) && fits(fc2_weight) && fits(fc2_bias) &&
+         fits(conv_weight) && fits(conv_bias);
+}
+
 DenseWeights::DenseWeights(const WeightArguments& w, ScalarType dtype) {
   owned.reserve(6);
   const auto dense = [&](const Tensor& t) -> const void* {
@@ -130,8 +138,9 @@ DenseWeights::DenseWeights(const WeightArguments& w, ScalarType dtype) {
   const auto dense_or_null = [&](const std::optional<Tensor>& t) {
     return t ? dense(*t) : nullptr;
   };
-  view = {dense(w.fc1_weight),       dense_or_null(w.fc1_bias), dense(w.fc2_weight),
-          dense_or_null(w.fc2_bias), dense(w.conv_weight),      dense_or_null(w.conv_bias)};
+  view = {dtype_of(dtype),           dense(w.fc1_weight),       dense_or_null(w.fc1_bias),
+          dense(w.fc2_weight),       dense_or_null(w.fc2_bias), dense(w.conv_weight),
+          dense_or_null(w.conv_bias)};
 }
 
 SavedTensors SavedTensors::make(const Tensor& x, const Shape& s) {

@@ -23,6 +23,8 @@ struct WeightArguments {
   const std::optional<Tensor>& fc2_bias;
   const Tensor& conv_weight;
   const std::optional<Tensor>& conv_bias;
+
+  bool all_are(ScalarType dtype) const;
 };
 
 // The weights as kernels read them; holds the tensors that the pointers of `view` point into.
@@ -52,6 +54,7 @@ void check_gradients(const Tensor& x, const Shape& shape, const Tensor& grad_out
                      const std::optional<Tensor>& grad_channel_gate,
                      const std::optional<Tensor>& grad_spatial_gate);
 
+DType dtype_of(ScalarType dtype);
 DType dtype_of(const Tensor& x);
 // float64 for float64, else float32.
 ScalarType accumulator_of(const Tensor& x);

@@ -32,6 +32,14 @@ CBAM_INLINE auto takes_maximum(A v, A best) {
   return ((v > best) | (v != v)) & (best == best);
 }
 
+// Whether (v, i) comes before (best, j) where partial results meet in any order: the larger value
+// wins, NaN above all, and of equals the smaller index.
+template <class A>
+CBAM_INLINE bool precedes(A v, int32_t i, A best, int32_t j) {
+  const bool tie = (v == best) | ((v != v) & (best != best));
+  return takes_maximum(v, best) | (tie & (i < j));
+}
+
 // Storage formats of 16 bits.
 struct Half {
   uint16_t bits;
@@ -51,5 +59,11 @@ struct Accumulator<double> {
 };
 template <class T>
 using acc_t = typename Accumulator<T>::type;
+
+// A type as a value, for generic lambdas.
+template <class T>
+struct Type {
+  using type = T;
+};
 
 }  // namespace cbam

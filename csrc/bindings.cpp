@@ -4,11 +4,14 @@
 #include <pybind11/stl.h>
 
 #include "cpu/target.h"
+#include "cuda/describe.h"
+#include "cuda/traffic.h"
 #if defined(CBAM_WITH_CUDA)
 #include "cuda/device.h"
 #endif
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace {
 
@@ -32,6 +35,86 @@ py::dict build_info() {
   return info;
 }
 
+py::dict limits_dict(const cbam::cuda::DeviceLimits& d) {
+  return py::dict("name"_a = d.name, "capability"_a = d.capability,
+                  "multiprocessors"_a = d.multiprocessors,
+                  "threads_per_multiprocessor"_a = d.threads_per_multiprocessor,
+                  "shared_per_block"_a = d.shared_per_block, "l2_bytes"_a = d.l2_bytes,
+                  "bandwidth"_a = d.bandwidth);
+}
+
+py::list known_devices() {
+  py::list devices;
+  for (const auto& d : cbam::cuda::known_devices()) devices.append(limits_dict(d));
+  return devices;
+}
+
+// A GPU of the table, or "cuda:INDEX" for one of this machine.
+cbam::cuda::DeviceLimits limits_of(const std::string& device) {
+#if defined(CBAM_WITH_CUDA)
+  if (device.rfind("cuda:", 0) == 0)
+    return cbam::cuda::limits_of_device(std::stoi(device.substr(5)));
+#endif
+  return cbam::cuda::known_device(device);
+}
+
+py::dict traffic_dict(const cbam::cuda::Traffic& t) {
+  return py::dict("x_read"_a = t.x_read, "out_written"_a = t.out_written,
+                  "weights_read"_a = t.weights_read, "small_read"_a = t.small_read,
+                  "small_written"_a = t.small_written);
+}
+
+const char* name_of(cbam::cuda::Access access) {
+  switch (access) {
+    case cbam::cuda::Access::kScalar: return "scalar";
+    case cbam::cuda::Access::kVector: return "vector";
+    case cbam::cuda::Access::kPacked: return "packed";
+  }
+  return "";
+}
+
+py::dict reduction_dict(const cbam::cuda::ReductionGeometry& g) {
+  py::dict d("tiles"_a = g.tiles, "tile"_a = g.tile, "splits"_a = g.splits, "span"_a = g.span,
+             "reverse"_a = g.reverse);
+  if (g.along_rows)
+    d["lanes"] = g.lanes;
+  else
+    d.attr("update")("access"_a = name_of(g.access), "period"_a = g.period,
+                     "row_group"_a = g.row_group);
+  return d;
+}
+
+py::dict scale_dict(const cbam::cuda::ScaleGeometry& g) {
+  return py::dict("box"_a = py::make_tuple(g.box_depth, g.box_height, g.box_width),
+                  "boxes"_a = py::make_tuple(g.boxes_depth, g.boxes_height, g.boxes_width),
+                  "chunks"_a = g.chunks, "chunk"_a = g.chunk, "access"_a = name_of(g.access),
+                  "period"_a = g.period, "row_group"_a = g.row_group, "tile"_a = g.tile,
+                  "reverse"_a = g.reverse);
+}
+
+py::dict plan(std::vector<int64_t> shape, int64_t hidden, std::vector<int64_t> kernel,
+              const std::string& dtype, const std::string& device, bool channels_last,
+              bool training, bool aligned, bool bias, const std::string& weight_dtype) {
+  const auto problem = cbam::cuda::describe({std::move(shape), hidden, std::move(kernel), dtype,
+                                             weight_dtype, channels_last, training, aligned, bias});
+  const auto limits = limits_of(device);
+  const auto plan = cbam::cuda::plan(problem, limits);
+  const auto bytes = cbam::cuda::device_memory_bytes(plan, problem);
+  py::list stages;
+  for (const auto& stage : cbam::cuda::stages(plan, problem, plan.group.samples))
+    stages.append(py::dict(
+        "name"_a = stage.name, "blocks"_a = stage.grid.blocks, "threads"_a = stage.grid.threads,
+        "shared_bytes"_a = stage.grid.shared_bytes, "traffic"_a = traffic_dict(stage.traffic)));
+  return py::dict("device"_a = limits_dict(limits), "strategy"_a = "streaming",
+                  "group"_a = plan.group.samples, "in_cache"_a = plan.group.in_cache,
+                  "scratch_bytes"_a = cbam::cuda::scratch(plan, problem).total(),
+                  "pool"_a = reduction_dict(plan.pool), "maps"_a = reduction_dict(plan.maps),
+                  "scale"_a = scale_dict(plan.scale), "stages"_a = stages,
+                  "traffic"_a = traffic_dict(cbam::cuda::traffic(plan, problem)),
+                  "device_memory_bytes"_a = bytes,
+                  "seconds"_a = static_cast<double>(bytes) / limits.bandwidth);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -39,4 +122,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "Version, compiler, CPU targets that run here and the one in use, and of the CUDA part its "
         "toolkit version, architectures and visible devices (empty where it was not built).");
+  m.def("known_devices", &known_devices, "Limits of the GPUs that plans can be made for.");
+  m.def("plan", &plan, "shape"_a, "hidden"_a, "kernel"_a, "dtype"_a, "device"_a, py::kw_only(),
+        "channels_last"_a = false, "training"_a = false, "aligned"_a = true, "bias"_a = true,
+        "weight_dtype"_a = "",
+        "How the CUDA backend would run dense tensors of these sizes on `device`, a known one or "
+        "\"cuda:INDEX\": launches of a full group, bytes by what they belong to, and the seconds "
+        "that device memory needs. ValueError where there is no such plan.");
 }

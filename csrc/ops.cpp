@@ -1,21 +1,17 @@
-// The operators: schemas, and for each dispatch key the same three functions around that backend's
-// kernels. They check, allocate, fill a Problem and hand it on.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
+// Which backend an operator runs for which kind of tensor.
+#include "ops.h"
 
-#include <optional>
-#include <tuple>
-#include <utility>
-#include <vector>
-
-#include "arguments.h"
 #include "cpu/target.h"
+#if defined(CBAM_WITH_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/device.h"
+#include "cuda/forward.h"
+#include "cuda/stream.h"
+#endif
 
 namespace cbam {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 struct Cpu {
   static cpu::ThreadPool pool() {
@@ -26,172 +22,46 @@ struct Cpu {
               });
             }};
   }
-  static ScalarType weight_dtype(const Tensor& x) { return accumulator_of(x); }
-  static void forward(const ForwardProblem& p) { cpu::target().forward(p, pool()); }
-  static void backward(const BackwardProblem& p) { cpu::target().backward(p, pool()); }
-};
-
-// Runs the forward on x and the weights in a form that kernels read, into `out`.
-template <class Backend>
-void run_forward(const Tensor& x_given, const Shape& shape, const WeightArguments& w,
-                 const Saved& saved, Output& out) {
-  if (shape.samples == 0) return;
-  const Tensor x = in_layout_of(out.native, x_given);
-  const DenseWeights weights(w, Backend::weight_dtype(x));
-  Backend::forward({dtype_of(x), shape, *native_strides(x), *native_strides(out.native),
-                    x.const_data_ptr(), out.native.mutable_data_ptr(), weights.view, saved});
-  out.finish();
-}
-
-template <class Backend>
-Tensor forward(const Tensor& x, const Tensor& fc1_weight, const OptionalTensor& fc1_bias,
-               const Tensor& fc2_weight, const OptionalTensor& fc2_bias, const Tensor& conv_weight,
-               const OptionalTensor& conv_bias) {
-  const WeightArguments w{fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias};
-  const Shape s = check_forward(x, w);
-  const auto scratch = [&](int64_t per_sample) {
-    return torch::stable::new_empty(x, {s.samples * per_sample}, accumulator_of(x));
-  };
-  const Tensor gate = scratch(s.channels), pooled = scratch(2 * s.channels),
-               hidden = scratch(2 * s.hidden);
-  Output out(x);
-  run_forward<Backend>(x, s, w,
-                       {gate.mutable_data_ptr(), pooled.mutable_data_ptr(),
-                        hidden.mutable_data_ptr(), nullptr, nullptr, nullptr, nullptr},
-                       out);
-  return out.result;
-}
-
-using TrainOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-template <class Backend>
-TrainOutputs forward_train(const Tensor& x, const Tensor& fc1_weight,
-                           const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
-                           const OptionalTensor& fc2_bias, const Tensor& conv_weight,
-                           const OptionalTensor& conv_bias) {
-  const WeightArguments w{fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias};
-  const Shape s = check_forward(x, w);
-  const SavedTensors saved = SavedTensors::make(x, s);
-  Output out(x);
-  run_forward<Backend>(x, s, w, saved.view(), out);
-  return {out.result,   saved.channel_gate, saved.spatial_gate, saved.pooled,
-          saved.hidden, saved.maps,         saved.pixel_argmax, saved.channel_argmax};
-}
-
-// The gradient of one weight: computed densely in the accumulator's dtype, given back in its own.
-struct WeightGradient {
-  Tensor dense;
-  ScalarType dtype;
-  bool wanted;
-
-  WeightGradient(const Tensor& x, const OptionalTensor& weight, bool wanted_)
-      : dense(wanted_ ? torch::stable::new_empty(x, weight->sizes(), accumulator_of(x))
-                      : torch::stable::new_empty(x, {0})),
-        dtype(weight ? weight->scalar_type() : x.scalar_type()),
-        wanted(wanted_) {}
-  void* pointer() const { return wanted ? dense.mutable_data_ptr() : nullptr; }
-  Tensor result() const {
-    return wanted && dense.scalar_type() != dtype ? torch::stable::to(dense, dtype) : dense;
+  static ScalarType weight_dtype(const Tensor& x, const WeightArguments&) {
+    return accumulator_of(x);
+  }
+  static void forward(const ForwardProblem& p, const Tensor&) { cpu::target().forward(p, pool()); }
+  static void backward(const BackwardProblem& p, const Tensor&) {
+    cpu::target().backward(p, pool());
   }
 };
 
-OptionalTensor contiguous(const OptionalTensor& t) {
-  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
-}
-
-void expect_mask(const std::vector<bool>& mask, const WeightArguments& w) {
-  STD_TORCH_CHECK(mask.size() == 7, "output_mask: expected 7 values, got ", mask.size());
-  STD_TORCH_CHECK((w.fc1_bias || !mask[2]) && (w.fc2_bias || !mask[4]) && (w.conv_bias || !mask[6]),
-                  "output_mask: expected false for a bias that is absent");
-}
-
-using InputGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-template <class Backend>
-InputGradients backward(const Tensor& grad_out, const OptionalTensor& grad_channel_gate,
-                        const OptionalTensor& grad_spatial_gate, const Tensor& x_given,
-                        const Tensor& fc1_weight, const OptionalTensor& fc1_bias,
-                        const Tensor& fc2_weight, const OptionalTensor& fc2_bias,
-                        const Tensor& conv_weight, const OptionalTensor& conv_bias,
-                        const Tensor& channel_gate, const Tensor& spatial_gate,
-                        const Tensor& pooled, const Tensor& hidden, const Tensor& maps,
-                        const Tensor& pixel_argmax, const Tensor& channel_argmax,
-                        const std::vector<bool>& output_mask) {
-  const WeightArguments w{fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias};
-  const SavedTensors given{channel_gate, spatial_gate, pooled,        hidden,
-                           maps,         pixel_argmax, channel_argmax};
-  const Shape s = check_forward(x_given, w);
-  check_gradients(x_given, s, grad_out, grad_channel_gate, grad_spatial_gate);
-  given.check(x_given, s);
-  expect_mask(output_mask, w);
-
-  std::optional<Output> dx;
-  if (output_mask[0]) dx.emplace(x_given);
-  const auto [x, dout] =
-      dx ? std::pair{in_layout_of(dx->native, x_given), in_layout_of(dx->native, grad_out)}
-         : in_one_layout(x_given, grad_out);
-  const SavedTensors saved = given.contiguous();
-  const DenseWeights weights(w, Backend::weight_dtype(x));
-  const OptionalTensor d_gate = contiguous(grad_channel_gate),
-                       d_spatial = contiguous(grad_spatial_gate);
-  const WeightGradient d1(x, fc1_weight, output_mask[1]), d1b(x, fc1_bias, output_mask[2]),
-      d2(x, fc2_weight, output_mask[3]), d2b(x, fc2_bias, output_mask[4]),
-      dc(x, conv_weight, output_mask[5]), dcb(x, conv_bias, output_mask[6]);
-
-  BackwardProblem p{};
-  p.dtype = dtype_of(x);
-  p.shape = s;
-  p.strides = *native_strides(x);
-  p.x = x.const_data_ptr();
-  p.weights = weights.view;
-  p.saved = saved.view();
-  p.dout_strides = *native_strides(dout);
-  p.dout = dout.const_data_ptr();
-  p.d_channel_gate = d_gate ? d_gate->const_data_ptr() : nullptr;
-  p.d_spatial_gate = d_spatial ? d_spatial->const_data_ptr() : nullptr;
-  if (dx) p.dx_strides = *native_strides(dx->native);
-  p.gradients = {dx ? dx->native.mutable_data_ptr() : nullptr,
-                 d1.pointer(),
-                 d1b.pointer(),
-                 d2.pointer(),
-                 d2b.pointer(),
-                 dc.pointer(),
-                 dcb.pointer()};
-  Backend::backward(p);
-  if (dx) dx->finish();
-  return {dx ? dx->result : torch::stable::new_empty(x, {0}),
-          d1.result(),
-          d1b.result(),
-          d2.result(),
-          d2b.result(),
-          dc.result(),
-          dcb.result()};
-}
+#if defined(CBAM_WITH_CUDA)
+struct Cuda {
+  static ScalarType weight_dtype(const Tensor& x, const WeightArguments& w) {
+    return w.all_are(x.scalar_type()) ? x.scalar_type() : accumulator_of(x);
+  }
+  static void forward(const ForwardProblem& p, const Tensor& x) {
+    const int device = x.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    const cuda::CurrentDevice current(device);
+    const cuda::ForwardPlan plan = cuda::plan(p, cuda::limits_of_device(device));
+    const Tensor memory =
+        torch::stable::new_empty(x, {cuda::scratch(plan, p).total()}, ScalarType::Byte);
+    cuda::forward(p, plan, memory.mutable_data_ptr(), cuda::current_stream(device));
+  }
+};
+#endif
 
 }  // namespace
 }  // namespace cbam
 
-#define CBAM_WEIGHTS                                                           \
-  "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, " \
-  "Tensor conv_weight, Tensor? conv_bias"
-#define CBAM_SAVED                                                                        \
-  "Tensor channel_gate, Tensor spatial_gate, Tensor pooled, Tensor hidden, Tensor maps, " \
-  "Tensor pixel_argmax, Tensor channel_argmax"
-
-// Shapes and dtypes: cbam_cuda/ops.py, where the same outputs are described for tracing.
-STABLE_TORCH_LIBRARY(cbam_cuda, m) {
-  m.def("forward(Tensor x, " CBAM_WEIGHTS ") -> Tensor");
-  m.def("forward_train(Tensor x, " CBAM_WEIGHTS ") -> (Tensor out, " CBAM_SAVED ")");
-  // A gradient that output_mask leaves out is an empty tensor.
-  m.def(
-      "backward(Tensor grad_out, Tensor? grad_channel_gate, Tensor? grad_spatial_gate, "
-      "Tensor x, " CBAM_WEIGHTS ", " CBAM_SAVED
-      ", bool[] output_mask) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY(cbam_cuda, m) { CBAM_DEFINE_OPERATORS(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(cbam_cuda, CPU, m) {
   m.impl("forward", TORCH_BOX(&cbam::forward<cbam::Cpu>));
   m.impl("forward_train", TORCH_BOX(&cbam::forward_train<cbam::Cpu>));
   m.impl("backward", TORCH_BOX(&cbam::backward<cbam::Cpu>));
 }
+
+#if defined(CBAM_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(cbam_cuda, CUDA, m) {
+  m.impl("forward", TORCH_BOX(&cbam::forward<cbam::Cuda>));
+  m.impl("forward_train", TORCH_BOX(&cbam::forward_train<cbam::Cuda>));
+}
+#endif

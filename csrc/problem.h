@@ -10,6 +10,12 @@ namespace cbam {
 
 enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
+constexpr int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+// Of what a storage type is computed in.
+constexpr int64_t bytes_of_accumulator(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
 // x is [samples, channels, depth, height, width]; an absent dimension is an extent of 1.
 struct Shape {
   int64_t samples;
@@ -34,12 +40,13 @@ struct Strides {
 
 // `acc` below is double where x is double, else float.
 struct Weights {
-  const void* fc1_weight;   // acc [hidden, channels]
-  const void* fc1_bias;     // acc [hidden] or null
-  const void* fc2_weight;   // acc [channels, hidden]
-  const void* fc2_bias;     // acc [channels] or null
-  const void* conv_weight;  // acc [2, kernel_depth, kernel_height, kernel_width]
-  const void* conv_bias;    // acc [1] or null
+  DType dtype;              // acc, or x's where the backend reads that; of all of them
+  const void* fc1_weight;   // [hidden, channels]
+  const void* fc1_bias;     // [hidden] or null
+  const void* fc2_weight;   // [channels, hidden]
+  const void* fc2_bias;     // [channels] or null
+  const void* conv_weight;  // [2, kernel_depth, kernel_height, kernel_width]
+  const void* conv_bias;    // [1] or null
 };
 
 // Written by the forward. The first three always, the others only when backward will follow.

@@ -1,6 +1,8 @@
-#include <cuda_runtime.h>
+#include <map>
+#include <mutex>
 
 #include "device.h"
+#include "launch.cuh"
 
 namespace cbam::cuda {
 
@@ -18,5 +20,33 @@ std::vector<Device> visible_devices() {
   }
   return devices;
 }
+
+const DeviceLimits& limits_of_device(int index) {
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(index);
+  if (found != known.end()) return found->second;
+  cudaDeviceProp p;
+  check(cudaGetDeviceProperties(&p, index), "properties of the device");
+  int kilohertz = 0, bits = 0;
+  check(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, index), "memory clock");
+  check(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, index), "memory bus");
+  const double bandwidth = 2.0 * 1e3 * kilohertz * bits / 8;  // two transfers a cycle
+  return known[index] = {p.name,
+                         10 * p.major + p.minor,
+                         p.multiProcessorCount,
+                         p.maxThreadsPerMultiProcessor,
+                         static_cast<int64_t>(p.sharedMemPerBlockOptin),
+                         static_cast<int64_t>(p.l2CacheSize),
+                         bandwidth};
+}
+
+CurrentDevice::CurrentDevice(int index) {
+  check(cudaGetDevice(&before_), "current device");
+  if (before_ != index) check(cudaSetDevice(index), "device of x");
+}
+
+CurrentDevice::~CurrentDevice() { cudaSetDevice(before_); }
 
 }  // namespace cbam::cuda

@@ -1,0 +1,104 @@
+"""How the CUDA backend would run a problem: ``python -m cbam_cuda plan``, with or without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from . import ops
+
+_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+
+
+def known_devices() -> list[str]:
+    """Names of the GPUs whose limits are on record."""
+    return [device["name"] for device in ops.compiled().known_devices()]
+
+
+def plan(
+    shape: Sequence[int],
+    dtype: str = "float32",
+    device: str = "H100",
+    *,
+    hidden: int | None = None,
+    kernel_size: int | Sequence[int] = 7,
+    channels_last: bool = False,
+    training: bool = False,
+) -> dict[str, Any]:
+    """Plan of a forward for dense x of `shape` [N, C, *space].
+
+    Args:
+        shape: sizes of x, with 1 to 3 dimensions of space.
+        dtype: "float32", "float64", "float16" or "bfloat16", of x and of the weights.
+        device: a name of `known_devices`, or "cuda:INDEX" for a GPU of this machine.
+        hidden: hidden channels of the MLP; C // 16, but at least 1, by default.
+        kernel_size: of the convolution, for each dimension of space or for all.
+        channels_last: whether x's channels lie side by side in memory.
+        training: whether what backward needs is kept.
+
+    Returns:
+        ``strategy``, ``group`` (samples that take all launches together), ``in_cache`` (whether x
+        of a group stays in the L2 cache), ``stages`` (of a full group: name, blocks, threads,
+        shared_bytes, traffic in bytes), ``traffic`` (of all groups), ``device_memory_bytes`` and
+        the ``seconds`` that these take at the device's full bandwidth; ``pool``, ``maps`` and
+        ``scale``, the geometry of the passes over x; ``scratch_bytes``; ``device``, its limits.
+
+    Raises:
+        RuntimeError: the compiled module did not load.
+        ValueError: no such device or dtype, sizes below 1, or a kernel too large for the device.
+    """
+    dim = len(shape) - 2
+    kernel = [kernel_size] * dim if isinstance(kernel_size, int) else list(kernel_size)
+    units = hidden if hidden is not None else max(1, shape[1] // 16 if len(shape) > 1 else 1)
+    found: dict[str, Any] = ops.compiled().plan(
+        list(shape), units, kernel, dtype, device, channels_last=channels_last, training=training
+    )
+    return found
+
+
+def render(found: dict[str, Any]) -> str:
+    """A plan as text."""
+    device, traffic = found["device"], found["traffic"]
+    cached = "stays in the L2 cache" if found["in_cache"] else "does not fit into the L2 cache"
+    lines = [
+        f"{found['strategy']} on {device['name']}: groups of {found['group']} samples, whose x "
+        f"{cached}",
+        f"scratch memory {_bytes(found['scratch_bytes'])}",
+        "",
+        f"{'launches of a group':<22}{'blocks':>9}{'threads':>9}{'shared':>10}{'x read':>11}"
+        f"{'written':>11}{'other':>11}",
+    ]
+    for stage in found["stages"]:
+        t = stage["traffic"]
+        other = t["weights_read"] + t["small_read"] + t["small_written"]
+        lines.append(
+            f"{stage['name']:<22}{stage['blocks']:>9}{stage['threads']:>9}"
+            f"{_bytes(stage['shared_bytes']):>10}{_bytes(t['x_read']):>11}"
+            f"{_bytes(t['out_written']):>11}{_bytes(other):>11}"
+        )
+    lines.append("")
+    for name in ("pool", "maps", "scale"):
+        described = ", ".join(f"{key} {_shown(value)}" for key, value in found[name].items())
+        lines.append(f"{name:<6}{described}")
+    small = traffic["small_read"] + traffic["small_written"]
+    lines += [
+        "",
+        f"asked for: x {_bytes(traffic['x_read'])}, out {_bytes(traffic['out_written'])}, "
+        f"weights of the MLP {_bytes(traffic['weights_read'])}, all else {_bytes(small)}",
+        f"device memory: {_bytes(found['device_memory_bytes'])}, at "
+        f"{device['bandwidth'] / 1e9:.0f} GB/s {found['seconds'] * 1e6:.1f} us",
+    ]
+    return "\n".join(lines)
+
+
+def _bytes(count: int) -> str:
+    for unit, size in _UNITS:
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B" if count else "-"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

@@ -1,0 +1,13 @@
+// Runs a plan: fills what each kernel is handed and launches them, group after group.
+#pragma once
+
+#include "plan.h"
+
+namespace cbam::cuda {
+
+// `scratch` holds scratch(plan, problem).total() bytes of device memory, on a multiple of 16. Every
+// launch goes to `stream` of the current device; nothing waits for it. Throws std::runtime_error
+// with CUDA's own message where a launch fails.
+void forward(const ForwardProblem& problem, const ForwardPlan& plan, void* scratch, Stream stream);
+
+}  // namespace cbam::cuda

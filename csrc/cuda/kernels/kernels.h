@@ -1,0 +1,209 @@
+// What each kernel of the streaming forward is handed, the shared memory it takes, and its
+// launcher. Plain structs: the planner fills the geometry, forward.cu the pointers. No torch, no
+// CUDA headers.
+//
+// Each sample of x is seen as a matrix whose columns lie side by side in memory: channels x pixels
+// where channels come first, pixels x channels where they come last. Pooling over space walks along
+// the rows of the one and down the columns of the other; pooling over channels the other way round.
+#pragma once
+
+#include <cstdint>
+
+#include "../../attention_math.h"
+#include "../../problem.h"
+#include "../primitives/shared_storage.cuh"
+
+namespace cbam::cuda {
+
+// Threads of a block where the kernel's registers allow any number: 8 warps.
+constexpr int kThreads = 256;
+
+using Stream = void*;  // cudaStream_t
+
+// The grid of one launch.
+struct Grid {
+  int64_t blocks = 0;
+  int threads = 0;
+  int64_t shared_bytes = 0;
+};
+
+struct Matrix {
+  const void* data;
+  int64_t sample_stride, row_stride;  // in elements
+  int rows, cols;
+};
+
+// How columns are read.
+enum class Access {
+  kScalar,  // one element at a time
+  kVector,  // 16 bytes at a time: every row starts on a multiple of 16 bytes and ends on one
+  kPacked,  // 16 bytes at a time over rows that follow each other without a gap: a vector may span
+            // rows, but what it holds repeats every `row_group` rows
+};
+
+// What a reduction leaves: a mean and a maximum for each output (row or column), in `splits` parts.
+// With one part this is the final result.
+struct Parts {
+  void* values;     // acc [samples, splits, 2, outputs]: the part's sum over the whole count; max
+  int32_t* argmax;  // [samples, splits, outputs], or null
+  int splits;
+};
+
+// Which part of the work a block of a reduction takes: `tile` outputs of one sample and `span` of
+// the elements that go into them.
+struct ReductionGeometry {
+  bool along_rows;
+  int tiles, tile;   // rows: rows of a block; columns: vectors side by side in a block
+  int splits, span;  // elements of a row, or rows; a multiple of what one vector covers
+  int lanes;         // rows: threads that share a row
+  Access access;     // columns
+  int period;        // columns: vectors that cover row_group rows
+  int row_group;     // columns: 1 unless access is kPacked
+  bool reverse;      // last block first: starts with what the pass before left in the cache
+
+  CBAM_INLINE_MEMBER int64_t blocks_per_sample() const { return int64_t{tiles} * splits; }
+};
+
+struct Reduction {
+  Matrix x;
+  const void* factor;  // acc: [samples, cols] along rows, [samples, rows] along columns; or null
+  ReductionGeometry geometry;
+  Parts out;
+};
+
+// reduce_rows.cu, reduce_columns.cu
+void reduce_rows(DType dtype, const Reduction& r, const Grid& grid, Stream stream);
+void reduce_columns(DType dtype, const Reduction& r, const Grid& grid, Stream stream);
+
+template <class A>
+struct RowShared {
+  A* factor;        // [span], or null
+  A* sum;           // [warps]: where a row takes all of the block
+  A* max;           // [warps]
+  int32_t* argmax;  // [warps]
+
+  CBAM_INLINE_MEMBER RowShared(SharedCarver& carver, const ReductionGeometry& g, bool scaled)
+      : factor(scaled ? carver.array<A>(g.span, "factor") : nullptr),
+        sum(carver.array<A>(kThreads / 32, "sum")),
+        max(carver.array<A>(kThreads / 32, "max")),
+        argmax(carver.array<int32_t>(kThreads / 32, "argmax")) {}
+};
+
+template <class A>
+struct ColumnShared {
+  A* factor;        // [span], or null
+  A* sum;           // [threads * elements of a vector]
+  A* max;           // the same
+  int32_t* argmax;  // the same
+
+  CBAM_INLINE_MEMBER ColumnShared(SharedCarver& carver, const ReductionGeometry& g, bool scaled,
+                                  int partials)
+      : factor(scaled ? carver.array<A>(g.span, "factor") : nullptr),
+        sum(carver.array<A>(partials, "sum")),
+        max(carver.array<A>(partials, "max")),
+        argmax(carver.array<int32_t>(partials, "argmax")) {}
+};
+
+// Samples that share one walk over the MLP's weights.
+constexpr int kSamplesPerWalk = 8;
+
+// channel_gate.cu: the shared MLP of both pooled vectors, in two launches, one a layer.
+struct ChannelGate {
+  int samples, channels, hidden_units;
+  DType dtype;  // of the weights
+  const void* fc1_weight;
+  const void* fc1_bias;
+  const void* fc2_weight;
+  const void* fc2_bias;
+  Parts parts;      // of the pool over space
+  void* pooled;     // acc [samples, 2, channels], or null where nothing reads the merged parts
+  int32_t* argmax;  // [samples, channels], or null
+  void* hidden;     // acc [samples, 2, hidden_units]: after the ReLU, of mean and of max
+  void* gate;       // acc [samples, channels]
+};
+
+constexpr int kUnitsPerWarp = 4;    // hidden units of a warp in the first layer
+constexpr int kChannelChunk = 256;  // channels staged at a time in the first layer
+constexpr int kGateChannels = 128;  // channels, and threads, of a block in the second layer
+constexpr int kUnitChunk = 32;      // hidden units staged at a time in the second layer
+
+void hidden_layer(const ChannelGate& p, const Grid& grid, Stream stream);
+void gate_layer(const ChannelGate& p, const Grid& grid, Stream stream);
+
+template <class A>
+struct HiddenShared {
+  A* pooled;  // [2 * kSamplesPerWalk, kChannelChunk]
+
+  CBAM_INLINE_MEMBER explicit HiddenShared(SharedCarver& carver)
+      : pooled(carver.array<A>(2 * kSamplesPerWalk * kChannelChunk, "pooled")) {}
+};
+
+template <class A>
+struct GateShared {
+  A* weight;  // [kGateChannels, kUnitChunk + 1]: padded against bank conflicts
+  A* hidden;  // [kUnitChunk, kSamplesPerWalk]
+
+  CBAM_INLINE_MEMBER explicit GateShared(SharedCarver& carver)
+      : weight(carver.array<A>(kGateChannels * (kUnitChunk + 1), "weight")),
+        hidden(carver.array<A>(kUnitChunk * kSamplesPerWalk, "hidden")) {}
+};
+
+// Which box of pixels and which channels a block of the last pass takes.
+struct ScaleGeometry {
+  int box_depth, box_height, box_width;
+  int boxes_depth, boxes_height, boxes_width;
+  int chunks, chunk;  // channels of a block
+  Access access;
+  int period, row_group;  // as in ReductionGeometry; kPacked only
+  int tile;               // threads side by side along a row
+  bool reverse;
+
+  CBAM_INLINE_MEMBER int pixels() const { return box_depth * box_height * box_width; }
+  CBAM_INLINE_MEMBER int64_t boxes() const {
+    return int64_t{boxes_depth} * boxes_height * boxes_width;
+  }
+};
+
+// spatial_gate.cu: sigmoid(conv(maps) + bias), and out = x * channel_gate * spatial_gate.
+struct SpatialGate {
+  Matrix x;
+  void* out;
+  int64_t out_sample_stride, out_row_stride;
+  bool channels_first;
+  int channels;
+  int depth, height, width;
+  int kernel_depth, kernel_height, kernel_width;
+  ScaleGeometry geometry;
+  Parts maps;
+  const void* channel_gate;  // acc [samples, channels]
+  DType weight_dtype;
+  const void* conv_weight;  // [2, taps]
+  const void* conv_bias;    // [1] or null
+  void* saved_gate;         // acc [samples, pixels]; this and the following null in inference
+  void* saved_maps;         // x's dtype [samples, 2, pixels]
+  int32_t* saved_argmax;    // [samples, pixels]; null where maps.argmax is that already
+};
+
+void spatial_gate(DType dtype, const SpatialGate& p, const Grid& grid, Stream stream);
+
+template <class A>
+struct ScaleShared {
+  A* maps;     // [2, box with its halo]
+  A* weight;   // [2, taps], and the bias
+  A* spatial;  // [pixels of the box]
+  A* channel;  // [chunk]
+  int* pixel;  // [pixels of the box]: their number in the image
+
+  CBAM_INLINE_MEMBER ScaleShared(SharedCarver& carver, const ScaleGeometry& g, int kernel_depth,
+                                 int kernel_height, int kernel_width)
+      : maps(carver.array<A>(int64_t{2} * (g.box_depth + kernel_depth - 1) *
+                                 (g.box_height + kernel_height - 1) *
+                                 (g.box_width + kernel_width - 1),
+                             "maps")),
+        weight(carver.array<A>(2 * kernel_depth * kernel_height * kernel_width + 1, "weight")),
+        spatial(carver.array<A>(g.pixels(), "spatial")),
+        channel(carver.array<A>(g.chunk, "channel")),
+        pixel(carver.array<int>(g.pixels(), "pixel")) {}
+};
+
+}  // namespace cbam::cuda

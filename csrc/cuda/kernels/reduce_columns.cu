@@ -1,0 +1,127 @@
+// Reduction down columns: the pool over channels where they come first (rows are channels, the
+// factor is the channel gate), the pool over space where they come last (rows are pixels).
+//
+//   mean[c] = sum_r x[r][c] * factor[r] / rows      max[c] = max_r x[r][c] * factor[r]
+//
+// grid    samples * splits * tiles blocks of 256 threads: `tile` threads side by side, each with
+// the
+//         columns of one vector, the others below them; a block takes `span` rows
+// shared  the factor, span * acc; a partial result for every element of every thread's vector
+// bytes   reads x once, the factor once a block; writes 2 * acc (and 4 with argmax) a column and
+//         split
+#include "../dispatch.cuh"
+#include "../launch.cuh"
+#include "../primitives/reduce.cuh"
+#include "../primitives/vector_io.cuh"
+#include "blocks.cuh"
+#include "kernels.h"
+
+namespace cbam::cuda {
+namespace {
+
+// What this thread's vector `v` of each row group gathers over `rows` rows: its elements keep their
+// columns, and the rows of those past the first are `row_of` further down.
+template <Access kAccess, bool kScaled, int kCount, bool kArgmax, class T>
+__device__ __forceinline__ void gather_columns(const Reduction& r, const T* x, int v, int first,
+                                               int rows, int start, int step,
+                                               const acc_t<T>* factor,
+                                               Extremes<acc_t<T>, kArgmax> (&e)[kCount]) {
+  int row_of[kCount] = {};
+  if constexpr (kAccess == Access::kPacked) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) row_of[i] = (v * kCount + i) / r.x.cols;
+  }
+#pragma unroll 4
+  for (int row = start; row < rows; row += step) {
+    const auto pack = load<kCount>(x + (first + row) * r.x.row_stride + int64_t{v} * kCount);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int own = row + row_of[i];
+      e[i].add(kScaled ? pack.value[i] * factor[own] : pack.value[i], first + own);
+    }
+  }
+}
+
+// Column `column` of the tile, merged over the threads below each other, and for packed rows over
+// the vectors in which the column comes up.
+template <bool kArgmax, class A>
+__device__ __forceinline__ Extremes<A, kArgmax> merge_column(const ColumnShared<A>& shared,
+                                                             const ReductionGeometry& g, int cols,
+                                                             int column, int elements,
+                                                             int threads_below) {
+  Extremes<A, kArgmax> merged;
+  for (int y = 0; y < threads_below; ++y)
+    for (int k = 0; k < g.row_group; ++k) {
+      const int at = y * elements + k * cols + column;
+      Extremes<A, kArgmax> e;
+      e.sum = shared.sum[at];
+      e.max = shared.max[at];
+      if constexpr (kArgmax) e.argmax = shared.argmax[at];
+      merged.merge(e);
+    }
+  return merged;
+}
+
+template <class T, Access kAccess, bool kScaled, bool kArgmax>
+__global__ void __launch_bounds__(kThreads) reduce_columns_kernel(const Reduction r) {
+  using A = acc_t<T>;
+  constexpr int kCount = kAccess == Access::kScalar ? 1 : kVector<T>;
+  const ReductionGeometry& g = r.geometry;
+  const ReductionBlock block(g);
+  const int first = block.split * g.span, rows = min(g.span, r.x.rows - first);
+  const int threads_below = kThreads / g.tile, elements = g.tile * kCount;
+  SharedCarver carver(dynamic_shared_memory());
+  const ColumnShared<A> shared(carver, g, kScaled, threads_below * elements);
+  if constexpr (kScaled) {
+    const A* factor = static_cast<const A*>(r.factor) + block.sample * r.x.rows + first;
+    for (int i = threadIdx.x; i < rows; i += kThreads) shared.factor[i] = factor[i];
+    __syncthreads();
+  }
+  const int x = threadIdx.x % g.tile, y = threadIdx.x / g.tile;
+  const int vector = block.tile * g.tile + x;
+  if (y < threads_below) {
+    Extremes<A, kArgmax> e[kCount];
+    if (vector < g.period) {
+      const T* sample = static_cast<const T*>(r.x.data) + block.sample * r.x.sample_stride;
+      gather_columns<kAccess, kScaled>(r, sample, vector, first, rows, y * g.row_group,
+                                       threads_below * g.row_group, shared.factor, e);
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int at = y * elements + x * kCount + i;
+      shared.sum[at] = e[i].sum;
+      shared.max[at] = e[i].max;
+      if constexpr (kArgmax) shared.argmax[at] = e[i].argmax;
+    }
+  }
+  __syncthreads();
+  const int first_col = block.tile * elements, cols = min(elements, r.x.cols - first_col);
+  for (int c = threadIdx.x; c < cols; c += kThreads)
+    write_part(r.out, block, r.x.cols, first_col + c,
+               merge_column<kArgmax>(shared, g, r.x.cols, c, elements, threads_below), r.x.rows,
+               first);
+}
+
+}  // namespace
+
+void reduce_columns(DType dtype, const Reduction& r, const Grid& grid, Stream stream) {
+  with_storage(dtype, [&](auto storage) {
+    with_bool(r.factor != nullptr, [&](auto scaled) {
+      with_bool(r.out.argmax != nullptr, [&](auto argmax) {
+        using T = typename decltype(storage)::type;
+        constexpr bool kScaled = decltype(scaled)::value, kArgmax = decltype(argmax)::value;
+        const auto run = [&](auto kernel) { launch("reduce_columns", kernel, grid, stream, r); };
+        switch (r.geometry.access) {
+          case Access::kScalar:
+            return run(reduce_columns_kernel<T, Access::kScalar, kScaled, kArgmax>);
+          case Access::kVector:
+            return run(reduce_columns_kernel<T, Access::kVector, kScaled, kArgmax>);
+          case Access::kPacked:
+            return run(reduce_columns_kernel<T, Access::kPacked, kScaled, kArgmax>);
+        }
+      });
+    });
+  });
+}
+
+}  // namespace cbam::cuda

@@ -1,0 +1,117 @@
+// Reduction along rows: the pool over space where channels come first (rows are channels), the pool
+// over channels where they come last (rows are pixels, the factor is the channel gate).
+//
+//   mean[r] = sum_c x[r][c] * factor[c] / cols      max[r] = max_c x[r][c] * factor[c]
+//
+// grid    samples * splits * tiles blocks of 256 threads; a block takes `tile` rows of one sample
+//         over `span` of their columns, kLanes threads a row
+// shared  the factor, span * acc; for rows that take the whole block 8 partial results
+// bytes   reads x once, the factor once a block; writes 2 * acc (and 4 with argmax) a row and split
+#include "../dispatch.cuh"
+#include "../launch.cuh"
+#include "../primitives/reduce.cuh"
+#include "../primitives/vector_io.cuh"
+#include "blocks.cuh"
+#include "kernels.h"
+
+namespace cbam::cuda {
+namespace {
+
+// The elements of row[0 .. count) that this of kLanes threads takes: up to the first multiple of 16
+// bytes and behind the last one by one, between them vectors.
+template <int kLanes, bool kScaled, bool kArgmax, class T>
+__device__ __forceinline__ void gather_row(const T* row, int count, int first,
+                                           const acc_t<T>* factor, int lane,
+                                           Extremes<acc_t<T>, kArgmax>& e) {
+  constexpr int kCount = kVector<T>;
+  const auto add = [&](acc_t<T> v, int c) { e.add(kScaled ? v * factor[c] : v, first + c); };
+  const int to_boundary = elements_to_boundary(row);
+  const int head = to_boundary < count ? to_boundary : count;
+  const int vectors = (count - head) / kCount;
+  if (lane < head) add(widen(row[lane]), lane);
+#pragma unroll 4
+  for (int v = lane; v < vectors; v += kLanes) {
+    const auto pack = load<kCount>(row + head + v * kCount);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) add(pack.value[i], head + v * kCount + i);
+  }
+  const int tail = head + vectors * kCount + lane;
+  if (tail < count) add(widen(row[tail]), tail);
+}
+
+// Merges what all warps of the block hold of one row; warp 0 returns with the result.
+template <class A, bool kArgmax>
+__device__ __forceinline__ void merge_block(const RowShared<A>& shared, Extremes<A, kArgmax>& e) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  merge_lanes<32>(e);
+  if (lane == 0) {
+    shared.sum[warp] = e.sum;
+    shared.max[warp] = e.max;
+    if constexpr (kArgmax) shared.argmax[warp] = e.argmax;
+  }
+  __syncthreads();
+  if (warp == 0) {
+    e = {};
+    if (lane < kThreads / 32) {
+      e.sum = shared.sum[lane];
+      e.max = shared.max[lane];
+      if constexpr (kArgmax) e.argmax = shared.argmax[lane];
+    }
+    merge_lanes<32>(e);
+  }
+  __syncthreads();
+}
+
+template <class T, bool kScaled, bool kArgmax, int kLanes>
+__global__ void __launch_bounds__(kThreads) reduce_rows_kernel(const Reduction r) {
+  using A = acc_t<T>;
+  constexpr int kRowsAtOnce = kThreads / kLanes;
+  const ReductionGeometry& g = r.geometry;
+  const ReductionBlock block(g);
+  const int first_col = block.split * g.span;
+  const int count = min(g.span, r.x.cols - first_col);
+  const int first_row = block.tile * g.tile, rows = min(g.tile, r.x.rows - first_row);
+  SharedCarver carver(dynamic_shared_memory());
+  const RowShared<A> shared(carver, g, kScaled);
+  if constexpr (kScaled) {
+    const A* factor = static_cast<const A*>(r.factor) + block.sample * r.x.cols + first_col;
+    for (int c = threadIdx.x; c < count; c += kThreads) shared.factor[c] = factor[c];
+    __syncthreads();
+  }
+  const int lane = threadIdx.x % kLanes;
+  for (int done = 0; done < rows; done += kRowsAtOnce) {
+    const int within = done + threadIdx.x / kLanes, row = first_row + within;
+    Extremes<A, kArgmax> e;
+    if (within < rows) {
+      const T* x = static_cast<const T*>(r.x.data) + block.sample * r.x.sample_stride +
+                   row * r.x.row_stride + first_col;
+      gather_row<kLanes, kScaled>(x, count, first_col, shared.factor, lane, e);
+    }
+    if constexpr (kLanes <= 32)
+      merge_lanes<kLanes>(e);
+    else
+      merge_block(shared, e);
+    if (lane == 0 && within < rows) write_part(r.out, block, r.x.rows, row, e, r.x.cols, first_col);
+  }
+}
+
+}  // namespace
+
+void reduce_rows(DType dtype, const Reduction& r, const Grid& grid, Stream stream) {
+  with_storage(dtype, [&](auto storage) {
+    with_bool(r.factor != nullptr, [&](auto scaled) {
+      with_bool(r.out.argmax != nullptr, [&](auto argmax) {
+        using T = typename decltype(storage)::type;
+        constexpr bool kScaled = decltype(scaled)::value, kArgmax = decltype(argmax)::value;
+        const auto run = [&](auto kernel) { launch("reduce_rows", kernel, grid, stream, r); };
+        switch (r.geometry.lanes) {
+          case 8: return run(reduce_rows_kernel<T, kScaled, kArgmax, 8>);
+          case 32: return run(reduce_rows_kernel<T, kScaled, kArgmax, 32>);
+          default: return run(reduce_rows_kernel<T, kScaled, kArgmax, kThreads>);
+        }
+      });
+    });
+  });
+}
+
+}  // namespace cbam::cuda

@@ -1,0 +1,47 @@
+// From a problem and the limits of a device to everything that the launches need to know. A pure
+// function: no CUDA calls, and the same answer for GPUs that are not here.
+#pragma once
+
+#include "../problem.h"
+#include "kernels/kernels.h"
+#include "limits.h"
+
+namespace cbam::cuda {
+
+// Samples that take all launches before the next ones start, so that what one pass read is still
+// in the L2 cache for the next.
+struct Group {
+  int64_t samples;
+  bool in_cache;  // x of one group stays in the L2 cache
+};
+
+// The streaming strategy: x is read three times, out written once, in five launches for each group
+// of samples.
+struct ForwardPlan {
+  Group group;
+  ReductionGeometry pool;  // over space
+  int hidden_threads;
+  ReductionGeometry maps;  // over channels
+  ScaleGeometry scale;
+};
+
+// Throws std::invalid_argument where no plan exists: a convolution so large that no box of pixels
+// fits into shared memory with its halo.
+ForwardPlan plan(const ForwardProblem& problem, const DeviceLimits& device);
+
+// The launches for a group of `samples`, in their order.
+struct ForwardGrids {
+  Grid pool, hidden, gate, maps, scale;
+};
+ForwardGrids grids(const ForwardPlan& plan, const ForwardProblem& problem, int64_t samples);
+
+// Bytes of scratch memory of a group, each part a multiple of 16. A part is 0 where its result goes
+// straight to where it is kept.
+struct ForwardScratch {
+  int64_t pool_values, pool_argmax, map_values, map_argmax;
+
+  int64_t total() const { return pool_values + pool_argmax + map_values + map_argmax; }
+};
+ForwardScratch scratch(const ForwardPlan& plan, const ForwardProblem& problem);
+
+}  // namespace cbam::cuda

@@ -1,0 +1,44 @@
+// Numbers on the device: storage types to and from what they are computed in, and the few functions
+// that differ between float and double.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <type_traits>
+
+#include "../../attention_math.h"
+
+namespace cbam::cuda {
+
+__device__ __forceinline__ float widen(float v) { return v; }
+__device__ __forceinline__ double widen(double v) { return v; }
+__device__ __forceinline__ float widen(Half v) { return __half2float(__ushort_as_half(v.bits)); }
+__device__ __forceinline__ float widen(BFloat16 v) {
+  return __bfloat162float(__ushort_as_bfloat16(v.bits));
+}
+
+template <class T>
+__device__ __forceinline__ T narrow(acc_t<T> v) {
+  if constexpr (std::is_same_v<T, Half>)
+    return {__half_as_ushort(__float2half_rn(v))};
+  else if constexpr (std::is_same_v<T, BFloat16>)
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(v))};
+  else
+    return v;
+}
+
+template <class A>
+__device__ __forceinline__ A minus_infinity() {
+  return static_cast<A>(-INFINITY);
+}
+
+// The larger of two, a number before a NaN.
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
+
+__device__ __forceinline__ float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
+__device__ __forceinline__ double sigmoid(double z) { return 1.0 / (1.0 + exp(-z)); }
+
+}  // namespace cbam::cuda

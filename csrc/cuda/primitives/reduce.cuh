@@ -1,0 +1,71 @@
+// Sum, maximum and the position of the maximum, gathered by a thread and merged between threads.
+// The order of every sum is fixed by the sizes alone.
+#pragma once
+
+#include <climits>
+
+#include "numeric.cuh"
+
+namespace cbam::cuda {
+
+// Without kArgmax a NaN shows in the sum alone, which is enough: whatever reads the maximum reads
+// the sum as well.
+template <class A, bool kArgmax>
+struct Extremes {
+  static constexpr int32_t kNone = INT_MAX;
+
+  A sum = A(0);
+  A max = minus_infinity<A>();
+  int32_t argmax = kNone;
+
+  // Values of one thread come with growing indices.
+  __device__ __forceinline__ void add(A v, int32_t index) {
+    sum += v;
+    if constexpr (kArgmax) {
+      const bool wins = takes_maximum(v, max);
+      max = wins ? v : max;
+      argmax = wins ? index : argmax;
+    } else {
+      max = larger(v, max);
+    }
+  }
+
+  __device__ __forceinline__ void merge(const Extremes& other) {
+    sum += other.sum;
+    if constexpr (kArgmax) {
+      const bool wins = precedes(other.max, other.argmax, max, argmax);
+      max = wins ? other.max : max;
+      argmax = wins ? other.argmax : argmax;
+    } else {
+      max = larger(other.max, max);
+    }
+  }
+
+  // Where nothing exceeded minus infinity, the first of all is the maximum.
+  __device__ __forceinline__ int32_t argmax_or(int32_t first) const {
+    return argmax == kNone ? first : argmax;
+  }
+};
+
+// Merges over groups of kLanes neighbouring lanes; all 32 lanes of the warp take part.
+template <int kLanes, class A, bool kArgmax>
+__device__ __forceinline__ void merge_lanes(Extremes<A, kArgmax>& e) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    Extremes<A, kArgmax> other;
+    other.sum = __shfl_xor_sync(0xffffffffu, e.sum, distance);
+    other.max = __shfl_xor_sync(0xffffffffu, e.max, distance);
+    if constexpr (kArgmax) other.argmax = __shfl_xor_sync(0xffffffffu, e.argmax, distance);
+    e.merge(other);
+  }
+}
+
+template <class A>
+__device__ __forceinline__ A sum_of_warp(A v) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2)
+    v += __shfl_xor_sync(0xffffffffu, v, distance);
+  return v;
+}
+
+}  // namespace cbam::cuda

@@ -1,0 +1,134 @@
+#include "traffic.h"
+
+#include <algorithm>
+
+namespace cbam::cuda {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many positions of an extent all boxes read together, halo included, none outside the image.
+int64_t read_with_halo(int64_t extent, int64_t box, int64_t kernel) {
+  const int64_t halo = kernel / 2;
+  int64_t total = 0;
+  for (int64_t begin = 0; begin < extent; begin += box)
+    total += std::min(begin + std::min(box, extent - begin) + halo, extent) -
+             std::max<int64_t>(begin - halo, 0);
+  return total;
+}
+
+struct Sizes {
+  int64_t samples, channels, pixels, hidden;
+  int64_t x, acc, weight, index;  // bytes: of all of x; of an element
+  int64_t walks;
+
+  Sizes(const ForwardProblem& p, int64_t n)
+      : samples(n),
+        channels(p.shape.channels),
+        pixels(p.shape.pixels()),
+        hidden(p.shape.hidden),
+        x(n * p.shape.channels * p.shape.pixels() * bytes_of(p.dtype)),
+        acc(bytes_of_accumulator(p.dtype)),
+        weight(bytes_of(p.weights.dtype)),
+        index(p.training() ? 4 : 0),
+        walks(ceil_div(n, kSamplesPerWalk)) {}
+};
+
+Traffic of_reduction(const ReductionGeometry& g, const Sizes& n, int64_t outputs, bool scaled) {
+  Traffic t;
+  t.x_read = n.x;
+  t.small_written = n.samples * g.splits * outputs * (2 * n.acc + n.index);
+  if (scaled) t.small_read = n.samples * g.tiles * n.channels * n.acc;
+  return t;
+}
+
+Traffic of_hidden(const ForwardPlan& plan, const ForwardProblem& p, const Sizes& n) {
+  const int64_t tiles = ceil_div(n.hidden, plan.hidden_threads / 32 * kUnitsPerWarp);
+  const bool saves = plan.pool.splits > 1 && p.training();
+  Traffic t;
+  t.weights_read =
+      n.walks * n.weight * (n.hidden * n.channels + (p.weights.fc1_bias ? n.hidden : 0));
+  t.small_read =
+      n.samples * n.channels * plan.pool.splits * (tiles * 2 * n.acc + (saves ? n.index : 0));
+  t.small_written = n.samples * 2 * n.hidden * n.acc;
+  if (saves) t.small_written += n.samples * n.channels * (2 * n.acc + n.index);
+  return t;
+}
+
+Traffic of_gate(const ForwardProblem& p, const Sizes& n) {
+  Traffic t;
+  t.weights_read =
+      n.walks * n.weight * (n.hidden * n.channels + (p.weights.fc2_bias ? n.channels : 0));
+  t.small_read = ceil_div(n.channels, kGateChannels) * n.samples * 2 * n.hidden * n.acc;
+  t.small_written = n.samples * n.channels * n.acc;
+  return t;
+}
+
+Traffic of_scale(const ForwardPlan& plan, const ForwardProblem& p, const Sizes& n) {
+  const ScaleGeometry& g = plan.scale;
+  const Shape& s = p.shape;
+  const int64_t boxes = n.samples * g.boxes();
+  const bool merges_argmax = plan.maps.splits > 1;
+  const int64_t maps = read_with_halo(s.depth, g.box_depth, s.kernel_depth) *
+                       read_with_halo(s.height, g.box_height, s.kernel_height) *
+                       read_with_halo(s.width, g.box_width, s.kernel_width);
+  Traffic t;
+  t.x_read = n.x;
+  t.out_written = n.x;
+  t.small_read = boxes * g.chunks * n.weight * (2 * s.taps() + (p.weights.conv_bias ? 1 : 0)) +
+                 boxes * n.channels * n.acc +
+                 n.samples * g.chunks * maps * plan.maps.splits * 2 * n.acc;
+  if (p.training()) {
+    t.small_written = n.samples * n.pixels * (n.acc + 2 * bytes_of(p.dtype));
+    if (merges_argmax) {
+      t.small_read += n.samples * n.pixels * plan.maps.splits * n.index;
+      t.small_written += n.samples * n.pixels * n.index;
+    }
+  }
+  return t;
+}
+
+// Calls body with the number of samples of each group.
+template <class Body>
+void for_groups(const ForwardPlan& plan, const ForwardProblem& p, Body body) {
+  for (int64_t first = 0; first < p.shape.samples; first += plan.group.samples)
+    body(std::min(plan.group.samples, p.shape.samples - first));
+}
+
+}  // namespace
+
+Traffic& Traffic::operator+=(const Traffic& other) {
+  x_read += other.x_read;
+  out_written += other.out_written;
+  weights_read += other.weights_read;
+  small_read += other.small_read;
+  small_written += other.small_written;
+  return *this;
+}
+
+std::vector<Stage> stages(const ForwardPlan& plan, const ForwardProblem& p, int64_t samples) {
+  const Sizes n(p, samples);
+  const ForwardGrids g = grids(plan, p, samples);
+  return {
+      {"channel pool", g.pool, of_reduction(plan.pool, n, n.channels, false)},
+      {"hidden layer", g.hidden, of_hidden(plan, p, n)},
+      {"channel gate", g.gate, of_gate(p, n)},
+      {"spatial pool", g.maps, of_reduction(plan.maps, n, n.pixels, true)},
+      {"spatial gate, scale", g.scale, of_scale(plan, p, n)},
+  };
+}
+
+Traffic traffic(const ForwardPlan& plan, const ForwardProblem& p) {
+  Traffic total;
+  for_groups(plan, p, [&](int64_t samples) {
+    for (const Stage& stage : stages(plan, p, samples)) total += stage.traffic;
+  });
+  return total;
+}
+
+int64_t device_memory_bytes(const ForwardPlan& plan, const ForwardProblem& p) {
+  const Traffic t = traffic(plan, p);
+  return (plan.group.in_cache ? t.x_read / 3 : t.x_read) + t.out_written;
+}
+
+}  // namespace cbam::cuda
