@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,16 @@ CASES = (
 FEW_CASES = tuple(
     c for c in CASES if c.name in ("rows of 7x7 leave a rest of every vector", "sequence", "volume")
 )
+
+
+def device_of(backend: str) -> str:
+    """The device whose tensors a backend takes."""
+    return "cpu" if backend in ("emulated", "reference") else backend
+
+
+def operators(backend: str) -> Any:
+    """The operators that a backend runs."""
+    return getattr(torch.ops, "cbam_cuda_emulated" if backend == "emulated" else "cbam_cuda")
 
 
 def _contiguous(x: Tensor) -> Tensor:
@@ -108,13 +119,14 @@ LAYOUTS = {
 NATIVE_LAYOUTS = ("contiguous", "channels_last")
 
 
-def make_x(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Tensor:
+def make_x(case: Case, dtype: torch.dtype, backend: str = "cpu", seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(case.shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    x = torch.randn(case.shape, generator=generator, dtype=torch.float64)
+    return x.to(device_of(backend), dtype)
 
 
 def make_weights(
-    case: Case, dtype: torch.dtype, device: str = "cpu", *, bias: bool = True, seed: int = 1
+    case: Case, dtype: torch.dtype, backend: str = "cpu", *, bias: bool = True, seed: int = 1
 ) -> Weights:
     """Weights large enough that every gate varies."""
     generator = torch.Generator().manual_seed(seed)
@@ -122,7 +134,7 @@ def make_weights(
 
     def draw(*sizes: int, fan_in: int) -> Tensor:
         values = torch.randn(sizes, generator=generator, dtype=torch.float64)
-        return (values * (2.0 / fan_in**0.5)).to(device, dtype)
+        return (values * (2.0 / fan_in**0.5)).to(device_of(backend), dtype)
 
     ones = (1,) * dim
     taps = 2 * torch.Size(case.kernel).numel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, make_weights, make_x
+from cases import Case, device_of, make_weights, make_x
 from conftest import FUSED, why_not
 
 from cbam_cuda import CBAM, CBAM3d, CBAM_Module, cbam, reference
@@ -19,7 +19,7 @@ def call(request):
     backend = request.param
     if backend != "reference" and (reason := why_not(backend)):
         pytest.skip(reason)
-    device = "cpu" if backend == "reference" else backend
+    device = device_of(backend)
 
     def run(dtype=torch.float32, case=CASE, **replaced):
         weights = make_weights(case, dtype, device)._asdict()

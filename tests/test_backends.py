@@ -17,6 +17,8 @@ from cbam_cuda import CBAM, cbam, functional, ops, reference
 
 CASE = Case("", (2, 16, 6, 6), 2, (3, 3))
 
+NO_KERNELS = {"forward": frozenset(), "backward": frozenset()}
+
 
 @pytest.fixture
 def inputs():
@@ -70,13 +72,13 @@ def test_named_backend_refuses_other_devices(inputs):
 
 
 def test_named_backend_never_falls_back(inputs, monkeypatch):
-    monkeypatch.setattr(ops, "_FUSED", frozenset())
+    monkeypatch.setitem(ops._KERNELS, ops.FUSED, NO_KERNELS)
     with pytest.raises(RuntimeError, match="backend: 'cpu' cannot be used: this build has no"):
         cbam(inputs[0], *inputs[1], backend="cpu")
 
 
 def test_auto_falls_back_and_says_so_once(inputs, spied, monkeypatch):
-    monkeypatch.setattr(ops, "_FUSED", frozenset())
+    monkeypatch.setitem(ops._KERNELS, ops.FUSED, NO_KERNELS)
     monkeypatch.setattr(functional, "_warned", set())
     with pytest.warns(UserWarning, match="plain PyTorch form on cpu: this build has no fused"):
         cbam(inputs[0], *inputs[1])

@@ -13,6 +13,7 @@ from cases import (
     LAYOUTS,
     NATIVE_LAYOUTS,
     Case,
+    device_of,
     gradients,
     leaves,
     make_weights,
@@ -22,6 +23,8 @@ from tolerance import assert_as_good_as_eager
 
 from cbam_cuda import cbam
 from cbam_cuda.arguments import Weights
+
+pytestmark = pytest.mark.training
 
 NAMES = ("out", "x", *Weights._fields)
 
@@ -64,7 +67,7 @@ def test_gradient_that_arrives_in_another_layout(backend, case, layout, grad_lay
 def test_gradient_that_arrives_expanded(backend, case):
     """As after `out.sum().backward()`: one element, strides of 0."""
     x, weights = make_x(case, torch.float32, backend), make_weights(case, torch.float32, backend)
-    one = torch.ones((), device=backend)
+    one = torch.ones((), device=device_of(backend))
     expanded = gradients(backend, leaves(x, weights), one.expand_as(x))
     dense = gradients(backend, leaves(x, weights), torch.ones_like(x))
     for a, b in zip(expanded, dense, strict=True):

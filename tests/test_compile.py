@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import FEW_CASES, LAYOUTS, Case, leaves, make_weights, make_x
+from cases import FEW_CASES, LAYOUTS, Case, device_of, leaves, make_weights, make_x, operators
 from torch import library
 
 from cbam_cuda import CBAM, cbam
@@ -13,14 +13,15 @@ from cbam_cuda import CBAM, cbam
 CASE = Case("", (3, 32, 9, 7), 4, (7, 7))
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 def test_one_graph_for_every_batch_size(backend, training):
     torch.compiler.reset()
-    module = CBAM(32, 4, device=backend)
+    module = CBAM(32, 4, device=device_of(backend))
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     for samples in (2, 3, 5, 9):
-        x = torch.randn(samples, 32, 9, 7, device=backend, requires_grad=training)
+        x = torch.randn(samples, 32, 9, 7, device=device_of(backend), requires_grad=training)
         out = compiled(x)
         assert torch.equal(out, module(x))
         if training:
@@ -29,11 +30,12 @@ def test_one_graph_for_every_batch_size(backend, training):
     assert counter.frame_count == 1
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_inductor_gives_the_same(backend, layout):
     torch.compiler.reset()
-    module = CBAM(32, 4, device=backend)
-    x = LAYOUTS[layout](torch.randn(3, 32, 9, 7, device=backend))
+    module = CBAM(32, 4, device=device_of(backend))
+    x = LAYOUTS[layout](torch.randn(3, 32, 9, 7, device=device_of(backend)))
 
     def block(x):
         return torch.relu(module(x * 2.0) + x)
@@ -49,13 +51,14 @@ def test_inductor_gives_the_same(backend, layout):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.training
 def test_compiles_with_attention_and_autocast(backend):
     torch.compiler.reset()
-    module = CBAM(32, 4, device=backend)
-    x = torch.randn(2, 32, 9, 7, device=backend)
+    module = CBAM(32, 4, device=device_of(backend))
+    x = torch.randn(2, 32, 9, 7, device=device_of(backend))
 
     def function(x):
-        with torch.autocast(backend, dtype=torch.bfloat16):
+        with torch.autocast(device_of(backend), dtype=torch.bfloat16):
             return module(x.bfloat16(), return_attention=True)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -65,12 +68,12 @@ def test_compiles_with_attention_and_autocast(backend):
 
 
 def test_exports(backend):
-    module = CBAM(32, 4, device=backend).eval()
-    x = torch.randn(3, 32, 9, 7, device=backend)
+    module = CBAM(32, 4, device=device_of(backend)).eval()
+    x = torch.randn(3, 32, 9, 7, device=device_of(backend))
     with torch.no_grad():
         batch = torch.export.Dim("batch", min=1, max=64)
         program = torch.export.export(module, (x,), dynamic_shapes=({0: batch},))
-        more = torch.randn(5, 32, 9, 7, device=backend)
+        more = torch.randn(5, 32, 9, 7, device=device_of(backend))
         assert torch.equal(program.module()(more), module(more))
 
 
@@ -79,30 +82,32 @@ def test_exports(backend):
 def test_opcheck_of_the_forward(backend, case, layout):
     x = LAYOUTS[layout](make_x(case, torch.float32, backend))
     weights = make_weights(case, torch.float32, backend)
-    library.opcheck(torch.ops.cbam_cuda.forward.default, (x, *weights))
+    library.opcheck(operators(backend).forward.default, (x, *weights))
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_opcheck_of_training(backend, case, dtype, bias):
     weights = make_weights(case, dtype, backend, bias=bias)
     tensors = leaves(make_x(case, dtype, backend), weights)
-    library.opcheck(torch.ops.cbam_cuda.forward_train.default, tuple(tensors))
+    library.opcheck(operators(backend).forward_train.default, tuple(tensors))
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_opcheck_of_the_backward(backend, case):
     x = make_x(case, torch.float64, backend)
     weights = make_weights(case, torch.float64, backend)
-    _, *saved = torch.ops.cbam_cuda.forward_train(x, *weights)
+    _, *saved = operators(backend).forward_train(x, *weights)
     grad = make_x(case, torch.float64, backend, seed=2)
     arguments = (grad, None, None, x, *weights, *saved, [True, False] + [True] * 5)
-    library.opcheck(torch.ops.cbam_cuda.backward.default, arguments)
+    library.opcheck(operators(backend).backward.default, arguments)
     # Static shapes: PyTorch cannot trace second derivatives of a convolution with symbolic ones.
     arguments = (grad.requires_grad_(), None, None, *leaves(x, weights), *saved, [True] * 7)
     library.opcheck(
-        torch.ops.cbam_cuda.backward.default,
+        operators(backend).backward.default,
         arguments,
         test_utils=[
             "test_schema",
@@ -119,9 +124,9 @@ def test_opcheck_of_the_backward(backend, case):
 def test_tracing_describes_what_comes_out(backend, dtype, layout, samples):
     x = LAYOUTS[layout](make_x(CASE, dtype, backend)[:samples])
     weights = make_weights(CASE, dtype, backend)
-    real = torch.ops.cbam_cuda.forward_train(x, *weights)
+    real = operators(backend).forward_train(x, *weights)
     mode = torch._subclasses.FakeTensorMode()
-    fake = torch.ops.cbam_cuda.forward_train(*(mode.from_tensor(t) for t in (x, *weights)))
+    fake = operators(backend).forward_train(*(mode.from_tensor(t) for t in (x, *weights)))
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
         # torch.empty_like itself traces other strides than it gives to empty tensors.

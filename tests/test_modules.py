@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from cases import device_of
 from torch import nn
 
 import cbam_cuda
@@ -38,21 +39,22 @@ class Published(nn.Module):
 SHAPES = {1: (2, 32, 50), 2: (2, 32, 12, 9), 3: (2, 32, 5, 6, 4)}
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_replaces_the_published_module(backend, dim):
     """Checkpoints both ways, the same numbers, the same initial weights from the same seed."""
     torch.manual_seed(0)
-    published = Published(dim, 32, 8, 7).to(backend)
+    published = Published(dim, 32, 8, 7).to(device_of(backend))
     torch.manual_seed(0)
-    ours = CBAM_Module(dim, 32, 8, 7, device=backend)
+    ours = CBAM_Module(dim, 32, 8, 7, device=device_of(backend))
     for name, value in published.state_dict().items():
         if backend == "cpu":
             assert torch.equal(ours.state_dict()[name], value)
     torch.manual_seed(1)
-    published = Published(dim, 32, 8, 7).to(backend)
+    published = Published(dim, 32, 8, 7).to(device_of(backend))
     ours.load_state_dict(published.state_dict(), strict=True)
     published.load_state_dict(ours.state_dict(), strict=True)
-    x = torch.randn(SHAPES[dim], device=backend)
+    x = torch.randn(SHAPES[dim], device=device_of(backend))
     torch.testing.assert_close(ours(x), published(x))
 
 
@@ -64,11 +66,13 @@ def test_reference_is_the_published_module(dim):
     assert torch.equal(plain(x), published(x))
 
 
+@pytest.mark.training
 @pytest.mark.parametrize(("cls", "dim"), [(CBAM1d, 1), (CBAM2d, 2), (CBAM3d, 3)])
 def test_classes_for_a_number_of_dimensions(backend, cls, dim):
-    module, general = cls(32, 4, 3, device=backend), CBAM(32, 4, 3, dim=dim, device=backend)
+    device = device_of(backend)
+    module, general = cls(32, 4, 3, device=device), CBAM(32, 4, 3, dim=dim, device=device)
     general.load_state_dict(module.state_dict())
-    x = torch.randn(SHAPES[dim], device=backend)
+    x = torch.randn(SHAPES[dim], device=device_of(backend))
     assert torch.equal(module(x), general(x))
 
 
@@ -81,10 +85,11 @@ def test_defaults_are_those_of_the_paper():
     ]
 
 
+@pytest.mark.training
 def test_without_biases(backend):
-    module = CBAM(32, bias=False, conv_bias=False, device=backend)
+    module = CBAM(32, bias=False, conv_bias=False, device=device_of(backend))
     assert list(module.state_dict()) == ["fc1.weight", "fc2.weight", "conv.weight"]
-    module(torch.randn(SHAPES[2], device=backend)).sum().backward()
+    module(torch.randn(SHAPES[2], device=device_of(backend))).sum().backward()
     assert all(p.grad is not None for p in module.parameters())
 
 
@@ -101,20 +106,22 @@ def test_copies_give_the_same(cls, copied):
     assert other.fc1.weight.data_ptr() != module.fc1.weight.data_ptr()
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_moves_to_another_dtype(backend, dtype):
-    module = CBAM(32, 4, device=backend).to(dtype)
-    x = torch.randn(SHAPES[2], device=backend, dtype=dtype)
+    module = CBAM(32, 4, device=device_of(backend)).to(dtype)
+    x = torch.randn(SHAPES[2], device=device_of(backend), dtype=dtype)
     assert module(x).dtype == dtype
 
 
+@pytest.mark.training
 def test_made_on_meta_and_filled_later(backend):
     module = CBAM(32, 4, device="meta")
     assert module(torch.empty(SHAPES[2], device="meta")).shape == SHAPES[2]
-    filled = module.to_empty(device=backend)
-    source = CBAM(32, 4, device=backend)
+    filled = module.to_empty(device=device_of(backend))
+    source = CBAM(32, 4, device=device_of(backend))
     filled.load_state_dict(source.state_dict())
-    x = torch.randn(SHAPES[2], device=backend)
+    x = torch.randn(SHAPES[2], device=device_of(backend))
     assert torch.equal(filled(x), source(x))
 
 
@@ -126,9 +133,10 @@ def test_training_on_meta_describes_gradients():
     assert all(p.grad.shape == p.shape for p in module.parameters())
 
 
+@pytest.mark.training
 def test_functional_call(backend):
-    module = CBAM(32, 4, device=backend, dtype=torch.float64)
-    x = torch.randn(SHAPES[2], device=backend, dtype=torch.float64)
+    module = CBAM(32, 4, device=device_of(backend), dtype=torch.float64)
+    x = torch.randn(SHAPES[2], device=device_of(backend), dtype=torch.float64)
     others = {name: torch.randn_like(p) for name, p in module.named_parameters()}
 
     leaves = {name: p.requires_grad_() for name, p in others.items()}
@@ -136,7 +144,7 @@ def test_functional_call(backend):
     got = dict(
         zip(leaves, torch.autograd.grad(out.square().sum(), list(leaves.values())), strict=True)
     )
-    plain = reference.CBAM(32, 4, device=backend, dtype=torch.float64)
+    plain = reference.CBAM(32, 4, device=device_of(backend), dtype=torch.float64)
     plain.load_state_dict(others)
     plain(x).square().sum().backward()
     for name, parameter in plain.named_parameters():
@@ -163,11 +171,12 @@ def test_transforms_of_torch_func_take_the_plain_form(frozen):
         torch.func.jvp(module, (x,), (t,))
 
 
+@pytest.mark.training
 def test_attention_is_differentiable(backend):
-    module = CBAM(32, 4, device=backend, dtype=torch.float64)
-    plain = reference.CBAM(32, 4, device=backend, dtype=torch.float64)
+    module = CBAM(32, 4, device=device_of(backend), dtype=torch.float64)
+    plain = reference.CBAM(32, 4, device=device_of(backend), dtype=torch.float64)
     plain.load_state_dict(module.state_dict())
-    x = torch.randn(SHAPES[2], device=backend, dtype=torch.float64)
+    x = torch.randn(SHAPES[2], device=device_of(backend), dtype=torch.float64)
     for m in (module, plain):
         out, channel_gate, spatial_gate = m(x, return_attention=True)
         (out.sum() + channel_gate.square().sum() - spatial_gate.square().sum()).backward()
@@ -175,21 +184,23 @@ def test_attention_is_differentiable(backend):
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.training
 def test_memory_format_is_kept(backend):
-    x = torch.randn(SHAPES[2], device=backend).to(memory_format=torch.channels_last)
-    out = CBAM(32, 4, device=backend)(x)
+    x = torch.randn(SHAPES[2], device=device_of(backend)).to(memory_format=torch.channels_last)
+    out = CBAM(32, 4, device=device_of(backend))(x)
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.training
 def test_trains_beside_the_reference(backend):
     """Twenty steps of SGD on the same batches end in the same weights."""
     torch.manual_seed(0)
-    ours = CBAM(16, 4, device=backend, dtype=torch.float64)
-    plain = reference.CBAM(16, 4, device=backend, dtype=torch.float64)
+    ours = CBAM(16, 4, device=device_of(backend), dtype=torch.float64)
+    plain = reference.CBAM(16, 4, device=device_of(backend), dtype=torch.float64)
     plain.load_state_dict(ours.state_dict())
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (ours, plain)]
     for _ in range(20):
-        x = torch.randn(4, 16, 8, 8, device=backend, dtype=torch.float64)
+        x = torch.randn(4, 16, 8, 8, device=device_of(backend), dtype=torch.float64)
         for module, optimizer in zip((ours, plain), optimizers, strict=True):
             optimizer.zero_grad()
             (module(x) - x.relu()).square().mean().backward()

@@ -10,14 +10,23 @@ from cases import (
     LAYOUTS,
     NATIVE_LAYOUTS,
     Case,
+    device_of,
     gradients,
     leaves,
     make_weights,
     make_x,
+    operators,
 )
 from tolerance import assert_as_good_as_eager
 
 from cbam_cuda import CBAM, cbam, reference
+
+
+def output(x, weights, backend, keeps):
+    """The output of the forward that keeps what backward needs, or of the one that does not."""
+    out = cbam(x, *weights, backend=backend, return_attention=keeps)
+    return out[0] if keeps else out
+
 
 TIED = Case("ties", (3, 40, 9, 9), 4, (7, 7))
 
@@ -34,11 +43,12 @@ def tied_inputs():
     }
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
 @pytest.mark.parametrize("name", list(tied_inputs())[:-1])
 def test_first_of_equals_takes_the_gradient(backend, name, layout):
     """As in AdaptiveMaxPool and torch.max(dim). float64, so that both see the same ties."""
-    x = LAYOUTS[layout](tied_inputs()[name].to(backend))
+    x = LAYOUTS[layout](tied_inputs()[name].to(device_of(backend)))
     weights = make_weights(TIED, torch.float64, backend)
     # Equal gates make ties across channels as well.
     weights = weights._replace(
@@ -53,12 +63,12 @@ def test_first_of_equals_takes_the_gradient(backend, name, layout):
 
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
 def test_positions_of_the_maxima(backend, layout):
-    x = LAYOUTS[layout](tied_inputs()["few values"].float().to(backend))
+    x = LAYOUTS[layout](tied_inputs()["few values"].float().to(device_of(backend)))
     weights = make_weights(TIED, torch.float32, backend)
     weights = weights._replace(
         fc2_weight=torch.zeros_like(weights.fc2_weight), fc2_bias=torch.zeros_like(weights.fc2_bias)
     )
-    *_, pixel_argmax, channel_argmax = torch.ops.cbam_cuda.forward_train(x, *weights)
+    *_, pixel_argmax, channel_argmax = operators(backend).forward_train(x, *weights)
     flat = x.flatten(2)
     first_pixel = (flat == flat.amax(2, keepdim=True)).int().argmax(2)
     first_channel = (flat == flat.amax(1, keepdim=True)).int().argmax(1)
@@ -66,17 +76,16 @@ def test_positions_of_the_maxima(backend, layout):
     assert torch.equal(channel_argmax.long(), first_channel)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("keeps", [False, True], ids=["inference", "keeps"])
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("place", [(1, 0, 0, 0), (1, 39, 8, 8), (1, 17, 4, 5)], ids=str)
-def test_one_nan_spoils_its_sample_and_no_other(backend, place, dtype, layout, training):
+def test_one_nan_spoils_its_sample_and_no_other(backend, place, dtype, layout, keeps):
     x = make_x(TIED, dtype, backend)
     weights = make_weights(TIED, dtype, backend)
     clean = cbam(x, *weights, backend=backend)
     x[place] = torch.nan
-    x = LAYOUTS[layout](x).requires_grad_(training)
-    out = cbam(x, *weights, backend=backend).detach()
+    out = output(LAYOUTS[layout](x), weights, backend, keeps)
     assert out[1].isnan().all()
     for other in (0, 2):
         torch.testing.assert_close(out[other], clean[other], rtol=0.05, atol=0.05)
@@ -88,7 +97,7 @@ def test_nan_takes_the_place_of_the_maximum(backend, layout):
     x = make_x(TIED, torch.float32, backend)
     x[0, 7, 2, 3] = x[0, 7, 5, 5] = x[0, 9, 2, 3] = torch.nan
     x[0, 7, 0, 0] = torch.inf
-    *_, pooled, _, _, pixel_argmax, channel_argmax = torch.ops.cbam_cuda.forward_train(
+    *_, pooled, _, _, pixel_argmax, channel_argmax = operators(backend).forward_train(
         LAYOUTS[layout](x), *make_weights(TIED, torch.float32, backend)
     )
     assert pooled[0, 1, 7].isnan()
@@ -97,16 +106,16 @@ def test_nan_takes_the_place_of_the_maximum(backend, layout):
     assert torch.equal(channel_argmax[0], torch.zeros_like(channel_argmax[0]))
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("keeps", [False, True], ids=["inference", "keeps"])
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
 @pytest.mark.parametrize("values", [[torch.inf], [-torch.inf], [torch.inf, -torch.inf]], ids=str)
-def test_infinities_go_where_they_go_in_the_reference(backend, values, layout, training):
+def test_infinities_go_where_they_go_in_the_reference(backend, values, layout, keeps):
     x = make_x(TIED, torch.float64, backend)
     for i, value in enumerate(values):
         x[0, 5 + i, 3, 3] = value
     weights = make_weights(TIED, torch.float64, backend)
     eager = cbam(x, *weights, backend="reference")
-    out = cbam(LAYOUTS[layout](x).requires_grad_(training), *weights, backend=backend).detach()
+    out = output(LAYOUTS[layout](x), weights, backend, keeps)
     torch.testing.assert_close(out, eager, equal_nan=True)
 
 
@@ -125,7 +134,7 @@ def test_small_and_large_values(backend, scale):
 def test_gates_that_saturate_are_zero_and_one(backend):
     case = Case("", (1, 32, 6, 6), 2, (3, 3))
     weights = make_weights(case, torch.float32, backend)
-    bias = torch.linspace(-120, 120, 32, device=backend)
+    bias = torch.linspace(-120, 120, 32, device=device_of(backend))
     weights = weights._replace(
         fc2_weight=torch.zeros_like(weights.fc2_weight),
         fc2_bias=bias / 2,
@@ -144,7 +153,7 @@ def test_every_value_of_16_bits_survives(backend, dtype):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     values = bits.view(dtype)
     # Larger ones of bfloat16 would overflow the sum.
-    values = values[values.abs() < 1e30].to(backend)
+    values = values[values.abs() < 1e30].to(device_of(backend))
     case = Case("", (1, 1, values.numel()), 1, (1,))
     weights = make_weights(case, torch.float32, backend)
     # All weights zero and large biases: both sigmoids are exactly 1.
@@ -156,6 +165,7 @@ def test_every_value_of_16_bits_survives(backend, dtype):
 
 
 # PyTorch's own concatenation refuses x of the 16-bit dtype that autocast does not use.
+@pytest.mark.training
 @pytest.mark.parametrize(
     ("dtype", "autocast"),
     [
@@ -170,10 +180,10 @@ def test_every_value_of_16_bits_survives(backend, dtype):
 def test_autocast_gives_the_dtype_that_eager_gives(backend, dtype, weight_dtype, autocast):
     case = FEW_CASES[0]
     x = make_x(case, dtype, backend).requires_grad_()
-    ours = CBAM(64, 16, dtype=weight_dtype, device=backend, backend=backend)
-    plain = reference.CBAM(64, 16, dtype=weight_dtype, device=backend)
+    ours = CBAM(64, 16, dtype=weight_dtype, device=device_of(backend), backend=backend)
+    plain = reference.CBAM(64, 16, dtype=weight_dtype, device=device_of(backend))
     plain.load_state_dict(ours.state_dict())
-    with torch.autocast(backend, dtype=autocast):
+    with torch.autocast(device_of(backend), dtype=autocast):
         out, eager = ours(x), plain(x)
     assert out.dtype == eager.dtype
     torch.testing.assert_close(out, eager, rtol=0.05, atol=0.05)
@@ -186,10 +196,11 @@ def test_autocast_leaves_float64_alone(backend):
     case = FEW_CASES[0]
     x, weights = make_x(case, torch.float64, backend), make_weights(case, torch.float64, backend)
     expected = cbam(x, *weights, backend=backend)
-    with torch.autocast(backend, dtype=torch.bfloat16):
+    with torch.autocast(device_of(backend), dtype=torch.bfloat16):
         assert torch.equal(cbam(x, *weights, backend=backend), expected)
 
 
+@pytest.mark.training
 def test_deterministic_algorithms_are_accepted(backend):
     x = make_x(FEW_CASES[0], torch.float32, backend)
     weights = make_weights(FEW_CASES[0], torch.float32, backend)

@@ -1,0 +1,113 @@
+// The backend `emulated`: the CUDA backend's planner, launchers and kernels on CPU tensors, as
+// operators of a library of their own, cbam_cuda_emulated. What the kernels may touch is watched,
+// and what they have to write starts as NaN.
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "../emulator.h"
+#include "cuda/forward.h"
+#include "ops.h"
+
+namespace cbam {
+namespace {
+
+// The GPU that plans are made for.
+cuda::DeviceLimits& device() {
+  static cuda::DeviceLimits limits = [] {
+    const char* name = std::getenv("CBAM_CUDA_EMULATED_DEVICE");
+    return cuda::known_device(name && *name ? name : "H100");
+  }();
+  return limits;
+}
+
+// Memory of the current call that kernels may touch, no longer than the call.
+class Watched {
+ public:
+  Watched() = default;
+  Watched(const Watched&) = delete;
+  Watched& operator=(const Watched&) = delete;
+  ~Watched() { emulator::unwatch_all(); }
+
+  void read(const char* name, const void* p, int64_t bytes) const {
+    if (p) emulator::watch(p, static_cast<size_t>(bytes), name, false);
+  }
+  void write(const char* name, void* p, int64_t bytes) const {
+    if (!p) return;
+    std::memset(p, 0xff, static_cast<size_t>(bytes));
+    emulator::watch(p, static_cast<size_t>(bytes), name, true);
+  }
+};
+
+// Bytes from the first to behind the last element of a tensor of x's size.
+int64_t extent(const ForwardProblem& p, const Strides& s) {
+  return ((p.shape.samples - 1) * s.sample + (p.shape.channels - 1) * s.channel +
+          (p.shape.pixels() - 1) * s.pixel + 1) *
+         bytes_of(p.dtype);
+}
+
+void watch_weights(const Watched& watched, const ForwardProblem& p) {
+  const Shape& s = p.shape;
+  const Weights& w = p.weights;
+  const int64_t size = bytes_of(w.dtype);
+  watched.read("mlp_weights", w.fc1_weight, s.hidden * s.channels * size);
+  watched.read("mlp_weights", w.fc1_bias, s.hidden * size);
+  watched.read("mlp_weights", w.fc2_weight, s.hidden * s.channels * size);
+  watched.read("mlp_weights", w.fc2_bias, s.channels * size);
+  watched.read("conv_weights", w.conv_weight, 2 * s.taps() * size);
+  watched.read("conv_weights", w.conv_bias, size);
+}
+
+void watch_saved(const Watched& watched, const ForwardProblem& p) {
+  const Shape& s = p.shape;
+  const int64_t n = s.samples, acc = bytes_of_accumulator(p.dtype);
+  watched.write("channel_gate", p.saved.channel_gate, n * s.channels * acc);
+  watched.write("pooled", p.saved.pooled, n * 2 * s.channels * acc);
+  watched.write("hidden", p.saved.hidden, n * 2 * s.hidden * acc);
+  watched.write("spatial_gate", p.saved.spatial_gate, n * s.pixels() * acc);
+  watched.write("maps", p.saved.maps, n * 2 * s.pixels() * bytes_of(p.dtype));
+  watched.write("pixel_argmax", p.saved.pixel_argmax, n * s.channels * 4);
+  watched.write("channel_argmax", p.saved.channel_argmax, n * s.pixels() * 4);
+}
+
+struct Emulated {
+  static ScalarType weight_dtype(const Tensor& x, const WeightArguments& w) {
+    return w.all_are(x.scalar_type()) ? x.scalar_type() : accumulator_of(x);
+  }
+  static void forward(const ForwardProblem& p, const Tensor& x) {
+    const cuda::ForwardPlan plan = cuda::plan(p, device());
+    const int64_t bytes = cuda::scratch(plan, p).total();
+    const Tensor memory = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+    const Watched watched;
+    watched.read("x", p.x, extent(p, p.strides));
+    watched.write("out", p.out, extent(p, p.out_strides));
+    watched.write("scratch", memory.mutable_data_ptr(), bytes);
+    watch_weights(watched, p);
+    watch_saved(watched, p);
+    cuda::forward(p, plan, memory.mutable_data_ptr(), nullptr);
+  }
+};
+
+}  // namespace
+}  // namespace cbam
+
+STABLE_TORCH_LIBRARY(cbam_cuda_emulated, m) { CBAM_DEFINE_OPERATORS(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(cbam_cuda_emulated, CPU, m) {
+  m.impl("forward", TORCH_BOX(&cbam::forward<cbam::Emulated>));
+  m.impl("forward_train", TORCH_BOX(&cbam::forward_train<cbam::Emulated>));
+}
+
+#pragma GCC visibility push(default)
+// For tests: plans are made for this GPU, where l2_bytes is not 0 with a cache of that size.
+// Returns 0, or -1 for a name that is not known.
+extern "C" int emulated_device(const char* name, long long l2_bytes) {
+  for (const auto& known : cbam::cuda::known_devices())
+    if (known.name == name) {
+      cbam::device() = known;
+      if (l2_bytes) cbam::device().l2_bytes = l2_bytes;
+      return 0;
+    }
+  return -1;
+}
+#pragma GCC visibility pop

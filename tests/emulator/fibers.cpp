@@ -1,0 +1,148 @@
+#include "fibers.h"
+
+#include <sys/mman.h>
+
+#include <new>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace emulator {
+
+namespace {
+
+constexpr size_t kGuardBytes = 4096;
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kStackBytes = 256 * 1024;  // red zones around every local
+#else
+constexpr size_t kStackBytes = 64 * 1024;
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+// Of the switch under way: only the arriving side learns the bounds of the stack that it came from,
+// which for the host's are not known otherwise.
+Context* departed = nullptr;
+
+void finish_switch(void* fake_stack) {
+  const void* begin;
+  size_t bytes;
+  __sanitizer_finish_switch_fiber(fake_stack, &begin, &bytes);
+  departed->begin = begin;
+  departed->bytes = bytes;
+}
+#endif
+
+}  // namespace
+
+#if defined(__x86_64__)
+// Saves what a call must preserve, exchanges the stacks, and returns on the other one.
+extern "C" void emulator_exchange_stacks(void** from, void* to);
+asm(R"(
+.text
+.globl emulator_exchange_stacks
+.hidden emulator_exchange_stacks
+.type emulator_exchange_stacks, @function
+emulator_exchange_stacks:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size emulator_exchange_stacks, . - emulator_exchange_stacks
+)");
+#endif
+
+void switch_context(Context& from, Context& to) {
+#if defined(__SANITIZE_ADDRESS__)
+  departed = &from;
+  __sanitizer_start_switch_fiber(&from.fake_stack, to.begin, to.bytes);
+#endif
+#if defined(__x86_64__)
+  emulator_exchange_stacks(&from.stack_pointer, to.stack_pointer);
+#else
+  swapcontext(&from.registers, &to.registers);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  finish_switch(from.fake_stack);
+#endif
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+namespace {
+
+void (*entry_after_switch)();
+
+void first_entry() {
+  finish_switch(nullptr);
+  entry_after_switch();
+}
+
+}  // namespace
+#endif
+
+Fiber::Fiber(void (*entry)()) : entry_(entry) {
+  void* mapping = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapping == MAP_FAILED) throw std::bad_alloc();
+  mapping_ = static_cast<char*>(mapping);
+  mprotect(mapping_, kGuardBytes, PROT_NONE);  // a stack that overflows must not hit another
+  context.begin = mapping_ + kGuardBytes;
+  context.bytes = kStackBytes;
+  restart();
+}
+
+Fiber::~Fiber() { munmap(mapping_, kGuardBytes + kStackBytes); }
+
+void Fiber::restart() {
+  void (*entry)() = entry_;
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(context.begin, context.bytes);  // frames that never returned
+  entry_after_switch = entry_;
+  entry = first_entry;
+#endif
+#if defined(__x86_64__)
+  void** top = reinterpret_cast<void**>(mapping_ + kGuardBytes + kStackBytes);
+  *--top = nullptr;  // where a caller's return address would be, which aligns the stack
+  *--top = reinterpret_cast<void*>(entry);
+  for (int saved_register = 0; saved_register < 6; ++saved_register) *--top = nullptr;
+  context.stack_pointer = top;
+#else
+  getcontext(&context.registers);
+  context.registers.uc_stack.ss_sp = mapping_ + kGuardBytes;
+  context.registers.uc_stack.ss_size = kStackBytes;
+  context.registers.uc_link = nullptr;
+  makecontext(&context.registers, entry, 0);
+#endif
+}
+
+Fiber* FiberPool::take() {
+  if (idle_.empty()) {
+    all_.push_back(std::make_unique<Fiber>(entry_));
+    return all_.back().get();
+  }
+  Fiber* fiber = idle_.back();
+  idle_.pop_back();
+  return fiber;
+}
+
+void FiberPool::restart_all() {
+  idle_.clear();
+  for (const auto& fiber : all_) {
+    fiber->restart();
+    idle_.push_back(fiber.get());
+  }
+}
+
+}  // namespace emulator
