@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml cbam_cuda/version.py
 
-.PHONY: demo test bench lint build gpu clean
+.PHONY: demo test bench lint build emulator gpu clean
 .DELETE_ON_ERROR:
 
 ## Train on real digits with the plain and the fused block, and print the speed of both.
@@ -11,7 +11,7 @@ demo: build
 	$(BIN)/python -m examples.digits
 
 ## Formatters, linters, types, then the suite on every backend that runs here.
-test: lint build
+test: lint build emulator
 	$(BIN)/python -m pytest -n auto --cov --cov-report=term $(PYTEST_OPTIONS)
 
 ## The speed table of the block; writes benchmarks/results.
@@ -31,6 +31,11 @@ build: .venv/.built
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(BIN)/python -m cbam_cuda
 	touch $@
+
+## The CUDA kernels compiled for the CPU: backend "emulated".
+emulator: build
+	$(BIN)/python tests/emulator/build.py plain
+	ln -sf ../build/emulator/plain/libcbam_emulated.so cbam_cuda/_emulated.so
 
 ## The suite on the GPU of this machine.
 gpu: build

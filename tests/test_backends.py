@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 from cases import Case, make_weights, make_x
+from conftest import why_not
 
 import cbam_cuda
 from cbam_cuda import CBAM, cbam, functional, ops, reference
@@ -77,6 +78,45 @@ def test_named_backend_never_falls_back(inputs, monkeypatch):
         cbam(inputs[0], *inputs[1], backend="cpu")
 
 
+def test_emulated_without_its_library_says_how_to_build_it(inputs, monkeypatch, tmp_path):
+    monkeypatch.setenv("CBAM_CUDA_EMULATOR", str(tmp_path / "none.so"))
+    monkeypatch.delitem(ops._KERNELS, ops.EMULATED, raising=False)
+    with pytest.raises(RuntimeError, match=r"'emulated' .*none.so does not exist.*make emulator"):
+        cbam(inputs[0], *inputs[1], backend="emulated")
+    assert "make emulator" in cbam_cuda.info()["backends"]["emulated"]
+
+
+@pytest.mark.skipif(why_not("emulated") is not None, reason="make emulator builds it")
+def test_emulated_runs_a_script_that_does_not_know_of_it(inputs):
+    code = """
+        import torch, cbam_cuda
+        from cbam_cuda import ops
+        ops.forward = lambda *a, plain=ops.forward: print(a[-1]) or plain(*a)
+        with torch.no_grad():
+            cbam_cuda.CBAM(16, 8, 3)(torch.randn(2, 16, 6, 6))
+    """
+    assert run_python(code, CBAM_CUDA_BACKEND="emulated") == "cbam_cuda_emulated\n"
+    assert run_python(code, CBAM_CUDA_BACKEND="cpu") == "cbam_cuda\n"
+
+
+def test_training_without_a_backward(inputs, spied, monkeypatch):
+    """ "auto" takes the plain form and says why; a named backend is an error."""
+    forward_only = {"forward": frozenset({"cpu"}), "backward": frozenset()}
+    monkeypatch.setitem(ops._KERNELS, ops.FUSED, forward_only)
+    monkeypatch.setattr(functional, "_warned", set())
+    x = inputs[0].requires_grad_()
+    with pytest.warns(UserWarning, match="plain PyTorch form on cpu: .* no fused backward"):
+        cbam(x, *inputs[1]).sum().backward()
+    with pytest.raises(
+        RuntimeError, match="'cpu' cannot be used: this build has no fused backward"
+    ):
+        cbam(x, *inputs[1], backend="cpu")
+    with torch.no_grad():
+        cbam(x, *inputs[1], backend="cpu")
+    assert spied == ["reference", "fused"]
+    assert cbam_cuda.info()["backends"]["cpu"] == "available, forward only"
+
+
 def test_auto_falls_back_and_says_so_once(inputs, spied, monkeypatch):
     monkeypatch.setitem(ops._KERNELS, ops.FUSED, NO_KERNELS)
     monkeypatch.setattr(functional, "_warned", set())
@@ -122,7 +162,7 @@ def test_works_without_the_compiled_module():
         except RuntimeError as error:
             print(error)
         from cbam_cuda.__main__ import main
-        main()
+        main([])
         """
     )
     first, second, third, *_, last = output.splitlines()
@@ -155,7 +195,7 @@ def test_command_line():
 def test_command_line_in_this_process(capsys):
     from cbam_cuda.__main__ import main
 
-    main()
+    assert main([]) == 0
     assert "backends" in capsys.readouterr().out
 
 

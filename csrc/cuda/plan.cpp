@@ -13,14 +13,17 @@ namespace {
 // A part of a reduction is at least this long, so that its partial result stays small beside what
 // it read, and at most so long, so that a sum keeps its digits and the factor fits into shared
 // memory.
-constexpr int64_t kShortestColumnPart = 128;
+constexpr int64_t kShortestColumnPart = 256;
 constexpr int64_t kShortestRowPart = 4096;
 constexpr int64_t kLongestPart = 4096;
 constexpr int64_t kLongestUnscaledRowPart = 1 << 16;
-// Rows that share one reading of the factor: fewer where that fills more of the device.
-constexpr int kRowsPerFactor = 64, kFewestRowsPerFactor = 32;
-// Channels of a block in the last pass, which computes the spatial gate for each chunk again.
+// Rows of a block that share one reading of the factor, and vectors side by side that do.
+constexpr int kRowsPerFactor = 64;
+constexpr int kFewestVectorsPerFactor = 16;
+// Channels of a block in the last pass, which reads the maps and computes the spatial gate for each
+// chunk again: at least so many, and no more chunks than keep those maps under this share of x.
 constexpr int kFewestChannels = 128;
+constexpr double kMapShare = 0.02;
 // Pixels of a box in the last pass: smaller boxes fill the device, larger ones have less halo.
 constexpr int kMostPixels = 1024, kFewestPixels = 256;
 // Bytes of x in a row of the box: memory is slow in short pieces (on an H100, pieces of 32 bytes
@@ -80,9 +83,10 @@ struct ColumnAccess {
   int elements(int vector) const { return access == Access::kScalar ? 1 : vector; }
 };
 
-// Blocks of kThreads that fill half of the device's threads: enough loads in flight for its memory.
+// Blocks of kThreads that fill a quarter of the device's threads: with four loads of 16 bytes in
+// flight for each, 32 KB a multiprocessor of an H100, where 23 KB saturate its memory.
 int64_t wanted_blocks(const DeviceLimits& device) {
-  return int64_t{device.multiprocessors} * device.threads_per_multiprocessor / kThreads / 2;
+  return int64_t{device.multiprocessors} * device.threads_per_multiprocessor / kThreads / 4;
 }
 
 // Sets splits and span so that there are enough blocks, parts are no shorter than `shortest`, no
@@ -108,8 +112,6 @@ ReductionGeometry along_rows(const View& view, const ForwardProblem& p, int64_t 
   g.lanes = vectors >= enough_for_a_block ? kThreads : vectors >= 64 ? 32 : 8;
   const int at_once = kThreads / g.lanes;
   g.tile = scaled ? std::max(at_once, kRowsPerFactor) : at_once;
-  if (scaled && samples * ceil_div(view.rows, g.tile) < wanted)
-    g.tile = std::max(at_once, kFewestRowsPerFactor);
   g.tiles = static_cast<int>(ceil_div(view.rows, g.tile));
   split(g, view.cols, samples * g.tiles, wanted, kShortestRowPart,
         scaled ? kLongestPart : kLongestUnscaledRowPart, vector);
@@ -117,15 +119,16 @@ ReductionGeometry along_rows(const View& view, const ForwardProblem& p, int64_t 
 }
 
 ReductionGeometry down_columns(const View& view, const ForwardProblem& p, int64_t samples,
-                               int64_t wanted) {
+                               bool scaled, int64_t wanted) {
   ReductionGeometry g{};
   const ColumnAccess access(view, elements_per_vector(p.dtype));
   g.access = access.access;
   g.period = access.period;
   g.row_group = access.row_group;
+  const int fewest = scaled ? kFewestVectorsPerFactor : 8;
   g.tile = g.access == Access::kPacked ? g.period : std::min(g.period, 32);
   if (g.access != Access::kPacked)
-    while (g.tile > 8 && samples * ceil_div(g.period, g.tile) < wanted) g.tile = (g.tile + 1) / 2;
+    while (g.tile > fewest && samples * ceil_div(g.period, g.tile) < wanted) g.tile /= 2;
   g.tiles = static_cast<int>(ceil_div(g.period, g.tile));
   split(g, view.rows, samples * g.tiles, wanted, kShortestColumnPart, kLongestPart, g.row_group);
   return g;
@@ -170,6 +173,11 @@ class BoxSearch {
     return best_cost_ > 0;
   }
   const ScaleGeometry& best() const { return best_; }
+  // Pixels of the maps that all boxes of a sample read, of both maps together.
+  static int64_t read(const ScaleGeometry& g, const Shape& s) {
+    return 2 * g.boxes() * (g.box_depth + s.kernel_depth - 1) *
+           (g.box_height + s.kernel_height - 1) * (g.box_width + s.kernel_width - 1);
+  }
 
  private:
   static std::vector<int64_t> extents(int64_t full) {
@@ -201,11 +209,9 @@ class BoxSearch {
     g.boxes_height = static_cast<int>(ceil_div(s_.height, height));
     g.boxes_width = static_cast<int>(ceil_div(s_.width, width));
     if (needed(g) > limit_) return;
-    const int64_t read = g.boxes() * (depth + s_.kernel_depth - 1) *
-                         (height + s_.kernel_height - 1) * (width + s_.kernel_width - 1);
     const bool narrow =
         p_.strides.channels_first() && width != s_.width && width * bytes_of(p_.dtype) < kNarrowest;
-    const int64_t cost = read + (narrow ? kNeverIfAvoidable : 0);
+    const int64_t cost = read(g, s_) + (narrow ? kNeverIfAvoidable : 0);
     const bool wider = cost == best_cost_ && width > best_.box_width;
     if (best_cost_ > 0 && cost >= best_cost_ && !wider) return;
     best_ = g;
@@ -245,7 +251,8 @@ std::optional<ScaleGeometry> find_box(const ForwardProblem& p, const ScaleGeomet
   return std::nullopt;
 }
 
-ScaleGeometry last_pass(const ForwardProblem& p, int64_t samples, const DeviceLimits& device) {
+ScaleGeometry last_pass(const ForwardProblem& p, int64_t samples, int map_splits,
+                        const DeviceLimits& device) {
   const Shape& s = p.shape;
   const int vector = elements_per_vector(p.dtype);
   const bool first = p.strides.channels_first();
@@ -259,8 +266,8 @@ ScaleGeometry last_pass(const ForwardProblem& p, int64_t samples, const DeviceLi
     return whole ? 1 : std::max(ceil_div(s.channels, g.chunk), s.channels / kFewestChannels);
   };
   auto boxed = find_box(p, g, samples, most_chunks(), device);
-  if (!boxed && g.access == Access::kPacked) {
-    g.access = Access::kScalar;  // only the image as one box would do, and it is too large
+  if (!boxed && g.access != Access::kScalar) {
+    g.access = Access::kScalar;  // the boxes whose vectors lie in one piece are all too large
     boxed = find_box(p, g, samples, most_chunks(), device);
   }
   if (!boxed)
@@ -275,8 +282,13 @@ ScaleGeometry last_pass(const ForwardProblem& p, int64_t samples, const DeviceLi
   g.period = in.period;
   g.row_group = packed ? in.row_group : 1;
   const int64_t blocks = samples * g.boxes(), multiple = first ? g.row_group : elements;
-  const int64_t chunks = std::clamp(ceil_div(wanted_blocks(device), blocks),
-                                    ceil_div(s.channels, g.chunk), most_chunks());
+  const double x_bytes = static_cast<double>(s.channels * s.pixels() * bytes_of(p.dtype));
+  const double map_bytes =
+      static_cast<double>(BoxSearch::read(g, s) * map_splits * bytes_of_accumulator(p.dtype));
+  const auto affordable = static_cast<int64_t>(kMapShare * x_bytes / map_bytes);
+  const int64_t fewest = ceil_div(s.channels, g.chunk);
+  const int64_t most = std::max(fewest, std::min(most_chunks(), affordable));
+  const int64_t chunks = std::clamp(ceil_div(wanted_blocks(device), blocks), fewest, most);
   g.chunk = packed && !first
                 ? static_cast<int>(s.channels)
                 : static_cast<int>(ceil_div(ceil_div(s.channels, chunks), multiple) * multiple);
@@ -294,12 +306,14 @@ Group group_of(const ForwardProblem& p, const DeviceLimits& device) {
   const auto room = static_cast<int64_t>(kCacheShare * static_cast<double>(device.l2_bytes));
   const int64_t fitting = room / sample;
   if (fitting >= p.shape.samples) return {p.shape.samples, true};
-  const int64_t samples = fitting / kSamplesPerWalk * kSamplesPerWalk;
-  if (samples == 0) return {p.shape.samples, false};
+  const int64_t most = fitting / kSamplesPerWalk * kSamplesPerWalk;
+  if (most == 0) return {p.shape.samples, false};
+  const int64_t groups = ceil_div(p.shape.samples, most);
+  const int64_t samples =
+      ceil_div(ceil_div(p.shape.samples, groups), kSamplesPerWalk) * kSamplesPerWalk;
   const double pass = static_cast<double>(sample * p.shape.samples) / device.bandwidth;
   const double saved = 2 * pass * (1 - 1 / kCacheSpeed);
-  const double cost =
-      static_cast<double>(ceil_div(p.shape.samples, samples) - 1) * kLaunches * kLaunchSeconds;
+  const double cost = static_cast<double>(groups - 1) * kLaunches * kLaunchSeconds;
   return saved > cost ? Group{samples, true} : Group{p.shape.samples, false};
 }
 
@@ -341,13 +355,13 @@ ForwardPlan plan(const ForwardProblem& p, const DeviceLimits& device) {
   const int64_t samples = plan.group.samples;
   const bool first = p.strides.channels_first();
   plan.pool =
-      first ? along_rows(x, p, samples, false, wanted) : down_columns(x, p, samples, wanted);
-  plan.maps = first ? down_columns(x, p, samples, wanted) : along_rows(x, p, samples, true, wanted);
+      first ? along_rows(x, p, samples, false, wanted) : down_columns(x, p, samples, false, wanted);
+  plan.maps =
+      first ? down_columns(x, p, samples, true, wanted) : along_rows(x, p, samples, true, wanted);
   plan.maps.reverse = true;  // starts with what the pool read last
-  plan.scale = last_pass(p, samples, device);
-  const int64_t full =
-      ceil_div(samples, kSamplesPerWalk) * ceil_div(s.hidden, kThreads / 32 * kUnitsPerWarp);
-  plan.hidden_threads = 2 * full >= device.multiprocessors ? kThreads : kThreads / 2;
+  plan.scale = last_pass(p, samples, plan.maps.splits, device);
+  plan.hidden_threads =
+      static_cast<int>(32 * std::min<int64_t>(kThreads / 32, ceil_div(s.hidden, kUnitsPerWarp)));
   return plan;
 }
 

@@ -99,13 +99,14 @@ STABLE_TORCH_LIBRARY_IMPL(cbam_cuda_emulated, CPU, m) {
 }
 
 #pragma GCC visibility push(default)
-// For tests: plans are made for this GPU, where l2_bytes is not 0 with a cache of that size.
-// Returns 0, or -1 for a name that is not known.
-extern "C" int emulated_device(const char* name, long long l2_bytes) {
+// For tests: plans are made for this GPU; where they are not 0, with a cache of that many bytes and
+// a memory of that many bytes a second. Returns 0, or -1 for a name that is not known.
+extern "C" int emulated_device(const char* name, long long l2_bytes, long long bandwidth) {
   for (const auto& known : cbam::cuda::known_devices())
     if (known.name == name) {
       cbam::device() = known;
       if (l2_bytes) cbam::device().l2_bytes = l2_bytes;
+      if (bandwidth) cbam::device().bandwidth = static_cast<double>(bandwidth);
       return 0;
     }
   return -1;

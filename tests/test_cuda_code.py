@@ -1,0 +1,234 @@
+"""The kernels as nvcc compiled them: no spills, 16 bytes an access, loads under way together."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import pickle
+import re
+
+import cuda_code
+import pytest
+from cuda_code import ARCHITECTURES, TABLE, TEMPLATES, WRITE, code_of, is_global, is_vector_load, sm
+
+import cbam_cuda
+
+PASSES = ("reduce_rows", "reduce_columns", "spatial_gate")  # the kernels that read x
+
+REGISTERS_OF_SM = 65536
+THREADS = {"gate_layer": 128}  # of a block; 256 for the other kernels
+
+UNDER_WAY = 2  # 16-byte loads of a thread at a time, at least
+
+each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=sm)
+each_kernel = pytest.mark.parametrize("kind", TEMPLATES)
+each_pass = pytest.mark.parametrize("kind", PASSES)
+
+
+@pytest.fixture(scope="session")
+def usage():
+    if reason := cuda_code.why_not():
+        pytest.skip(reason)
+    return {a: cuda_code.read_usage(a) for a in cuda_code.built_for()}
+
+
+@pytest.fixture(scope="session")
+def sass(tmp_path_factory):
+    """Disassembled once: xdist's workers share the folder above theirs, for this run alone."""
+    if reason := cuda_code.why_not():
+        pytest.skip(reason)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with (folder / "cuda_code.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept = folder / "cuda_code.pickle"
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(cuda_code.read_sass(tmp_path_factory.mktemp("cubins"))))
+        return pickle.loads(kept.read_bytes())
+
+
+def kernels_of(of_architectures, architecture, kind):
+    """The instantiations of one kernel for one architecture."""
+    if architecture not in of_architectures:
+        pytest.skip(f"the extension has no machine code for {sm(architecture)}")
+    found = {k: v for k, v in of_architectures[architecture].items() if k.kind == kind}
+    assert found
+    return found
+
+
+def none_of(found: dict) -> None:
+    """Fails with what was found, a kernel a line."""
+    if found:
+        pytest.fail("\n".join(f"{kernel}: {what}" for kernel, what in found.items()), pytrace=False)
+
+
+def reads_vectors(kernel) -> bool:
+    return kernel.kind in PASSES and "scalar" not in kernel.words
+
+
+def matching(opcodes, pattern):
+    return sorted(opcode for opcode in opcodes if re.match(pattern, opcode))
+
+
+@each_architecture
+@each_kernel
+def test_every_instantiation_was_read(usage, sass, kind, architecture):
+    expected = set(itertools.product(*(set(words.values()) for words in TEMPLATES[kind])))
+    assert {k.words for k in kernels_of(usage, architecture, kind)} == expected
+    assert {k.words for k in kernels_of(sass, architecture, kind)} == expected
+
+
+@each_architecture
+@each_kernel
+def test_nothing_spills(usage, sass, kind, architecture):
+    code = kernels_of(sass, architecture, kind)
+    none_of(
+        {
+            kernel: f"{used}, {local}"
+            for kernel, used in kernels_of(usage, architecture, kind).items()
+            if (local := matching(code[kernel].opcodes, "LDL|STL")) or used.stack or used.local
+        }
+    )
+
+
+@each_architecture
+@each_kernel
+def test_no_atomics_on_floats(sass, kind, architecture):
+    """They would make results depend on the order of blocks; CAS loops stand for such."""
+    atomics = r"(RED|ATOM[GS]?)\..*(F16|F32|F64|BF16|CAS)"
+    code = kernels_of(sass, architecture, kind)
+    none_of({k: found for k, c in code.items() if (found := matching(c.opcodes, atomics))})
+
+
+@each_architecture
+@each_kernel
+def test_every_address_space_is_known(sass, kind, architecture):
+    """A generic access to shared memory is slower than one that says so, and costs registers."""
+    code = kernels_of(sass, architecture, kind)
+    none_of({k: found for k, c in code.items() if (found := matching(c.opcodes, r"(LD|ST)(\.|$)"))})
+
+
+@each_architecture
+@each_pass
+def test_x_passes_in_vectors(sass, kind, architecture):
+    wrong = {}
+    for kernel, code in kernels_of(sass, architecture, kind).items():
+        if not reads_vectors(kernel):
+            if found := [opcode for opcode in code.opcodes if is_vector_load(opcode)]:
+                wrong[kernel] = f"{found} where the rows may not be aligned"
+            continue
+        if not code.x_loops():
+            wrong[kernel] = "no loop with 16-byte loads"
+            continue
+        # Generic accesses have a test of their own.
+        accesses = [
+            i.opcode for loop in code.x_loops() for i in loop if re.match("LDG|STG", i.opcode)
+        ]
+        if narrow := {opcode for opcode in accesses if ".128" not in opcode}:
+            wrong[kernel] = f"{sorted(narrow)} next to the 16-byte loads"
+        elif kind == "spatial_gate" and not matching(accesses, r"STG.*\.128"):
+            wrong[kernel] = "no 16-byte stores"
+    none_of(wrong)
+
+
+@each_architecture
+@each_pass
+def test_loops_over_x_are_unrolled(sass, kind, architecture):
+    wrong = {}
+    for kernel, code in kernels_of(sass, architecture, kind).items():
+        if reads_vectors(kernel):
+            # Packed, the gates and rows of a vector's elements take the registers of more.
+            floor = 2 if kind == "spatial_gate" and "packed" in kernel.words else 4
+            loop = code.main_loop() if code.x_loops() else []
+            loads = sum(is_vector_load(i.opcode) for i in loop)
+            if loads < floor:
+                wrong[kernel] = f"{loads} 16-byte loads a turn, {floor} expected"
+    none_of(wrong)
+
+
+@each_architecture
+@each_pass
+def test_several_loads_are_under_way(sass, kind, architecture):
+    """A warp that waits for each load before the next needs far more warps to fill the memory."""
+    wrong = {}
+    for kernel, code in kernels_of(sass, architecture, kind).items():
+        if reads_vectors(kernel):
+            flying = cuda_code.loads_in_flight(code.main_loop()) if code.x_loops() else 0
+            if flying < UNDER_WAY:
+                wrong[kernel] = f"{flying} 16-byte loads at a time, {UNDER_WAY} expected"
+    none_of(wrong)
+
+
+def most_registers(kernel) -> int:
+    """A thread's registers at most, by how many blocks an SM is to hold."""
+    if kernel.kind not in PASSES or kernel.dtype == "float64":
+        blocks = 1
+    elif kernel.words[:2] in (("float16", "packed"), ("bfloat16", "packed")):
+        # reduce_columns has a sum, a maximum, a row and an argmax for each of 8 elements: up to 80.
+        blocks = 3 if kernel.kind == "reduce_columns" else 4
+    else:
+        blocks = 4
+    return REGISTERS_OF_SM // (blocks * THREADS.get(kernel.kind, 256)) // 8 * 8
+
+
+@each_architecture
+@each_kernel
+def test_registers_leave_room_for_blocks(usage, kind, architecture):
+    none_of(
+        {
+            kernel: f"{used.registers} registers, at most {most_registers(kernel)} expected"
+            for kernel, used in kernels_of(usage, architecture, kind).items()
+            if used.registers > most_registers(kernel)
+        }
+    )
+
+
+def test_register_table_is_current(usage):
+    written = TABLE.read_text()
+    version = re.search(r"Made with nvcc (\S+)", written)[1]
+    if version != (built := cbam_cuda.info()["build"]["cuda_version"]):
+        pytest.skip(f"the table is of nvcc {version}, the extension of nvcc {built}")
+    columns = re.search(r"^\| kernel \| (.*) \|$", written, re.M)[1].split(" | ")
+    if missing := set(columns) - {sm(a) for a in usage}:
+        pytest.skip(f"the extension has no machine code for {', '.join(sorted(missing))}")
+    usage = {a: of_kernels for a, of_kernels in usage.items() if sm(a) in columns}
+    expected = cuda_code.table_text(usage, built)
+    if written != expected:
+        old, new = written.splitlines(), expected.splitlines()
+        changes = [f"- {line}" for line in old if line not in new]
+        changes += [f"+ {line}" for line in new if line not in old]
+        shown = "\n".join(changes)
+        pytest.fail(f"{TABLE.name} is not current: {WRITE}\n{shown}", pytrace=False)
+
+
+# A loop with a way out in its middle, and behind it a slow path that comes back.
+SASS = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_1:
+        /*0010*/                   LDG.E.128.CONSTANT R4, [R2.64] ;
+        /*0020*/                   {first} ;
+        /*0030*/               @P0 BRA `(.L_x_2) ;
+        /*0040*/                   LDG.E.128.CONSTANT R8, [R2.64+0x10] ;
+        /*0050*/                   FADD R1, R1, R4 ;
+        /*0060*/                   FADD R1, R1, R8 ;
+        /*0070*/              @!P1 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0080*/                   STG.E [R2.64], R1 ;
+        /*0090*/               @P1 BRA `(.L_x_4) ;
+.L_x_3:
+        /*00a0*/                   EXIT ;
+.L_x_4:
+        /*00b0*/                   LDG.E R12, [R2.64] ;
+        /*00c0*/                   BRA `(.L_x_3) ;
+"""
+
+
+@pytest.mark.parametrize(("first", "flying"), [("NOP", 2), ("FADD R1, R1, R7", 1)])
+def test_the_reading_of_loops(first, flying):
+    code = code_of(SASS.format(first=first).splitlines())
+    assert [i.address for i in code.main_loop()] == list(range(0x10, 0x80, 0x10))
+    assert len(code.loops) == 1
+    assert [i.opcode for i in code.main_loop() if is_global(i.opcode)] == ["LDG.E.128.CONSTANT"] * 2
+    assert cuda_code.loads_in_flight(code.main_loop()) == flying

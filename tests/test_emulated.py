@@ -1,0 +1,181 @@
+"""The CUDA forward on the emulator: every schedule and every build of it gives the same bits and
+finds nothing, and the bytes that kernels move are those that the plan says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, LAYOUTS, NATIVE_LAYOUTS, Case, make_weights, make_x
+from conftest import why_not
+from emulator.build import asan_environment, build, library
+from tolerance import assert_as_good_as_eager
+
+import cbam_cuda
+
+TESTS = Path(__file__).resolve().parent
+
+pytestmark = pytest.mark.skipif(why_not("emulated") is not None, reason="make emulator builds it")
+
+
+def run(kind: str, *arguments: str, schedule: str = "ascending", device: str = "H100"):
+    build(kind)
+    environment = {
+        **(asan_environment() if kind == "asan" else os.environ),
+        "CBAM_CUDA_EMULATOR": str(library(kind)),
+        "CBAM_CUDA_EMULATOR_SCHEDULE": schedule,
+        "CBAM_CUDA_EMULATED_DEVICE": device,
+    }
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "emulated_run.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def expected(tmp_path_factory):
+    """Digests of the plain build, blocks and threads in their order, for a GPU."""
+    known = {}
+
+    def of(device: str):
+        if device not in known:
+            known[device] = run("plain", "digests", device=device)
+        return known[device]
+
+    return of
+
+
+@pytest.mark.parametrize("device", ["H100", "T4"])
+@pytest.mark.parametrize("schedule", ["descending", "random:1", "random:2"])
+def test_every_schedule_gives_the_same_bits(expected, schedule, device):
+    found = run("plain", "digests", schedule=schedule, device=device)
+    assert found == expected(device)
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [("race", "ascending"), ("race", "descending"), ("race", "random:3"), ("asan", "random:4")],
+)
+def test_every_build_finds_nothing_and_gives_the_same_bits(expected, kind, schedule):
+    assert run(kind, "digests", schedule=schedule) == expected("H100")
+
+
+def test_positions_are_those_of_the_cpu():
+    """Which of several equals wins does not depend on how the work is cut."""
+    for case in CASES:
+        for layout in NATIVE_LAYOUTS:
+            x = LAYOUTS[layout](make_x(case, torch.float32).mul(2).round())
+            weights = make_weights(case, torch.float32)
+            # Gates of 1/2, so that ties between pixels stay ties between channels.
+            flat = weights._replace(
+                fc2_weight=torch.zeros_like(weights.fc2_weight),
+                fc2_bias=torch.zeros_like(weights.fc2_bias),
+            )
+            emulated = torch.ops.cbam_cuda_emulated.forward_train(x, *flat)
+            cpu = torch.ops.cbam_cuda.forward_train(x, *flat)
+            assert torch.equal(emulated[-2], cpu[-2]), (case, layout)
+            assert torch.equal(emulated[-1], cpu[-1]), (case, layout)
+
+
+GROUPED = Case("several groups of samples", (19, 12, 10, 10), 3, (5, 5))
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+def test_groups_of_samples(layout, monkeypatch):
+    """A device whose cache holds 8 of 19 samples walks them in three groups, the last one short."""
+    x = LAYOUTS[layout](make_x(GROUPED, torch.float32))
+    weights = make_weights(GROUPED, torch.float32)
+    emulator = ctypes.CDLL(str(cbam_cuda.ops._emulator()))
+    sample = x[0].numel() * 4
+    # Slow memory, as on no real device, makes groups worth their launches.
+    assert (
+        emulator.emulated_device(
+            b"H100", ctypes.c_longlong(9 * sample * 5 // 2), ctypes.c_longlong(1)
+        )
+        == 0
+    )
+    try:
+        emulator.emulator_reset_counts()
+        out = cbam_cuda.cbam(x, *weights, backend="emulated")
+        emulator.emulator_launches.restype = ctypes.c_ulonglong
+        assert emulator.emulator_launches() == 3 * 5
+    finally:
+        emulator.emulated_device(b"H100", ctypes.c_longlong(0), ctypes.c_longlong(0))
+    eager = cbam_cuda.cbam(x, *weights, backend="reference")
+    wide = [w.double() for w in weights]
+    truth = cbam_cuda.cbam(x.double(), *wide, backend="reference")
+    assert_as_good_as_eager("out", out, eager, truth)
+
+
+# Bytes. A channel of x is at least 784 bytes long in all but the last shape.
+SHAPES = ((8, 256, 56, 56), (8, 512, 28, 28), (16, 1024, 14, 14), (16, 2048, 7, 7))
+
+
+def problems():
+    return [
+        {"shape": s, "hidden": s[1] // 16, "dtype": dtype, "layout": layout, "training": training}
+        for s in SHAPES
+        for layout in NATIVE_LAYOUTS
+        for dtype in ("float32", "float16")
+        for training in (False, True)
+        if s[2] < 56 or dtype == "float32"
+    ]
+
+
+def describe(problem) -> str:
+    shape = "x".join(map(str, problem["shape"]))
+    return f"{shape} {problem['dtype']} {problem['layout']} training={problem['training']}"
+
+
+@pytest.fixture(scope="session")
+def counted():
+    """What the race build counts for every problem."""
+    listed = problems()
+    counts = run("race", "bytes", json.dumps(listed))
+    return {describe(p): c for p, c in zip(listed, counts, strict=True)}
+
+
+MLP, SMALL = "mlp_weights", ("x", "out", "mlp_weights")
+
+
+@pytest.mark.parametrize("problem", problems(), ids=describe)
+def test_bytes_are_those_of_the_plan(counted, problem):
+    counts = counted[describe(problem)]
+    shape = problem["shape"]
+    x_bytes = torch.Size(shape).numel() * (4 if problem["dtype"] == "float32" else 2)
+    assert counts["x"] == [3 * x_bytes, 0]
+    assert counts["out"] == [0, x_bytes]
+    planned = cbam_cuda.ops.compiled().plan(
+        shape,
+        problem["hidden"],
+        [7, 7],
+        problem["dtype"],
+        "H100",
+        channels_last=problem["layout"] == "channels_last",
+        training=problem["training"],
+    )["traffic"]
+    small = [c for name, c in counts.items() if name not in SMALL]
+    assert counts[MLP] == [planned["weights_read"], 0]
+    assert sum(read for read, _ in small) == planned["small_read"]
+    assert sum(written for _, written in small) == planned["small_written"]
+
+    one_walk = (2 * problem["hidden"] + 1) * shape[1] + problem["hidden"]
+    element = x_bytes // torch.Size(shape).numel()
+    assert counts[MLP][0] <= -(-shape[0] // 8) * one_walk * element
+
+    # In float32 from 256 channels on, everything else together is little beside x; rows of 7x7
+    # are 196 bytes long, and what must be kept and read for each is 12 % of that.
+    share = sum(read + written for read, written in small) / x_bytes
+    if problem["dtype"] == "float32" and shape[2] > 7:
+        assert share < 0.10, share
