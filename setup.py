@@ -24,7 +24,7 @@ CSRC = ROOT / "csrc"
 OLDEST_TORCH = (2, 11)
 TORCH_TARGET_VERSION = "0x020b000000000000"
 # Machine code for 8.0 also runs on 8.6, 8.7 and 8.9, and nothing here uses what only those have.
-DEFAULT_ARCHITECTURES = "7.5;8.0;9.0;10.0;12.0+PTX"
+DEFAULT_ARCHITECTURES = "7.5;8.0;9.0;10.0+PTX;12.0"
 
 # The CPU kernels are compiled once for each of these; csrc/cpu/target.cpp chooses at run time.
 CPU_TARGETS = {"baseline": ""}

@@ -101,8 +101,8 @@ Shape check_forward(const Tensor& x, const WeightArguments& w) {
                 kernel[0],  kernel[1],  kernel[2]};
   STD_TORCH_CHECK(s.channels > 0 && s.hidden > 0 && s.pixels() > 0,
                   "x and fc1_weight: expected no empty channel, hidden or spatial dimension");
-  STD_TORCH_CHECK(s.pixels() < INT32_MAX && s.channels < INT32_MAX,
-                  "x: expected fewer than 2^31 - 1 channels and spatial positions");
+  STD_TORCH_CHECK(s.pixels() < INT32_MAX && s.channels < INT32_MAX && s.hidden < INT32_MAX,
+                  "expected fewer than 2^31 - 1 channels, hidden channels and spatial positions");
   STD_TORCH_CHECK(kernel[0] % 2 && kernel[1] % 2 && kernel[2] % 2,
                   "conv_weight: expected odd kernel sizes");
 
@@ -120,12 +120,6 @@ Shape check_forward(const Tensor& x, const WeightArguments& w) {
   if (w.fc2_bias) expect_tensor("fc2_bias", *w.fc2_bias, {s.channels}, x, dtype);
   if (w.conv_bias) expect_tensor("conv_bias", *w.conv_bias, {1}, x, dtype);
   return s;
-}
-
-bool WeightArguments::all_are(ScalarType dtype) const {
-  const auto fits = [&](const std::optional<Tensor>& t) { return !t || t->scalar_type() == dtype; };
-  return fits(fc1_weight) && fits(fc1_bias) && fits(fc2_weight) && fits(fc2_bias) &&
-         fits(conv_weight) && fits(conv_bias);
 }
 
 DenseWeights::DenseWeights(const WeightArguments& w, ScalarType dtype) {

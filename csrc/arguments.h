@@ -23,8 +23,6 @@ struct WeightArguments {
   const std::optional<Tensor>& fc2_bias;
   const Tensor& conv_weight;
   const std::optional<Tensor>& conv_bias;
-
-  bool all_are(ScalarType dtype) const;
 };
 
 // The weights as kernels read them; holds the tensors that the pointers of `view` point into.

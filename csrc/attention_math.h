@@ -29,7 +29,7 @@ CBAM_INLINE bool relu_passes(A output) {
 // Whether `v` takes the place of `best`: a NaN beats every number, the first of equals stays.
 template <class A>
 CBAM_INLINE auto takes_maximum(A v, A best) {
-  return ((v > best) | (v != v)) & (best == best);
+  return !(v <= best) & (best == best);
 }
 
 // Whether (v, i) comes before (best, j) where partial results meet in any order: the larger value

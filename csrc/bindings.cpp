@@ -52,8 +52,9 @@ py::list known_devices() {
 // A GPU of the table, or "cuda:INDEX" for one of this machine.
 cbam::cuda::DeviceLimits limits_of(const std::string& device) {
 #if defined(CBAM_WITH_CUDA)
-  if (device.rfind("cuda:", 0) == 0)
-    return cbam::cuda::limits_of_device(std::stoi(device.substr(5)));
+  const auto count = static_cast<int>(cbam::cuda::visible_devices().size());
+  for (int index = 0; index < count; ++index)
+    if (device == "cuda:" + std::to_string(index)) return cbam::cuda::limits_of_device(index);
 #endif
   return cbam::cuda::known_device(device);
 }
@@ -88,8 +89,8 @@ py::dict scale_dict(const cbam::cuda::ScaleGeometry& g) {
   return py::dict("box"_a = py::make_tuple(g.box_depth, g.box_height, g.box_width),
                   "boxes"_a = py::make_tuple(g.boxes_depth, g.boxes_height, g.boxes_width),
                   "chunks"_a = g.chunks, "chunk"_a = g.chunk, "access"_a = name_of(g.access),
-                  "period"_a = g.period, "row_group"_a = g.row_group, "tile"_a = g.tile,
-                  "reverse"_a = g.reverse);
+                  "period"_a = g.period, "row_group"_a = g.row_group,
+                  "threads_along"_a = g.threads_along);
 }
 
 py::dict plan(std::vector<int64_t> shape, int64_t hidden, std::vector<int64_t> kernel,

@@ -33,8 +33,8 @@ struct Cpu {
 
 #if defined(CBAM_WITH_CUDA)
 struct Cuda {
-  static ScalarType weight_dtype(const Tensor& x, const WeightArguments& w) {
-    return w.all_are(x.scalar_type()) ? x.scalar_type() : accumulator_of(x);
+  static ScalarType weight_dtype(const Tensor&, const WeightArguments& w) {
+    return w.fc1_weight.scalar_type();
   }
   static void forward(const ForwardProblem& p, const Tensor& x) {
     const int device = x.get_device_index();

@@ -40,6 +40,9 @@ ForwardProblem describe(const Description& d) {
     throw std::invalid_argument("kernel: expected a size for each of " +
                                 std::to_string(d.shape.size() - 2) + " dimensions, got " +
                                 std::to_string(d.kernel.size()));
+  for (const int64_t size : d.kernel)
+    if (size % 2 == 0)
+      throw std::invalid_argument("kernel: expected odd sizes, got " + std::to_string(size));
   int64_t space[3] = {1, 1, 1}, kernel[3] = {1, 1, 1};
   for (size_t i = 0, first = 3 - d.kernel.size(); i < d.kernel.size(); ++i) {
     space[first + i] = d.shape[2 + i];
@@ -50,6 +53,7 @@ ForwardProblem describe(const Description& d) {
   p.shape = {d.shape[0], d.shape[1], d.hidden,  space[0], space[1],
              space[2],   kernel[0],  kernel[1], kernel[2]};
   const int64_t channels = p.shape.channels, pixels = p.shape.pixels();
+  expect_positive("shape", {pixels});
   const bool last = d.channels_last && channels > 1;
   p.strides = {channels * pixels, last ? 1 : pixels, last ? channels : 1};
   p.out_strides = p.strides;

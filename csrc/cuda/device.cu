@@ -44,9 +44,12 @@ const DeviceLimits& limits_of_device(int index) {
 
 CurrentDevice::CurrentDevice(int index) {
   check(cudaGetDevice(&before_), "current device");
-  if (before_ != index) check(cudaSetDevice(index), "device of x");
+  changed_ = before_ != index;
+  if (changed_) check(cudaSetDevice(index), "device of x");
 }
 
-CurrentDevice::~CurrentDevice() { cudaSetDevice(before_); }
+CurrentDevice::~CurrentDevice() {
+  if (changed_) cudaSetDevice(before_);
+}
 
 }  // namespace cbam::cuda

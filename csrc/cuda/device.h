@@ -31,6 +31,7 @@ class CurrentDevice {
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
 
 }  // namespace cbam::cuda

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <climits>
 #include <stdexcept>
 #include <string>
 
@@ -16,21 +17,23 @@ inline void check(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string("cbam_cuda: ") + what + ": " + cudaGetErrorString(status));
 }
 
-// Shared memory above this size must be asked for, kernel by kernel.
-constexpr int64_t kSharedWithoutOptIn = 48 * 1024;
-
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, Stream stream,
             const Arguments&... arguments) {
+  if (grid.blocks < 1 || grid.blocks > INT_MAX)
+    throw std::runtime_error(std::string("cbam_cuda: ") + name +
+                             ": expected 1 to 2^31 - 1 blocks, " + "got " +
+                             std::to_string(grid.blocks));
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
+  // The limit, not what this launch takes: another thread may launch the same kernel with more.
   if (grid.shared_bytes > kSharedWithoutOptIn)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(grid.shared_bytes)),
+                               static_cast<int>(grid.shared_limit)),
           name);
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
 }

@@ -26,7 +26,8 @@ const DeviceLimits& known_device(const std::string& name) {
     if (device.name == name) return device;
     names += (names.empty() ? "" : ", ") + device.name;
   }
-  throw std::invalid_argument("device: expected one of " + names + ", got " + name);
+  throw std::invalid_argument("device: expected one of " + names +
+                              ", or cuda:INDEX for a GPU of this machine, got " + name);
 }
 
 }  // namespace cbam::cuda

@@ -23,6 +23,7 @@ struct ForwardPlan {
   int hidden_threads;
   ReductionGeometry maps;  // over channels
   ScaleGeometry scale;
+  int64_t shared_limit;  // of a block of the device
 };
 
 // Throws std::invalid_argument where no plan exists: a convolution so large that no box of pixels

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
+#include "plan_parts.h"
+
 namespace cbam::cuda {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How many positions of an extent all boxes read together, halo included, none outside the image.
 int64_t read_with_halo(int64_t extent, int64_t box, int64_t kernel) {
@@ -88,13 +88,6 @@ Traffic of_scale(const ForwardPlan& plan, const ForwardProblem& p, const Sizes& 
   return t;
 }
 
-// Calls body with the number of samples of each group.
-template <class Body>
-void for_groups(const ForwardPlan& plan, const ForwardProblem& p, Body body) {
-  for (int64_t first = 0; first < p.shape.samples; first += plan.group.samples)
-    body(std::min(plan.group.samples, p.shape.samples - first));
-}
-
 }  // namespace
 
 Traffic& Traffic::operator+=(const Traffic& other) {
@@ -119,11 +112,15 @@ std::vector<Stage> stages(const ForwardPlan& plan, const ForwardProblem& p, int6
 }
 
 Traffic traffic(const ForwardPlan& plan, const ForwardProblem& p) {
-  Traffic total;
-  for_groups(plan, p, [&](int64_t samples) {
-    for (const Stage& stage : stages(plan, p, samples)) total += stage.traffic;
-  });
-  return total;
+  Traffic full, rest;
+  for (const Stage& stage : stages(plan, p, plan.group.samples)) full += stage.traffic;
+  for (const Stage& stage : stages(plan, p, p.shape.samples % plan.group.samples))
+    rest += stage.traffic;
+  const int64_t groups = p.shape.samples / plan.group.samples;
+  return {groups * full.x_read + rest.x_read, groups * full.out_written + rest.out_written,
+          groups * full.weights_read + rest.weights_read,
+          groups * full.small_read + rest.small_read,
+          groups * full.small_written + rest.small_written};
 }
 
 int64_t device_memory_bytes(const ForwardPlan& plan, const ForwardProblem& p) {

@@ -41,16 +41,17 @@ __device__ __forceinline__ void write_part(const Parts& out, const ReductionBloc
 template <bool kArgmax, class A>
 __device__ __forceinline__ Extremes<A, kArgmax> merge_parts(const Parts& parts, int64_t sample,
                                                             int outputs, int output) {
-  Extremes<A, kArgmax> merged;
-  for (int split = 0; split < parts.splits; ++split) {
+  const auto read = [&](int split) {
     const int64_t part = sample * parts.splits + split;
     const A* values = static_cast<const A*>(parts.values) + part * 2 * outputs + output;
     Extremes<A, kArgmax> e;
     e.sum = values[0];
     e.max = values[outputs];
     if constexpr (kArgmax) e.argmax = parts.argmax[part * outputs + output];
-    merged.merge(e);
-  }
+    return e;
+  };
+  auto merged = read(0);  // a single part as it is, NaN and all
+  for (int split = 1; split < parts.splits; ++split) merged.merge(read(split));
   return merged;
 }
 

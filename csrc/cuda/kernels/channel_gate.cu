@@ -14,7 +14,7 @@
 namespace cbam::cuda {
 namespace {
 
-constexpr int kVectors = 2 * kSamplesPerWalk;  // pooled vectors of a block
+constexpr int kPooled = 2 * kSamplesPerWalk;  // pooled vectors of a block
 
 // Channels [first, first + count) of the block's pooled vectors, their parts merged, into shared
 // memory; absent samples are zeros. The first block of a group also saves them.
@@ -45,7 +45,7 @@ __device__ __forceinline__ void stage_pooled(const ChannelGate& p, int64_t first
 
 // grid    ceil(samples / kSamplesPerWalk) * tiles blocks of 32 to 256 threads; a warp takes
 //         kUnitsPerWarp hidden units, its lanes the channels
-// shared  kVectors * kChannelChunk * acc
+// shared  kPooled * kChannelChunk * acc
 // bytes   reads W1 once a group of samples; every block of the group reads the pooled parts
 template <class W, class A>
 __global__ void __launch_bounds__(kThreads) hidden_layer_kernel(const ChannelGate p) {
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) hidden_layer_kernel(const ChannelGat
   const int first_unit = tile * units_per_block + threadIdx.x / 32 * kUnitsPerWarp;
   SharedCarver carver(dynamic_shared_memory());
   const HiddenShared<A> shared(carver);
-  A sum[kUnitsPerWarp][kVectors] = {};
+  A sum[kUnitsPerWarp][kPooled] = {};
   for (int first = 0; first < p.channels; first += kChannelChunk) {
     const int count = min(kChannelChunk, p.channels - first);
     stage_pooled(p, first_sample, first, count, p.pooled && tile == 0, shared.pooled);
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) hidden_layer_kernel(const ChannelGat
                               p.fc1_weight)[int64_t{first_unit + u} * p.channels + first + k])
                         : A(0);
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kPooled; ++v) {
         const A value = shared.pooled[v * kChannelChunk + k];
 #pragma unroll
         for (int u = 0; u < kUnitsPerWarp; ++u) sum[u][v] += weight[u] * value;
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) hidden_layer_kernel(const ChannelGat
     if (lane == 0 && inside && p.fc1_bias) bias = widen(static_cast<const W*>(p.fc1_bias)[unit]);
     bias = __shfl_sync(0xffffffffu, bias, 0);
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kPooled; ++v) {
       const A total = sum_of_warp(sum[u][v]);
       const int64_t n = first_sample + v / 2;
       if (inside && lane == v && n < p.samples)

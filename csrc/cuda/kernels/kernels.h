@@ -15,16 +15,23 @@
 
 namespace cbam::cuda {
 
+// Bytes of a vector: one load or store of a thread.
+constexpr int kVectorBytes = 16;
+
 // Threads of a block where the kernel's registers allow any number: 8 warps.
 constexpr int kThreads = 256;
 
 using Stream = void*;  // cudaStream_t
+
+// A launch may use this much shared memory without asking for more.
+constexpr int64_t kSharedWithoutOptIn = 48 * 1024;
 
 // The grid of one launch.
 struct Grid {
   int64_t blocks = 0;
   int threads = 0;
   int64_t shared_bytes = 0;
+  int64_t shared_limit = kSharedWithoutOptIn;  // of a block of the device
 };
 
 struct Matrix {
@@ -92,16 +99,21 @@ struct RowShared {
 template <class A>
 struct ColumnShared {
   A* factor;        // [span], or null
-  A* sum;           // [threads * elements of a vector]
+  A* sum;           // [threads below each other, elements of a vector, threads side by side + 1]
   A* max;           // the same
   int32_t* argmax;  // the same
 
   CBAM_INLINE_MEMBER ColumnShared(SharedCarver& carver, const ReductionGeometry& g, bool scaled,
-                                  int partials)
+                                  int elements)
       : factor(scaled ? carver.array<A>(g.span, "factor") : nullptr),
-        sum(carver.array<A>(partials, "sum")),
-        max(carver.array<A>(partials, "max")),
-        argmax(carver.array<int32_t>(partials, "argmax")) {}
+        sum(carver.array<A>(partials(g, elements), "sum")),
+        max(carver.array<A>(partials(g, elements), "max")),
+        argmax(carver.array<int32_t>(partials(g, elements), "argmax")) {}
+
+ private:
+  CBAM_INLINE_MEMBER static int partials(const ReductionGeometry& g, int elements) {
+    return kThreads / g.tile * elements * (g.tile + 1);
+  }
 };
 
 // Samples that share one walk over the MLP's weights.
@@ -155,8 +167,7 @@ struct ScaleGeometry {
   int chunks, chunk;  // channels of a block
   Access access;
   int period, row_group;  // as in ReductionGeometry; kPacked only
-  int tile;               // threads side by side along a row
-  bool reverse;
+  int threads_along;      // threads side by side along a row
 
   CBAM_INLINE_MEMBER int pixels() const { return box_depth * box_height * box_width; }
   CBAM_INLINE_MEMBER int64_t boxes() const {
@@ -186,9 +197,17 @@ struct SpatialGate {
 
 void spatial_gate(DType dtype, const SpatialGate& p, const Grid& grid, Stream stream);
 
+// Neighbours that a thread of the convolution computes together.
+constexpr int kRun = 4;
+
+// Length of a staged row of the maps: whole runs and the halo.
+CBAM_INLINE int staged_width(int width, int kernel_width) {
+  return (width + kRun - 1) / kRun * kRun + kernel_width - 1;
+}
+
 template <class A>
 struct ScaleShared {
-  A* maps;     // [2, box with its halo]
+  A* maps;     // [2, box with its halo, rows padded]
   A* weight;   // [2, taps], and the bias
   A* spatial;  // [pixels of the box]
   A* channel;  // [chunk]
@@ -198,9 +217,10 @@ struct ScaleShared {
                                  int kernel_height, int kernel_width)
       : maps(carver.array<A>(int64_t{2} * (g.box_depth + kernel_depth - 1) *
                                  (g.box_height + kernel_height - 1) *
-                                 (g.box_width + kernel_width - 1),
+                                 staged_width(g.box_width, kernel_width),
                              "maps")),
-        weight(carver.array<A>(2 * kernel_depth * kernel_height * kernel_width + 1, "weight")),
+        weight(carver.array<A>(int64_t{2} * kernel_depth * kernel_height * kernel_width + 1,
+                               "weight")),
         spatial(carver.array<A>(g.pixels(), "spatial")),
         channel(carver.array<A>(g.chunk, "channel")),
         pixel(carver.array<int>(g.pixels(), "pixel")) {}

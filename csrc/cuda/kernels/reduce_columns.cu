@@ -4,8 +4,7 @@
 //   mean[c] = sum_r x[r][c] * factor[r] / rows      max[c] = max_r x[r][c] * factor[r]
 //
 // grid    samples * splits * tiles blocks of 256 threads: `tile` threads side by side, each with
-// the
-//         columns of one vector, the others below them; a block takes `span` rows
+//         the columns of one vector, the others below them; a block takes `span` rows
 // shared  the factor, span * acc; a partial result for every element of every thread's vector
 // bytes   reads x once, the factor once a block; writes 2 * acc (and 4 with argmax) a column and
 //         split
@@ -31,28 +30,36 @@ __device__ __forceinline__ void gather_columns(const Reduction& r, const T* x, i
 #pragma unroll
     for (int i = 0; i < kCount; ++i) row_of[i] = (v * kCount + i) / r.x.cols;
   }
-#pragma unroll 4
-  for (int row = start; row < rows; row += step) {
-    const auto pack = load<kCount>(x + (first + row) * r.x.row_stride + int64_t{v} * kCount);
+  for_batches<kCount, T>(
+      start, rows, step,
+      [&](int row) { return x + (first + row) * r.x.row_stride + int64_t{v} * kCount; },
+      [&](int row, const Raw<T, kCount>& raw) {
+        const auto pack = widen(raw);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int own = row + row_of[i];
-      e[i].add(kScaled ? pack.value[i] * factor[own] : pack.value[i], first + own);
-    }
-  }
+        for (int i = 0; i < kCount; ++i) {
+          const int own = row + row_of[i];
+          e[i].add(kScaled ? pack.value[i] * factor[own] : pack.value[i], first + own);
+        }
+      });
+}
+
+// Where the partial result of an element of a thread's vector stands: no two threads of a warp
+// store to the same bank.
+template <int kCount>
+__device__ __forceinline__ int partial_index(const ReductionGeometry& g, int below, int element) {
+  return (below * kCount + element % kCount) * (g.tile + 1) + element / kCount;
 }
 
 // Column `column` of the tile, merged over the threads below each other, and for packed rows over
 // the vectors in which the column comes up.
-template <bool kArgmax, class A>
+template <int kCount, bool kArgmax, class A>
 __device__ __forceinline__ Extremes<A, kArgmax> merge_column(const ColumnShared<A>& shared,
                                                              const ReductionGeometry& g, int cols,
-                                                             int column, int elements,
-                                                             int threads_below) {
+                                                             int column, int threads_below) {
   Extremes<A, kArgmax> merged;
   for (int y = 0; y < threads_below; ++y)
     for (int k = 0; k < g.row_group; ++k) {
-      const int at = y * elements + k * cols + column;
+      const int at = partial_index<kCount>(g, y, k * cols + column);
       Extremes<A, kArgmax> e;
       e.sum = shared.sum[at];
       e.max = shared.max[at];
@@ -63,7 +70,7 @@ __device__ __forceinline__ Extremes<A, kArgmax> merge_column(const ColumnShared<
 }
 
 template <class T, Access kAccess, bool kScaled, bool kArgmax>
-__global__ void __launch_bounds__(kThreads) reduce_columns_kernel(const Reduction r) {
+__global__ void __launch_bounds__(kThreads, 2) reduce_columns_kernel(const Reduction r) {
   using A = acc_t<T>;
   constexpr int kCount = kAccess == Access::kScalar ? 1 : kVector<T>;
   const ReductionGeometry& g = r.geometry;
@@ -71,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) reduce_columns_kernel(const Reductio
   const int first = block.split * g.span, rows = min(g.span, r.x.rows - first);
   const int threads_below = kThreads / g.tile, elements = g.tile * kCount;
   SharedCarver carver(dynamic_shared_memory());
-  const ColumnShared<A> shared(carver, g, kScaled, threads_below * elements);
+  const ColumnShared<A> shared(carver, g, kScaled, kCount);
   if constexpr (kScaled) {
     const A* factor = static_cast<const A*>(r.factor) + block.sample * r.x.rows + first;
     for (int i = threadIdx.x; i < rows; i += kThreads) shared.factor[i] = factor[i];
@@ -88,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) reduce_columns_kernel(const Reductio
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int at = y * elements + x * kCount + i;
+      const int at = partial_index<kCount>(g, y, x * kCount + i);
       shared.sum[at] = e[i].sum;
       shared.max[at] = e[i].max;
       if constexpr (kArgmax) shared.argmax[at] = e[i].argmax;
@@ -98,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) reduce_columns_kernel(const Reductio
   const int first_col = block.tile * elements, cols = min(elements, r.x.cols - first_col);
   for (int c = threadIdx.x; c < cols; c += kThreads)
     write_part(r.out, block, r.x.cols, first_col + c,
-               merge_column<kArgmax>(shared, g, r.x.cols, c, elements, threads_below), r.x.rows,
+               merge_column<kCount, kArgmax>(shared, g, r.x.cols, c, threads_below), r.x.rows,
                first);
 }
 

@@ -24,17 +24,26 @@ __device__ __forceinline__ void gather_row(const T* row, int count, int first,
                                            const acc_t<T>* factor, int lane,
                                            Extremes<acc_t<T>, kArgmax>& e) {
   constexpr int kCount = kVector<T>;
-  const auto add = [&](acc_t<T> v, int c) { e.add(kScaled ? v * factor[c] : v, first + c); };
+  using A = acc_t<T>;
+  const auto add = [&](A v, int c) { e.add(kScaled ? v * factor[c] : v, first + c); };
   const int to_boundary = elements_to_boundary(row);
   const int head = to_boundary < count ? to_boundary : count;
   const int vectors = (count - head) / kCount;
   if (lane < head) add(widen(row[lane]), lane);
-#pragma unroll 4
-  for (int v = lane; v < vectors; v += kLanes) {
-    const auto pack = load<kCount>(row + head + v * kCount);
+  for_batches<kCount, T>(
+      lane, vectors, kLanes, [&](int v) { return row + head + v * kCount; },
+      [&](int v, const Raw<T, kCount>& raw) {
+        const int c = head + v * kCount;
+        auto pack = widen(raw);
+        if constexpr (kScaled) {
+          A own[kCount];
+          load_shared(factor + c, head == 0, own);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) add(pack.value[i], head + v * kCount + i);
-  }
+          for (int i = 0; i < kCount; ++i) pack.value[i] *= own[i];
+        }
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) e.add(pack.value[i], first + c + i);
+      });
   const int tail = head + vectors * kCount + lane;
   if (tail < count) add(widen(row[tail]), tail);
 }
@@ -63,7 +72,7 @@ __device__ __forceinline__ void merge_block(const RowShared<A>& shared, Extremes
 }
 
 template <class T, bool kScaled, bool kArgmax, int kLanes>
-__global__ void __launch_bounds__(kThreads) reduce_rows_kernel(const Reduction r) {
+__global__ void __launch_bounds__(kThreads, 3) reduce_rows_kernel(const Reduction r) {
   using A = acc_t<T>;
   constexpr int kRowsAtOnce = kThreads / kLanes;
   const ReductionGeometry& g = r.geometry;

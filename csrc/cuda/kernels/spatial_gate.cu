@@ -28,7 +28,7 @@ struct ScaleBlock {
 
   __device__ __forceinline__ explicit ScaleBlock(const SpatialGate& p) {
     const ScaleGeometry& g = p.geometry;
-    int rest = block_number(g.reverse);
+    int rest = blockIdx.x;
     const int chunk = rest % g.chunks;
     rest /= g.chunks;
     x = rest % g.boxes_width * g.box_width;
@@ -52,15 +52,17 @@ template <class T, class A>
 __device__ __forceinline__ void stage_maps(const SpatialGate& p, const ScaleBlock& block,
                                            A* staged) {
   const int halo_z = p.kernel_depth / 2, halo_y = p.kernel_height / 2, halo_x = p.kernel_width / 2;
-  const int box_width = block.width + 2 * halo_x, box_height = block.height + 2 * halo_y;
-  const int count = box_width * box_height * (block.depth + 2 * halo_z);
+  const int box_width = staged_width(block.width, p.kernel_width);
+  const int box_height = block.height + p.kernel_height - 1;
+  const int count = box_width * box_height * (block.depth + p.kernel_depth - 1);
   const int pixels = p.depth * p.height * p.width;
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const int bx = i % box_width - halo_x, by = i / box_width % box_height - halo_y,
               bz = i / box_width / box_height - halo_z;
     const int z = block.z + bz, y = block.y + by, x = block.x + bx;
     A mean = A(0), max = A(0);
-    if (z >= 0 && z < p.depth && y >= 0 && y < p.height && x >= 0 && x < p.width) {
+    if (z >= 0 && z < p.depth && y >= 0 && y < p.height && x >= 0 && x < p.width &&
+        bx < block.width + halo_x) {
       const int pixel = (z * p.height + y) * p.width + x;
       const bool inside = bz >= 0 && bz < block.depth && by >= 0 && by < block.height && bx >= 0 &&
                           bx < block.width;
@@ -111,27 +113,24 @@ __device__ __forceinline__ void stage_constants(const SpatialGate& p, const Scal
 }
 
 // kRun neighbours of a row of the box, from x on: every value of the maps is read once for all.
-constexpr int kRun = 4;
-
 template <class A>
 __device__ __forceinline__ void correlate_run(const SpatialGate& p, const ScaleBlock& block,
                                               const ScaleShared<A>& shared, int z, int y, int x,
                                               A (&sum)[kRun]) {
-  const int box_width = block.width + p.kernel_width - 1;
+  const int box_width = staged_width(block.width, p.kernel_width);
   const int box_height = block.height + p.kernel_height - 1;
   const int count = box_width * box_height * (block.depth + p.kernel_depth - 1);
   const A* weight = shared.weight;
-  const int last = box_width - 1;
   for (int m = 0; m < 2; ++m)
     for (int kz = 0; kz < p.kernel_depth; ++kz)
       for (int ky = 0; ky < p.kernel_height; ++ky) {
         const A* row = shared.maps + m * count + ((z + kz) * box_height + y + ky) * box_width;
         A window[kRun];
 #pragma unroll
-        for (int i = 0; i < kRun - 1; ++i) window[i] = row[min(x + i, last)];
+        for (int i = 0; i < kRun - 1; ++i) window[i] = row[x + i];
 #pragma unroll 4
         for (int kx = 0; kx < p.kernel_width; ++kx) {
-          window[kRun - 1] = row[min(x + kx + kRun - 1, last)];
+          window[kRun - 1] = row[x + kx + kRun - 1];
           const A w = *weight++;
 #pragma unroll
           for (int i = 0; i < kRun; ++i) sum[i] += w * window[i];
@@ -179,12 +178,13 @@ __device__ __forceinline__ void scale(const SpatialGate& p, const ScaleBlock& bl
   const int cols = kChannelsFirst ? block.pixels() : block.channels;
   const int vectors = kPacked ? p.geometry.period : cols / kCount;
   const int group = kPacked ? p.geometry.row_group : 1;
-  const int threads_below = kThreads / p.geometry.tile;
-  const int side = threadIdx.x % p.geometry.tile, below = threadIdx.x / p.geometry.tile;
+  const int threads_below = kThreads / p.geometry.threads_along;
+  const int side = threadIdx.x % p.geometry.threads_along,
+            below = threadIdx.x / p.geometry.threads_along;
   if (below >= threads_below) return;
   const T* x = static_cast<const T*>(p.x.data) + block.sample * p.x.sample_stride;
   T* out = static_cast<T*>(p.out) + block.sample * p.out_sample_stride;
-  for (int v = side; v < vectors; v += p.geometry.tile) {
+  for (int v = side; v < vectors; v += p.geometry.threads_along) {
     A gate[kCount];
     int row_of[kCount];
 #pragma unroll
@@ -196,19 +196,29 @@ __device__ __forceinline__ void scale(const SpatialGate& p, const ScaleBlock& bl
     const int col = kPacked          ? v * kCount
                     : kChannelsFirst ? shared.pixel[v * kCount]
                                      : block.first_channel + v * kCount;
-#pragma unroll(kPacked ? 2 : 4)
-    for (int row = below * group; row < rows; row += threads_below * group) {
-      const int64_t at = kChannelsFirst ? block.first_channel + row : shared.pixel[row];
-      auto pack = load<kCount>(x + at * p.x.row_stride + col);
+    const auto start = [&](int row, int64_t stride) {
+      return (kChannelsFirst ? block.first_channel + row : shared.pixel[row]) * stride + col;
+    };
+    for_batches<kCount, T>(
+        below * group, rows, threads_below * group,
+        [&](int row) { return x + start(row, p.x.row_stride); },
+        [&](int row, const Raw<T, kCount>& raw) {
+          auto pack = widen(raw);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) pack.value[i] *= row_gate[row + row_of[i]] * gate[i];
-      store(out + at * p.out_row_stride + col, pack);
-    }
+          for (int i = 0; i < kCount; ++i) {
+            const A of_row = row_gate[row + row_of[i]];
+            // As the plain form does: first the channel's gate, then the pixel's.
+            pack.value[i] = pack.value[i] * (kChannelsFirst ? of_row : gate[i]) *
+                            (kChannelsFirst ? gate[i] : of_row);
+          }
+          store(out + start(row, p.out_row_stride), pack);
+        });
   }
 }
 
 template <class T, Access kAccess, bool kChannelsFirst>
-__global__ void __launch_bounds__(kThreads) spatial_gate_kernel(const SpatialGate p) {
+__global__ void __launch_bounds__(kThreads, kAccess == Access::kPacked ? 2 : 3)
+    spatial_gate_kernel(const SpatialGate p) {
   using A = acc_t<T>;
   const ScaleBlock block(p);
   SharedCarver carver(dynamic_shared_memory());

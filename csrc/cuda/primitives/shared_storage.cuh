@@ -32,7 +32,11 @@ class SharedCarver {
   CBAM_INLINE_MEMBER E* array(int64_t count, [[maybe_unused]] const char* name) {
     const size_t offset = used_, bytes = static_cast<size_t>(count) * sizeof(E);
     used_ = (offset + bytes + 15) / 16 * 16;
+#if !defined(__CUDA_ARCH__)
+    // Not on a device: after a test for null the compiler no longer knows that this is shared
+    // memory.
     if (!base_) return nullptr;
+#endif
 #if defined(CBAM_EMULATED)
     // A slot of its own, poisoned, between red zones; an error where the launch asked for too
     // little.

@@ -4,11 +4,10 @@
 
 #include <cuda_runtime.h>
 
+#include "../kernels/kernels.h"
 #include "numeric.cuh"
 
 namespace cbam::cuda {
-
-constexpr int kVectorBytes = 16;
 
 // Elements in a vector of T.
 template <class T>
@@ -19,26 +18,61 @@ struct Pack {
   acc_t<T> value[kCount];
 };
 
-template <class T>
-union RawVector {
+// `kCount` elements as they came from memory: loads can be under way before any is looked at.
+template <class T, int kCount>
+union Raw {
   uint4 words;
-  T element[kVector<T>];
+  T element[kCount];
+};
+template <class T>
+union Raw<T, 1> {
+  T element[1];
 };
 
-// `kCount` elements of global memory that no thread writes during the launch.
+// From global memory that no thread writes during the launch.
 template <int kCount, class T>
-__device__ __forceinline__ Pack<T, kCount> load(const T* p) {
-  Pack<T, kCount> pack;
+__device__ __forceinline__ Raw<T, kCount> load(const T* p) {
+  Raw<T, kCount> raw;
   if constexpr (kCount == 1) {
-    pack.value[0] = widen(*p);
+    raw.element[0] = *p;
   } else {
     static_assert(kCount == kVector<T>);
-    RawVector<T> raw;
     raw.words = __ldg(reinterpret_cast<const uint4*>(p));
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) pack.value[i] = widen(raw.element[i]);
   }
+  return raw;
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ Pack<T, kCount> widen(const Raw<T, kCount>& raw) {
+  Pack<T, kCount> pack;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) pack.value[i] = widen(raw.element[i]);
   return pack;
+}
+
+// Loads in flight for each thread.
+constexpr int kBatch = 4;
+
+// Calls body(index, raw) for index = first, first + step, ... below `end`; at(index) is the address to
+// load from. kBatch loads are under way before the first is used; the condition of the loop alone
+// stands between them, or the compiler would wait for one after the other.
+template <int kCount, class T, class At, class Body>
+__device__ __forceinline__ void for_batches(int first, int end, int step, At at, Body body) {
+  int index = first;
+  for (; index + (kBatch - 1) * step < end; index += kBatch * step) {
+    Raw<T, kCount> raw[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) raw[b] = load<kCount, T>(at(index + b * step));
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) body(index + b * step, raw[b]);
+  }
+  Raw<T, kCount> rest[kBatch - 1];
+#pragma unroll
+  for (int b = 0; b < kBatch - 1; ++b)
+    if (index + b * step < end) rest[b] = load<kCount, T>(at(index + b * step));
+#pragma unroll
+  for (int b = 0; b < kBatch - 1; ++b)
+    if (index + b * step < end) body(index + b * step, rest[b]);
 }
 
 // Marked as the first to leave the cache: nothing here reads what was written.
@@ -48,10 +82,28 @@ __device__ __forceinline__ void store(T* p, const Pack<T, kCount>& pack) {
     *p = narrow<T>(pack.value[0]);
   } else {
     static_assert(kCount == kVector<T>);
-    RawVector<T> raw;
+    Raw<T, kCount> raw;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) raw.element[i] = narrow<T>(pack.value[i]);
     __stcs(reinterpret_cast<uint4*>(p), raw.words);
+  }
+}
+
+// kCount neighbours in shared memory; `aligned` where they start on a multiple of 16 bytes.
+template <int kCount, class A>
+__device__ __forceinline__ void load_shared(const A* p, bool aligned, A (&value)[kCount]) {
+  constexpr int kEach = kVectorBytes / static_cast<int>(sizeof(A));
+  if (kCount % kEach == 0 && aligned) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += kEach) {
+      Raw<A, kEach> raw;
+      raw.words = *reinterpret_cast<const uint4*>(p + i);
+#pragma unroll
+      for (int k = 0; k < kEach; ++k) value[i + k] = raw.element[k];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) value[i] = p[i];
   }
 }
 

@@ -71,8 +71,8 @@ void watch_saved(const Watched& watched, const ForwardProblem& p) {
 }
 
 struct Emulated {
-  static ScalarType weight_dtype(const Tensor& x, const WeightArguments& w) {
-    return w.all_are(x.scalar_type()) ? x.scalar_type() : accumulator_of(x);
+  static ScalarType weight_dtype(const Tensor&, const WeightArguments& w) {
+    return w.fc1_weight.scalar_type();
   }
   static void forward(const ForwardProblem& p, const Tensor& x) {
     const cuda::ForwardPlan plan = cuda::plan(p, device());
