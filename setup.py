@@ -172,14 +172,18 @@ class NinjaFile:
             flags.append("-DCBAM_X86_TARGETS")
         link = [*(f"-L{folder}" for folder in libraries), "-ltorch_cpu -lc10"]
         if cuda:
-            flags.append("-DCBAM_WITH_CUDA")
-            flags.append(f"-DCBAM_CUDA_VERSION='\"{nvcc_version(cuda)}\"'")
-            flags.append(f"-DCBAM_CUDA_ARCHITECTURES='\"{architectures()}\"'")
+            defines = [
+                "-DCBAM_WITH_CUDA",
+                f"-DCBAM_CUDA_VERSION='\"{nvcc_version(cuda)}\"'",
+                f"-DCBAM_CUDA_ARCHITECTURES='\"{architectures()}\"'",
+            ]
+            flags += defines
             link.append(f"-L{cuda}/lib64 -lcudart_static -ldl -lrt -lpthread")
             self.rule(
                 "nvcc",
                 f"{cuda}/bin/nvcc -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall "
-                f"-I{CSRC} {gencode(architectures())} -MD -MF $out.d -c $in -o $out",
+                f"-I{CSRC} {' '.join(defines)} {gencode(architectures())} "
+                "-MD -MF $out.d -c $in -o $out",
             )
         self.rule("cxx", f"{compiler()} {' '.join(flags)} $extra -MMD -MF $out.d -c $in -o $out")
         shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"

@@ -55,7 +55,15 @@ def missing(device_type: str, *, training: bool = False, name: str = FUSED) -> s
         return f"this build has no fused kernels for {device_type}"
     if training and device_type not in _KERNELS[name]["backward"]:
         return f"this build has no fused backward for {device_type}"
+    if device_type == "cuda" and not torch.compiler.is_compiling():
+        return _cuda_problem() or None
     return None
+
+
+@functools.cache
+def _cuda_problem() -> str:
+    # Not when the package is imported: asking starts CUDA, after which a process must not fork.
+    return str(_C.cuda_problem())
 
 
 def load_emulated() -> None:

@@ -35,6 +35,14 @@ py::dict build_info() {
   return info;
 }
 
+std::string cuda_problem() {
+#if defined(CBAM_WITH_CUDA)
+  return cbam::cuda::problem();
+#else
+  return "built without CUDA";
+#endif
+}
+
 py::dict limits_dict(const cbam::cuda::DeviceLimits& d) {
   return py::dict("name"_a = d.name, "capability"_a = d.capability,
                   "multiprocessors"_a = d.multiprocessors,
@@ -123,6 +131,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "Version, compiler, CPU targets that run here and the one in use, and of the CUDA part its "
         "toolkit version, architectures and visible devices (empty where it was not built).");
+  m.def("cuda_problem", &cuda_problem,
+        "Why the CUDA part cannot run on the devices of this machine; empty if it can.");
   m.def("known_devices", &known_devices, "Limits of the GPUs that plans can be made for.");
   m.def("plan", &plan, "shape"_a, "hidden"_a, "kernel"_a, "dtype"_a, "device"_a, py::kw_only(),
         "channels_last"_a = false, "training"_a = false, "aligned"_a = true, "bias"_a = true,

@@ -99,7 +99,15 @@ def check_scale(g: dict, problem: dict, channels: int, space: list[int]) -> None
         assert g["chunk"] % g["row_group"] == 0 if first else g["chunk"] == channels
     if g["access"] == "vector" and not first:
         assert g["chunk"] % vector == 0 or g["chunks"] == 1
-    assert 1 <= g["tile"] <= 256
+    assert 1 <= g["threads_along"] <= 256
+    assert g["threads_along"] >= min(32, vectors_of_a_row(g, problem, first))
+
+
+def vectors_of_a_row(g: dict, problem: dict, first: bool) -> int:
+    if g["access"] == "packed":
+        return g["period"]
+    elements = 16 // BYTES[problem["dtype"]] if g["access"] == "vector" else 1
+    return (prod(g["box"]) if first else g["chunk"]) // elements
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -119,6 +127,7 @@ def test_plans_of_any_problem_keep_the_limits_and_leave_nothing_out(device):
             assert stage["shared_bytes"] <= limits["shared_per_block"], problem
         group = found["group"]
         assert group == samples or (group % 8 == 0 and 8 <= group < samples)
+        assert len(found["stages"]) == 5
         first = not problem["channels_last"] or channels == 1
         rows, cols = (channels, prod(space)) if first else (prod(space), channels)
         check_reduction(found["pool"], problem, rows, cols)
@@ -139,7 +148,10 @@ def test_the_devices_are_on_record():
 
 def test_passes_alternate_their_direction():
     found = plan([8, 64, 56, 56])
-    assert [found[name]["reverse"] for name in ("pool", "maps", "scale")] == [False, True, False]
+    assert [found[name]["reverse"] for name in ("pool", "maps")] == [
+        False,
+        True,
+    ]  # the last forwards
 
 
 def test_large_images_do_not_use_narrow_boxes():

@@ -5,6 +5,12 @@
 #include "launch.cuh"
 
 namespace cbam::cuda {
+namespace {
+
+// Compiled for the same architectures as every other kernel.
+__global__ void probe() {}
+
+}  // namespace
 
 std::vector<Device> visible_devices() {
   int count = 0;
@@ -19,6 +25,21 @@ std::vector<Device> visible_devices() {
     devices.push_back({properties.name, properties.major, properties.minor});
   }
   return devices;
+}
+
+std::string problem() {
+  int count = 0;
+  cudaError_t status = cudaGetDeviceCount(&count);
+  std::string where = "CUDA " CBAM_CUDA_VERSION;
+  for (int i = 0; i < count && status == cudaSuccess; ++i) {
+    const CurrentDevice current(i);
+    cudaFuncAttributes attributes;
+    status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&probe));
+    where = "built for " CBAM_CUDA_ARCHITECTURES ", on cuda:" + std::to_string(i);
+  }
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();
+  return where + ": " + cudaGetErrorString(status);
 }
 
 const DeviceLimits& limits_of_device(int index) {

@@ -17,6 +17,9 @@ struct Device {
 // Never throws: a machine without a GPU or a driver has no devices.
 std::vector<Device> visible_devices();
 
+// Why this build cannot run on the devices of this machine, in a few words; empty if it can.
+std::string problem();
+
 // The limits of a device of this machine; asked for once and kept.
 const DeviceLimits& limits_of_device(int index);
 

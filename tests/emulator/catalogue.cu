@@ -318,8 +318,8 @@ const char* catalogue_exchange(int* out, int n) {
 // With sizes that the caller chooses, to see which of them are refused.
 const char* catalogue_nothing(int blocks, int threads, size_t shared_bytes) {
   try {
-    cbam::cuda::launch("nothing", nothing, {blocks, threads, static_cast<int64_t>(shared_bytes)},
-                       nullptr);
+    const auto bytes = static_cast<int64_t>(shared_bytes);
+    cbam::cuda::launch("nothing", nothing, {blocks, threads, bytes, bytes}, nullptr);
   } catch (const std::exception& error) {
     report = error.what();
     return report.c_str();

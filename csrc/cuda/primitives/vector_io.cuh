@@ -53,9 +53,9 @@ __device__ __forceinline__ Pack<T, kCount> widen(const Raw<T, kCount>& raw) {
 // Loads in flight for each thread.
 constexpr int kBatch = 4;
 
-// Calls body(index, raw) for index = first, first + step, ... below `end`; at(index) is the address to
-// load from. kBatch loads are under way before the first is used; the condition of the loop alone
-// stands between them, or the compiler would wait for one after the other.
+// Calls body(index, raw) for index = first, first + step, ... below `end`; at(index) is the address
+// to load from. kBatch loads are under way before the first is used; the condition of the loop
+// alone stands between them, or the compiler would wait for one after the other.
 template <int kCount, class T, class At, class Body>
 __device__ __forceinline__ void for_batches(int first, int end, int step, At at, Body body) {
   int index = first;
