@@ -37,10 +37,11 @@ emulator: build
 	$(BIN)/python tests/emulator/build.py plain
 	ln -sf ../build/emulator/plain/libcbam_emulated.so cbam_cuda/_emulated.so
 
-## The suite on the GPU of this machine.
-gpu: build
-	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'make gpu: no CUDA device'"
-	$(BIN)/python -m pytest -k cuda $(PYTEST_OPTIONS)
+## The acceptance run on the GPU of this machine: tests, compute-sanitizer, checks, timings.
+gpu: .venv/.ready
+	architectures=$$($(BIN)/python -m benchmarks.gpu.architecture) && \
+		TORCH_CUDA_ARCH_LIST=$$architectures $(MAKE) build
+	$(BIN)/python -m benchmarks.gpu $(GPU_OPTIONS)
 
 clean:
 	rm -rf .venv build dist *.egg-info cbam_cuda/*.so

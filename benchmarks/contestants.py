@@ -43,31 +43,33 @@ class Contestants:
         grad = torch.randn(shape, device=device).to(dtype, memory_format=LAYOUTS[layout])
         self.forward: dict[str, Callable[[], object]] = {"copy": _copy(x)}
         self.step: dict[str, Callable[[], object]] = {"copy": _copy_step(x, grad)}
-        self.no_compile: str | None = None
-        for name, block in _blocks(shape[1], dtype, device).items():
+        self.no_compile = None if with_compile else "left out by --no-compile"
+        for name, block in blocks(shape[1], dtype, device, with_compile).items():
             forward, step = _forward(block, x), _step(block, x, grad)
-            if name == "compile" and not self._compiles(with_compile, forward, step):
+            if name == "compile" and not self._compiles(forward, step):
                 continue
             self.forward[name], self.step[name] = forward, step
 
-    def _compiles(self, wanted: bool, *fns: Callable[[], object]) -> bool:
-        if not wanted:
-            self.no_compile = "left out by --no-compile"
-            return False
+    def _compiles(self, *fns: Callable[[], object]) -> bool:
         try:
             for fn in fns:
                 fn()
         except Exception as error:  # each missing compiler is missed in another way
-            self.no_compile = _first_line(error)
+            self.no_compile = first_line(error)
             return False
         return True
 
 
-def _blocks(channels: int, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Module]:
+def blocks(
+    channels: int, dtype: torch.dtype, device: torch.device, with_compile: bool
+) -> dict[str, nn.Module]:
+    """By name, all with the same weights."""
     sizes = {"ratio": RATIO, "kernel_size": KERNEL_SIZE, "device": device, "dtype": dtype}
     eager = reference.CBAM(channels, **sizes)
     fused = cbam_cuda.CBAM(channels, backend=device.type, **sizes)
     fused.load_state_dict(eager.state_dict())
+    if not with_compile:
+        return {"eager": eager, "fused": fused}
     # Compiled for this very shape: by the second shape torch would compile for all sizes at once.
     torch.compiler.reset()
     return {"eager": eager, "compile": torch.compile(eager, dynamic=False), "fused": fused}
@@ -111,6 +113,7 @@ def _copy_step(x: Tensor, grad: Tensor) -> Callable[[], object]:
     return step
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The type of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

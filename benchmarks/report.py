@@ -66,7 +66,7 @@ def render_table(rows: Sequence[Row], direction: str, itemsize: int) -> str:
         header.append("fused GB/s")
         speeds = [f"{row.gigabytes_per_second(itemsize):.1f}" for row in rows]
         body = [[*cells, speed] for cells, speed in zip(body, [*speeds, ""], strict=True)]
-    return _markdown(header, body)
+    return markdown(header, body)
 
 
 _RIVALS = ("eager", "compile")
@@ -89,17 +89,20 @@ def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}"
 
 
-def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """First column to the left, the others to the right."""
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table: so many columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-        padded[0] = cells[0].ljust(widths[0])
+        padded = [
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
         return f"| {' | '.join(padded)} |"
 
-    rule = ["-" * (width + 1) + ":" for width in widths]
-    rule[0] = "-" * (widths[0] + 2)
+    rule = [
+        "-" * (w + 2) if index < left else "-" * (w + 1) + ":" for index, w in enumerate(widths)
+    ]
     return "\n".join([line(header), f"|{'|'.join(rule)}|", *map(line, body)])
 
 

@@ -1,0 +1,75 @@
+"""``python -m benchmarks.gpu``: whether all is well on the GPU of this machine, and how fast.
+
+Runs the test suite, compute-sanitizer, checks that need a GPU, and timings; needs no network.
+Writes a folder and ends with a table. Exit code: 0 where nothing failed, 1 where something did,
+2 without a GPU to run on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import cbam_cuda
+
+from ..report import slugify
+from . import facts
+from .architecture import NO_GPU, why_no_gpu
+from .report import overview
+from .results import Folder
+from .steps import NAMES, STEPS, Deadline, exit_code, run_steps
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def parse_steps(text: str) -> tuple[str, ...]:
+    """tests,checks as a tuple."""
+    names = tuple(text.split(","))
+    if unknown := set(names) - set(NAMES):
+        raise argparse.ArgumentTypeError(
+            f"expected some of {','.join(NAMES)}, got {','.join(sorted(unknown))!r}"
+        )
+    return names
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, metavar="FOLDER", help="default: benchmarks/results/<device>")
+    add("--only", type=parse_steps, default=NAMES, metavar="STEP,STEP", help=f"of {NAMES}")
+    add("--minutes", type=float, default=8.0, help="after which no more is begun: %(default)s")
+    return parser.parse_args(arguments)
+
+
+def why_not() -> str | None:
+    """One line about why nothing can be run here."""
+    if reason := why_no_gpu():
+        return reason
+    state = cbam_cuda.info()["backends"]["cuda"]
+    return None if state.startswith("available") else f"benchmarks.gpu: backend cuda: {state}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the steps, print what they found."""
+    options = parse(arguments)
+    if reason := why_not():
+        print(reason, file=sys.stderr)
+        return NO_GPU
+    deadline = Deadline(options.minutes)
+    device = torch.cuda.get_device_name()
+    folder = Folder(options.out or RESULTS / slugify(device), facts.stamp())
+    print(f"{device}; results: {folder.path}")
+    steps = [step for step in STEPS if step.name in options.only]
+    outcomes = run_steps(steps, folder, deadline, lambda line: print(line, flush=True))
+    print(f"\n{overview({name: folder.read(name) for name in options.only})}\n")
+    print(f"written: {folder.path}")
+    return exit_code(outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Inputs for checks and timings; shapes, weights and tolerance are those of the test suite."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+import cbam_cuda
+from cbam_cuda import reference
+from cbam_cuda.arguments import Weights
+
+from ..contestants import KERNEL_SIZE, LAYOUTS, RATIO
+from .commands import ROOT
+
+sys.path.append(str(ROOT / "tests"))
+import cases
+import tolerance
+
+# Outputs of the stages of a ResNet-50, [C, H, W].
+BLOCKS = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def can_train(device: str) -> bool:
+    """Whether the backend of this kind of device has a backward."""
+    return cbam_cuda.info()["backends"][torch.device(device).type] == "available"
+
+
+def draw(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: str = "contiguous",
+    device: str = "cuda",
+    seed: int = 0,
+) -> Tensor:
+    """Normal random numbers, made on the device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(shape, device=device, generator=generator)
+    return x.to(dtype, memory_format=LAYOUTS[layout])
+
+
+def draw_weights(channels: int, dtype: torch.dtype, device: str = "cuda") -> Weights:
+    """Of a two-dimensional block, large enough that every gate varies."""
+    kernel = (KERNEL_SIZE, KERNEL_SIZE)
+    case = cases.Case("", (1, channels, 1, 1), max(1, channels // RATIO), kernel)
+    return cases.make_weights(case, dtype, device)
+
+
+def run(x: Tensor, weights: Weights) -> Tensor:
+    """The fused block."""
+    out: Tensor = cbam_cuda.cbam(x, *weights, backend=x.device.type)
+    return out
+
+
+def assert_right(name: str, out: Tensor, x: Tensor, weights: Weights) -> None:
+    """Fail unless `out` is as near to the reference in float64 as the suite asks."""
+    eager = reference.cbam(x, *weights)
+    truth = reference.cbam(x.double(), *(None if w is None else w.double() for w in weights))
+    tolerance.assert_as_good_as_eager(name, out, eager, truth)
+
+
+def assert_gradients_right(
+    name: str, found: list[Tensor], x: Tensor, weights: Weights, grad: Tensor
+) -> None:
+    """The same of the output and the gradients of x and, where they are given, the weights."""
+    eager = cases.gradients("reference", cases.leaves(x, weights), grad)
+    leaves = cases.leaves(x, weights, torch.float64)
+    truth = cases.gradients("reference", leaves, grad.double())
+    names = ("out", "x", *Weights._fields)[: len(found)]
+    for part, *three in zip(names, found, eager, truth, strict=False):
+        tolerance.assert_as_good_as_eager(f"{name}, {part}", *three)
+
+
+def assert_same(name: str, found: Tensor, expected: Tensor) -> None:
+    """Fail unless two results are equal to the bit."""
+    if not torch.equal(found, expected):
+        differing = (found != expected).sum().item()
+        raise AssertionError(f"{name}: {differing} of {found.numel()} values differ")

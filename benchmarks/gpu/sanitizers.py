@@ -1,0 +1,106 @@
+"""compute-sanitizer: every tool over `benchmarks.gpu.small`, all tools at the same time."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from .commands import Finished, run_all, tail
+from .results import FAILED, PASSED, SKIPPED, Folder, Outcome
+from .small import FINISHED
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+OPTIONS = (
+    "--target-processes",
+    "all",
+    "--launch-timeout=0",  # importing torch takes longer than the tools wait by default
+    "--report-api-errors=no",  # torch asks for functions that a driver may lack
+    "--print-limit=20",
+)
+CORES_A_TOOL = 2
+# Each tensor an allocation of its own, so that what is beside it is out of bounds.
+ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+_ERRORS = re.compile(r"^=+ ERROR SUMMARY: (\d+) errors?", re.MULTILINE)
+_HAZARDS = re.compile(
+    r"^=+ RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, (\d+) warnings?\)",
+    re.MULTILINE,
+)
+# What is reported starts right after the sign; what belongs to it is indented.
+_REPORTS = re.compile(r"^=+ (?!COMPUTE-SANITIZER|(?:ERROR|RACECHECK) SUMMARY)(\S.*)", re.MULTILINE)
+
+
+def step(seconds: float, folder: Folder) -> Outcome:
+    """Run all tools."""
+    tool = find_tool()
+    if tool is None:
+        return Outcome(SKIPPED, "compute-sanitizer is not installed")
+    program = [sys.executable, "-m", f"{__package__}.small"]
+    commands = {name: [tool, "--tool", name, *OPTIONS, *program] for name in TOOLS}
+    at_once = (os.cpu_count() or 1) // CORES_A_TOOL
+    finished = run_all(commands, seconds, at_once, ENVIRONMENT)
+    return judge({name: parse(done) for name, done in finished.items()})
+
+
+def find_tool() -> str | None:
+    """compute-sanitizer, on the path or in a CUDA toolkit."""
+    if found := shutil.which("compute-sanitizer"):
+        return found
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        file = Path(home or "") / "bin/compute-sanitizer"
+        if home and os.access(file, os.X_OK):
+            return str(file)
+    return None
+
+
+def parse(done: Finished) -> dict[str, Any]:
+    """What a tool said: state, errors, warnings, what is wrong, and its first reports."""
+    errors = [int(count) for count in _ERRORS.findall(done.text)]
+    hazards = [(int(e), int(w)) for e, w in _HAZARDS.findall(done.text)]
+    found = sum(errors) + sum(e for e, _ in hazards)
+    warnings = sum(w for _, w in hazards)
+    wrong = _wrong(done, bool(errors or hazards), found)
+    return {
+        "state": FAILED if wrong else PASSED,
+        "errors": found,
+        "warnings": warnings,
+        "wrong": wrong,
+        "reports": list(dict.fromkeys(_REPORTS.findall(done.text)))[:20],
+        "seconds": round(done.seconds, 1),
+        "exit_code": done.code,
+        "output": tail(done.text, 40) if wrong else [],
+    }
+
+
+def _wrong(done: Finished, summarized: bool, errors: int) -> str | None:
+    if errors:
+        return f"{errors} error{'s' if errors > 1 else ''}"
+    if done.timed_out:
+        return f"timeout after {done.seconds:.0f} s"
+    if done.code:
+        return f"crash, exit code {done.code}: {' | '.join(tail(done.text, 1))}"
+    if not summarized:
+        return "no summary was printed"
+    return None if FINISHED in done.text else "the program did not reach its end"
+
+
+def judge(tools: dict[str, dict[str, Any]]) -> Outcome:
+    """All tools together."""
+    problems = [
+        ": ".join([name, result["wrong"], *result["reports"][:1]])
+        for name, result in tools.items()
+        if result["wrong"]
+    ]
+    parts = [f"{name} {_counts(result)}" for name, result in tools.items()]
+    return Outcome(
+        FAILED if problems else PASSED, ", ".join(parts), problems, details={"tools": tools}
+    )
+
+
+def _counts(result: dict[str, Any]) -> str:
+    text = result["wrong"] or "clean"
+    return f"{text} ({result['warnings']} warnings)" if result["warnings"] else text

@@ -1,0 +1,80 @@
+"""What is run, in which order, and with how much time."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from . import checks, facts, sanitizers, suite, timings
+from .report import one_line, render
+from .results import FAILED, SKIPPED, Folder, Outcome
+
+SHORTEST = 5.0  # seconds with which a step is still begun
+
+
+class Step(NamedTuple):
+    """One step: `work` is given seconds and the folder, and keeps to the former."""
+
+    name: str
+    seconds: float  # at most
+    work: Callable[[float, Folder], Outcome]
+
+
+# Together 8 minutes. What one leaves of its time goes to the timings at the end.
+STEPS = (
+    Step("environment", 10, facts.step),
+    Step("tests", 120, suite.step),
+    Step("sanitizers", 120, sanitizers.step),
+    Step("checks", 80, checks.step),
+    Step("timings", 200, timings.step),
+)
+NAMES = tuple(step.name for step in STEPS)
+
+
+class Deadline:
+    """So many minutes from now."""
+
+    def __init__(self, minutes: float) -> None:
+        self.end = time.monotonic() + 60 * minutes
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.monotonic()
+
+
+def run_steps(
+    steps: Sequence[Step], folder: Folder, deadline: Deadline, say: Callable[[str], None] = print
+) -> dict[str, Outcome]:
+    """Run each step, whatever became of those before; files are written as steps end."""
+    outcomes = {}
+    for step in steps:
+        folder.forget(step.name)
+    for number, step in enumerate(steps, 1):
+        seconds = min(step.seconds, deadline.left())
+        say(f"[{number}/{len(steps)}] {step.name}, at most {max(seconds, 0):.0f} s")
+        begin = time.monotonic()
+        outcome = outcomes[step.name] = _run(step, seconds, folder)
+        took = time.monotonic() - begin
+        folder.write(step.name, {**outcome.as_json(), "seconds": round(took, 1)})
+        folder.write_report(render({name: folder.read(name) for name in NAMES}))
+        say(f"      {outcome.state}: {outcome.summary} ({took:.0f} s)")
+        for problem in outcome.problems[:10]:
+            say(f"      - {one_line(problem)}")
+    return outcomes
+
+
+def _run(step: Step, seconds: float, folder: Folder) -> Outcome:
+    if seconds < SHORTEST:
+        return Outcome(SKIPPED, "no time left")
+    try:
+        return step.work(seconds, folder)
+    except Exception as error:  # later steps still run
+        where = traceback.format_exc().splitlines()
+        return Outcome(FAILED, f"{type(error).__name__}: {error}", details={"traceback": where})
+
+
+def exit_code(outcomes: dict[str, Outcome]) -> int:
+    """0 where nothing failed."""
+    return int(any(outcome.state == FAILED for outcome in outcomes.values()))

@@ -1,0 +1,126 @@
+"""Values: shapes of real networks, tensors past 2^31 elements, and many runs of the same."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from ..contestants import LAYOUTS
+from .inputs import (
+    BLOCKS,
+    DTYPES,
+    assert_gradients_right,
+    assert_right,
+    assert_same,
+    can_train,
+    cases,
+    draw,
+    draw_weights,
+    run,
+)
+from .results import SkippedError
+
+BATCHES = (1, 8, 32)
+RUNS = 100
+MORE_THAN = 2**31
+COPIES = 6  # x, out, their gradients, and room for what else runs
+TRAINING_BATCH = 2  # few: where two channels are nearly the same, either may be the maximum
+
+
+def network_shapes(
+    blocks: tuple[tuple[int, int, int], ...] = BLOCKS,
+    batches: tuple[int, ...] = BATCHES,
+    device: str = "cuda",
+) -> str:
+    """Every block at every batch, dtype and layout against the reference in float64."""
+    checked = 0
+    for block, n, dtype, layout in itertools.product(blocks, batches, DTYPES, LAYOUTS):
+        x = draw((n, *block), dtype, layout, device)
+        weights = draw_weights(block[0], dtype, device)
+        assert_right(f"{tuple(x.shape)}, {dtype}, {layout}", run(x, weights), x, weights)
+        checked += 1
+    return f"{checked} problems"
+
+
+def network_gradients(
+    blocks: tuple[tuple[int, int, int], ...] = BLOCKS, device: str = "cuda"
+) -> str:
+    """Every block's gradients of x and all weights, in every dtype and layout."""
+    if not can_train(device):
+        raise SkippedError(f"this build has no backward for {device}")
+    checked = 0
+    for block, dtype, layout in itertools.product(blocks, DTYPES, LAYOUTS):
+        shape = (TRAINING_BATCH, *block)
+        x, grad = (draw(shape, dtype, layout, device, seed) for seed in (0, 1))
+        weights = draw_weights(block[0], dtype, device)
+        found = cases.gradients(device, cases.leaves(x, weights), grad)
+        assert_gradients_right(f"{shape}, {dtype}, {layout}", found, x, weights, grad)
+        checked += 1
+    return f"{checked} problems"
+
+
+def more_than_31_bits(
+    block: tuple[int, int, int] = BLOCKS[0], elements: int = MORE_THAN, device: str = "cuda"
+) -> str:
+    """Samples at both ends, in the middle and across element 2^31 against runs of their own."""
+    size = block[0] * block[1] * block[2]
+    n = elements // size + 2
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        needed = COPIES * n * size * torch.float16.itemsize
+        if free < needed:
+            raise SkippedError(f"{needed / 1e9:.0f} GB are needed, {free / 1e9:.0f} are free")
+    weights = draw_weights(block[0], torch.float16, device)
+    samples = [slice(k, k + 1) for k in (0, n // 2, elements // size, n - 1)]
+    for layout, memory_format in LAYOUTS.items():
+        x = torch.empty(
+            (n, *block), dtype=torch.float16, device=device, memory_format=memory_format
+        )
+        generator = torch.Generator(device).manual_seed(0)
+        x.normal_(generator=generator)
+        out = run(x, weights)
+        for k in samples:
+            assert_right(f"sample {k.start}, {layout}", out[k], x[k], weights)
+        del out
+        if can_train(device):
+            grad = torch.empty_like(x).normal_(generator=generator)
+            found = cases.gradients(device, [x.requires_grad_(), *weights], grad)[:2]
+            for k in samples:
+                name = f"sample {k.start}, {layout}"
+                assert_gradients_right(name, [t[k] for t in found], x[k], weights, grad[k])
+            del grad, found
+        del x
+    return f"[{n}, {', '.join(map(str, block))}], {n * size:,} elements, both layouts"
+
+
+def repeated(
+    blocks: tuple[tuple[int, int, int], ...] = BLOCKS, runs: int = RUNS, device: str = "cuda"
+) -> str:
+    """The same call again and again, with other work beside every second one."""
+    trains = can_train(device)
+    for block, dtype in itertools.product(blocks, DTYPES):
+        x, grad = (draw((8, *block), dtype, device=device, seed=seed) for seed in (0, 1))
+        leaves = cases.leaves(x, draw_weights(block[0], dtype, device))
+        first = _results(leaves, grad, trains)
+        for index in range(runs):
+            if device == "cuda" and index % 2:
+                _disturb()
+            for found, expected in zip(_results(leaves, grad, trains), first, strict=True):
+                assert_same(f"{block}, {dtype}, run {index}", found, expected)
+    return f"forward{' and backward' if trains else ''}, {len(blocks) * len(DTYPES)} problems"
+
+
+def _results(leaves: list[torch.Tensor], grad: torch.Tensor, trains: bool) -> list[torch.Tensor]:
+    if trains:
+        return cases.gradients(grad.device.type, leaves, grad)
+    with torch.no_grad():
+        return [run(leaves[0], leaves[1:])]
+
+
+def _disturb() -> None:
+    """Keep some multiprocessors busy, so that blocks run elsewhere and at other times."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        a = torch.ones(512, 512, device="cuda")
+        for _ in range(4):
+            a = torch.mm(a, a).clamp_(max=1)
