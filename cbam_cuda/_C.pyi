@@ -13,6 +13,7 @@ def plan(
     *,
     channels_last: bool = False,
     training: bool = False,
+    backward: bool = False,
     aligned: bool = True,
     bias: bool = True,
     weight_dtype: str = "",

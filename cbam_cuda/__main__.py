@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--hidden", type=int, help="hidden channels; default: C // 16")
     command.add_argument("--kernel-size", type=_sizes, default=[7], help="default: 7")
     command.add_argument("--channels-last", action="store_true")
+    command.add_argument("--backward", action="store_true", help="plan the backward")
     command.add_argument("--training", action="store_true", help="keep what backward needs")
     return parser
 
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kernel_size=kernel[0] if len(kernel) == 1 else kernel,
             channels_last=given.channels_last,
             training=given.training,
+            backward=given.backward,
         )
     except (RuntimeError, ValueError) as error:
         print(f"plan: {error}", file=sys.stderr)

@@ -73,11 +73,10 @@ def cbam(
         x, weights = _cast_as_autocast(x, weights)
     check_call(x, weights)
 
-    training = _needs_grad(x, weights)
-    library = _choose(backend, x.device, training)
+    library = _choose(backend, x.device)
     if library is None:
         return reference.cbam(x, *weights, return_attention=return_attention)
-    if return_attention or training:
+    if return_attention or _needs_grad(x, weights):
         out, channel_gate, spatial_gate, *_ = ops.forward_train(x, weights, library)
         if return_attention:
             return out, channel_gate.to(x.dtype), spatial_gate.to(x.dtype)
@@ -105,7 +104,7 @@ def _cast_as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
     return x, Weights(*(None if w is None else w.to(torch.float32) for w in weights))  # type: ignore[arg-type]
 
 
-def _choose(backend: str, device: torch.device, training: bool) -> str | None:
+def _choose(backend: str, device: torch.device) -> str | None:
     """The library of operators for tensors on `device`, or None for the plain form."""
     name, source = backend, "backend"
     if backend == "auto" and (named := os.environ.get(_VARIABLE)):
@@ -121,7 +120,7 @@ def _choose(backend: str, device: torch.device, training: bool) -> str | None:
             "transform, which pass only through PyTorch's own operators: use 'auto' or 'reference'"
         )
     if name == "auto":
-        why = ops.missing(device.type, training=training)
+        why = ops.missing(device.type)
         if why is None:
             return ops.FUSED
         _warn_of_fallback(device.type, why)
@@ -131,7 +130,7 @@ def _choose(backend: str, device: torch.device, training: bool) -> str | None:
     if device.type not in (expected, "meta"):
         raise ValueError(f"{source}: {name!r} expects tensors on {expected}, got x on {device}")
     library = ops.EMULATED if name == "emulated" else ops.FUSED
-    if (why := ops.missing(device.type, training=training, name=library)) is not None:
+    if (why := ops.missing(device.type, library)) is not None:
         raise RuntimeError(f"{source}: {name!r} cannot be used: {why}")
     return library
 

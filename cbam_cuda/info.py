@@ -15,7 +15,7 @@ def info() -> dict[str, Any]:
 
     Returns:
         ``version``, ``torch``; ``backends``, a dict from "cpu", "cuda" and "emulated" to
-        "available", "available, forward only" or the reason why not; ``build``, what the compiled
+        "available" or the reason why not; ``build``, what the compiled
         module says of itself (compiler, CPU targets that run here and the one in use, CUDA
         version, architectures and visible devices), or None where it did not load.
     """
@@ -23,8 +23,8 @@ def info() -> dict[str, Any]:
         "version": __version__,
         "torch": torch.__version__,
         "backends": {
-            **{d: ops.missing(d) or _unusable(d) or _state(d, ops.FUSED) for d in ("cpu", "cuda")},
-            "emulated": ops.missing("cpu", name=ops.EMULATED) or _state("cpu", ops.EMULATED),
+            **{d: ops.missing(d) or _unusable(d) or "available" for d in ("cpu", "cuda")},
+            "emulated": ops.missing("cpu", ops.EMULATED) or "available",
         },
         "build": ops.build_info(),
     }
@@ -34,9 +34,3 @@ def _unusable(device_type: str) -> str | None:
     if device_type == "cuda" and not torch.cuda.is_available():
         return "built, but torch sees no CUDA device"
     return None
-
-
-def _state(device_type: str, library: str) -> str:
-    if ops.missing(device_type, training=True, name=library) is None:
-        return "available"
-    return "available, forward only"

@@ -37,11 +37,8 @@ except ImportError as error:
     load_error = error
 
 
-def missing(device_type: str, *, training: bool = False, name: str = FUSED) -> str | None:
-    """Why a library has no kernels for tensors on this kind of device; None if it has.
-
-    With `training`, backward is asked for as well.
-    """
+def missing(device_type: str, name: str = FUSED) -> str | None:
+    """Why a library has no kernels for tensors on this kind of device; None if it has."""
     if name == FUSED and _C is None:
         return (
             f"the compiled module did not load ({load_error}); "
@@ -51,10 +48,8 @@ def missing(device_type: str, *, training: bool = False, name: str = FUSED) -> s
         if not _emulator().exists():
             return f"{_emulator()} does not exist; build it with `make emulator`"
         load_emulated()
-    if device_type not in _KERNELS[name]["forward"]:
+    if device_type not in _KERNELS[name]:
         return f"this build has no fused kernels for {device_type}"
-    if training and device_type not in _KERNELS[name]["backward"]:
-        return f"this build has no fused backward for {device_type}"
     if device_type == "cuda" and not torch.compiler.is_compiling():
         return _cuda_problem() or None
     return None
@@ -235,8 +230,8 @@ def _differentiate(
     return [None if t is None else next(results) for t in inputs]
 
 
-# For each library and operator, the types of device that have a kernel.
-_KERNELS: dict[str, dict[str, frozenset[str]]] = {}
+# For each library, the types of device that it has kernels for.
+_KERNELS: dict[str, frozenset[str]] = {}
 
 
 def _describe(name: str) -> None:
@@ -255,10 +250,8 @@ def _describe(name: str) -> None:
     )
     keys = {"cpu": "CPU", "cuda": "CUDA"}
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    _KERNELS[name] = {
-        operator: frozenset(d for d, key in keys.items() if has(f"{name}::{operator}", key))
-        | {"meta"}
-        for operator in ("forward", "backward")
+    _KERNELS[name] = frozenset(d for d, key in keys.items() if has(f"{name}::forward", key)) | {
+        "meta"
     }
 
 

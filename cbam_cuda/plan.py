@@ -24,8 +24,9 @@ def plan(
     kernel_size: int | Sequence[int] = 7,
     channels_last: bool = False,
     training: bool = False,
+    backward: bool = False,
 ) -> dict[str, Any]:
-    """Plan of a forward for dense x of `shape` [N, C, *space].
+    """Plan of a forward, or of a backward, for dense x of `shape` [N, C, *space].
 
     Args:
         shape: sizes of x, with 1 to 3 dimensions of space.
@@ -34,14 +35,15 @@ def plan(
         hidden: hidden channels of the MLP; C // 16, but at least 1, by default.
         kernel_size: of the convolution, for each dimension of space or for all.
         channels_last: whether x's channels lie side by side in memory.
-        training: whether what backward needs is kept.
+        training: whether the forward keeps what backward needs.
+        backward: plan the backward instead, with every gradient asked for.
 
     Returns:
         ``strategy``, ``group`` (samples that take all launches together), ``in_cache`` (whether x
         of a group stays in the L2 cache), ``stages`` (of a full group: name, blocks, threads,
         shared_bytes, traffic in bytes), ``traffic`` (of all groups), ``device_memory_bytes`` and
-        the ``seconds`` that these take at the device's full bandwidth; ``pool``, ``maps`` and
-        ``scale``, the geometry of the passes over x; ``scratch_bytes``; ``device``, its limits.
+        the ``seconds`` that these take at the device's full bandwidth; ``passes``, the geometry of
+        the passes over x by name; ``scratch_bytes``; ``device``, its limits.
 
     Raises:
         RuntimeError: the compiled module did not load.
@@ -51,7 +53,14 @@ def plan(
     kernel = [kernel_size] * dim if isinstance(kernel_size, int) else list(kernel_size)
     units = hidden if hidden is not None else max(1, shape[1] // 16 if len(shape) > 1 else 1)
     found: dict[str, Any] = ops.compiled().plan(
-        list(shape), units, kernel, dtype, device, channels_last=channels_last, training=training
+        list(shape),
+        units,
+        kernel,
+        dtype,
+        device,
+        channels_last=channels_last,
+        training=training,
+        backward=backward,
     )
     return found
 
@@ -77,9 +86,9 @@ def render(found: dict[str, Any]) -> str:
             f"{_bytes(t['out_written']):>11}{_bytes(other):>11}"
         )
     lines.append("")
-    for name in ("pool", "maps", "scale"):
-        described = ", ".join(f"{key} {_shown(value)}" for key, value in found[name].items())
-        lines.append(f"{name:<6}{described}")
+    for name, geometry in found["passes"].items():
+        described = ", ".join(f"{key} {_shown(value)}" for key, value in geometry.items())
+        lines.append(f"{name:<8}{described}")
     small = traffic["small_read"] + traffic["small_written"]
     lines += [
         "",

@@ -101,12 +101,24 @@ py::dict scale_dict(const cbam::cuda::ScaleGeometry& g) {
                   "threads_along"_a = g.threads_along);
 }
 
-py::dict plan(std::vector<int64_t> shape, int64_t hidden, std::vector<int64_t> kernel,
-              const std::string& dtype, const std::string& device, bool channels_last,
-              bool training, bool aligned, bool bias, const std::string& weight_dtype) {
-  const auto problem = cbam::cuda::describe({std::move(shape), hidden, std::move(kernel), dtype,
-                                             weight_dtype, channels_last, training, aligned, bias});
-  const auto limits = limits_of(device);
+py::dict tile_dict(const cbam::cuda::TileGeometry& g) {
+  return py::dict("tiles"_a = g.tiles, "tile"_a = g.tile, "splits"_a = g.splits, "span"_a = g.span,
+                  "chunk"_a = g.chunk, "access"_a = name_of(g.access), "row_group"_a = g.row_group,
+                  "threads_along"_a = g.threads_along, "reverse"_a = g.reverse);
+}
+
+py::dict passes_dict(const cbam::cuda::ForwardPlan& plan) {
+  return py::dict("pool"_a = reduction_dict(plan.pool), "maps"_a = reduction_dict(plan.maps),
+                  "scale"_a = scale_dict(plan.scale));
+}
+
+py::dict passes_dict(const cbam::cuda::BackwardPlan& plan) {
+  return py::dict("sums"_a = tile_dict(plan.cross), "stencil"_a = scale_dict(plan.stencil),
+                  "terms"_a = tile_dict(plan.terms), "dx"_a = tile_dict(plan.input));
+}
+
+template <class Problem>
+py::dict plan_dict(const Problem& problem, const cbam::cuda::DeviceLimits& limits) {
   const auto plan = cbam::cuda::plan(problem, limits);
   const auto bytes = cbam::cuda::device_memory_bytes(plan, problem);
   py::list stages;
@@ -117,11 +129,22 @@ py::dict plan(std::vector<int64_t> shape, int64_t hidden, std::vector<int64_t> k
   return py::dict("device"_a = limits_dict(limits), "strategy"_a = "streaming",
                   "group"_a = plan.group.samples, "in_cache"_a = plan.group.in_cache,
                   "scratch_bytes"_a = cbam::cuda::scratch(plan, problem).total(),
-                  "pool"_a = reduction_dict(plan.pool), "maps"_a = reduction_dict(plan.maps),
-                  "scale"_a = scale_dict(plan.scale), "stages"_a = stages,
+                  "passes"_a = passes_dict(plan), "stages"_a = stages,
                   "traffic"_a = traffic_dict(cbam::cuda::traffic(plan, problem)),
                   "device_memory_bytes"_a = bytes,
                   "seconds"_a = static_cast<double>(bytes) / limits.bandwidth);
+}
+
+py::dict plan(std::vector<int64_t> shape, int64_t hidden, std::vector<int64_t> kernel,
+              const std::string& dtype, const std::string& device, bool channels_last,
+              bool training, bool backward, bool aligned, bool bias,
+              const std::string& weight_dtype) {
+  const cbam::cuda::Description description{
+      std::move(shape), hidden,   std::move(kernel), dtype, weight_dtype,
+      channels_last,    training, aligned,           bias};
+  const auto limits = limits_of(device);
+  return backward ? plan_dict(cbam::cuda::describe_backward(description), limits)
+                  : plan_dict(cbam::cuda::describe(description), limits);
 }
 
 }  // namespace
@@ -135,8 +158,8 @@ PYBIND11_MODULE(_C, m) {
         "Why the CUDA part cannot run on the devices of this machine; empty if it can.");
   m.def("known_devices", &known_devices, "Limits of the GPUs that plans can be made for.");
   m.def("plan", &plan, "shape"_a, "hidden"_a, "kernel"_a, "dtype"_a, "device"_a, py::kw_only(),
-        "channels_last"_a = false, "training"_a = false, "aligned"_a = true, "bias"_a = true,
-        "weight_dtype"_a = "",
+        "channels_last"_a = false, "training"_a = false, "backward"_a = false, "aligned"_a = true,
+        "bias"_a = true, "weight_dtype"_a = "",
         "How the CUDA backend would run dense tensors of these sizes on `device`, a known one or "
         "\"cuda:INDEX\": launches of a full group, bytes by what they belong to, and the seconds "
         "that device memory needs. ValueError where there is no such plan.");

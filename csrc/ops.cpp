@@ -5,9 +5,11 @@
 #if defined(CBAM_WITH_CUDA)
 #include <torch/csrc/stable/accelerator.h>
 
+#include "cuda/backward.h"
 #include "cuda/device.h"
 #include "cuda/forward.h"
 #include "cuda/stream.h"
+#include "cuda/weight_gradients.h"
 #endif
 
 namespace cbam {
@@ -45,6 +47,19 @@ struct Cuda {
         torch::stable::new_empty(x, {cuda::scratch(plan, p).total()}, ScalarType::Byte);
     cuda::forward(p, plan, memory.mutable_data_ptr(), cuda::current_stream(device));
   }
+  static void backward(const BackwardProblem& p, const Tensor& x) {
+    const int device = x.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    const cuda::CurrentDevice current(device);
+    cuda::WeightSums sums{};
+    Tensor memory;
+    if (p.shape.samples > 0) {
+      const cuda::BackwardPlan plan = cuda::plan(p, cuda::limits_of_device(device));
+      memory = torch::stable::new_empty(x, {cuda::scratch(plan, p).total()}, ScalarType::Byte);
+      sums = cuda::backward(p, plan, memory.mutable_data_ptr(), cuda::current_stream(device));
+    }
+    cuda::weight_gradients(p, sums, x.device(), accumulator_of(x));
+  }
 };
 #endif
 
@@ -63,5 +78,6 @@ STABLE_TORCH_LIBRARY_IMPL(cbam_cuda, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(cbam_cuda, CUDA, m) {
   m.impl("forward", TORCH_BOX(&cbam::forward<cbam::Cuda>));
   m.impl("forward_train", TORCH_BOX(&cbam::forward_train<cbam::Cuda>));
+  m.impl("backward", TORCH_BOX(&cbam::backward<cbam::Cuda>));
 }
 #endif

@@ -15,19 +15,16 @@ settings.load_profile("suite")
 FUSED = ("cpu", "emulated", "cuda")
 
 
-def why_not(backend: str, *, training: bool = False) -> str | None:
-    """Why a fused backend cannot run here, or cannot train; None if it can."""
+def why_not(backend: str) -> str | None:
+    """Why a fused backend cannot run here, or None."""
     state = cbam_cuda.info()["backends"][backend]
-    if state == "available" or (state == "available, forward only" and not training):
-        return None
-    return f"{backend}: {state}"
+    return None if state == "available" else f"{backend}: {state}"
 
 
 @pytest.fixture(params=FUSED)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A fused backend; cases.device_of tells whose tensors it takes."""
-    training = request.node.get_closest_marker("training") is not None
-    if reason := why_not(request.param, training=training):
+    if reason := why_not(request.param):
         pytest.skip(reason)
     if request.param == "emulated":  # it shares its device with the cpu backend
         monkeypatch.setenv("CBAM_CUDA_BACKEND", "emulated")

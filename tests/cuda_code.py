@@ -39,7 +39,14 @@ TEMPLATES = {
     "hidden_layer": (DTYPES, ACCUMULATOR),
     "gate_layer": (DTYPES, ACCUMULATOR),
     "spatial_gate": (DTYPES, ACCESSES, ORDER),
+    "cross_sums": (DTYPES, ACCESSES),
+    "map_terms": (DTYPES, ACCESSES, ORDER),
+    "stencil": (DTYPES,),
+    "gate_layer_backward": (DTYPES, ACCUMULATOR),
+    "hidden_layer_backward": (DTYPES, ACCUMULATOR),
+    "input_gradient": (DTYPES, ACCESSES, ORDER),
 }
+PROBE = "5probeEv"  # does nothing: it tells whether a build has code for a device
 ARGUMENT = re.compile(r"L(?:[bi]|NS0_6AccessE)\d+E|NS_4HalfE|NS_8BFloat16E|[fd]")
 
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ +)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -205,14 +212,16 @@ def parse_sass(text: str) -> dict[Kernel, Code]:
     lines: list[str] = []
     for line in text.splitlines():
         if match := SECTION.match(line):
-            lines = sections.setdefault(kernel_of(match[1]), [])
+            is_probe = match[1].endswith(PROBE)
+            lines = [] if is_probe else sections.setdefault(kernel_of(match[1]), [])
         lines.append(line)
     return {kernel: code_of(lines) for kernel, lines in sections.items()}
 
 
 def parse_usage(text: str) -> dict[Kernel, Usage]:
     """Every kernel of cuobjdump's -res-usage."""
-    return {kernel_of(m[1]): Usage(int(m[2]), int(m[3]), int(m[4])) for m in USAGE.finditer(text)}
+    found = (m for m in USAGE.finditer(text) if not m[1].endswith(PROBE))
+    return {kernel_of(m[1]): Usage(int(m[2]), int(m[3]), int(m[4])) for m in found}
 
 
 def find_tool(name: str) -> str | None:

@@ -18,7 +18,7 @@ from cbam_cuda import CBAM, cbam, functional, ops, reference
 
 CASE = Case("", (2, 16, 6, 6), 2, (3, 3))
 
-NO_KERNELS = {"forward": frozenset(), "backward": frozenset()}
+NO_KERNELS = frozenset()
 
 
 @pytest.fixture
@@ -97,24 +97,6 @@ def test_emulated_runs_a_script_that_does_not_know_of_it(inputs):
     """
     assert run_python(code, CBAM_CUDA_BACKEND="emulated") == "cbam_cuda_emulated\n"
     assert run_python(code, CBAM_CUDA_BACKEND="cpu") == "cbam_cuda\n"
-
-
-def test_training_without_a_backward(inputs, spied, monkeypatch):
-    """ "auto" takes the plain form and says why; a named backend is an error."""
-    forward_only = {"forward": frozenset({"cpu"}), "backward": frozenset()}
-    monkeypatch.setitem(ops._KERNELS, ops.FUSED, forward_only)
-    monkeypatch.setattr(functional, "_warned", set())
-    x = inputs[0].requires_grad_()
-    with pytest.warns(UserWarning, match="plain PyTorch form on cpu: .* no fused backward"):
-        cbam(x, *inputs[1]).sum().backward()
-    with pytest.raises(
-        RuntimeError, match="'cpu' cannot be used: this build has no fused backward"
-    ):
-        cbam(x, *inputs[1], backend="cpu")
-    with torch.no_grad():
-        cbam(x, *inputs[1], backend="cpu")
-    assert spied == ["reference", "fused"]
-    assert cbam_cuda.info()["backends"]["cpu"] == "available, forward only"
 
 
 def test_auto_falls_back_and_says_so_once(inputs, spied, monkeypatch):

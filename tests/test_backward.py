@@ -24,8 +24,6 @@ from tolerance import assert_as_good_as_eager
 from cbam_cuda import cbam
 from cbam_cuda.arguments import Weights
 
-pytestmark = pytest.mark.training
-
 NAMES = ("out", "x", *Weights._fields)
 
 

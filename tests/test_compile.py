@@ -13,7 +13,6 @@ from cbam_cuda import CBAM, cbam
 CASE = Case("", (3, 32, 9, 7), 4, (7, 7))
 
 
-@pytest.mark.training
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 def test_one_graph_for_every_batch_size(backend, training):
     torch.compiler.reset()
@@ -30,7 +29,6 @@ def test_one_graph_for_every_batch_size(backend, training):
     assert counter.frame_count == 1
 
 
-@pytest.mark.training
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_inductor_gives_the_same(backend, layout):
     torch.compiler.reset()
@@ -51,7 +49,6 @@ def test_inductor_gives_the_same(backend, layout):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.training
 def test_compiles_with_attention_and_autocast(backend):
     torch.compiler.reset()
     module = CBAM(32, 4, device=device_of(backend))
@@ -85,7 +82,6 @@ def test_opcheck_of_the_forward(backend, case, layout):
     library.opcheck(operators(backend).forward.default, (x, *weights))
 
 
-@pytest.mark.training
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
@@ -95,7 +91,6 @@ def test_opcheck_of_training(backend, case, dtype, bias):
     library.opcheck(operators(backend).forward_train.default, tuple(tensors))
 
 
-@pytest.mark.training
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_opcheck_of_the_backward(backend, case):
     x = make_x(case, torch.float64, backend)

@@ -14,10 +14,19 @@ from cuda_code import ARCHITECTURES, TABLE, TEMPLATES, WRITE, code_of, is_global
 
 import cbam_cuda
 
-PASSES = ("reduce_rows", "reduce_columns", "spatial_gate")  # the kernels that read x
+# The kernels that read tensors of x's size.
+PASSES = (
+    "reduce_rows",
+    "reduce_columns",
+    "spatial_gate",
+    "cross_sums",
+    "map_terms",
+    "input_gradient",
+)
 
 REGISTERS_OF_SM = 65536
-THREADS = {"gate_layer": 128}  # of a block; 256 for the other kernels
+WRITES = ("spatial_gate", "input_gradient")  # and those that write one
+THREADS = {"gate_layer": 128, "hidden_layer_backward": 128}  # of a block; 256 for the other kernels
 
 UNDER_WAY = 3  # 16-byte loads of a thread at a time, at least
 
@@ -128,7 +137,7 @@ def test_x_passes_in_vectors(sass, kind, architecture):
         ]
         if narrow := {opcode for opcode in accesses if ".128" not in opcode}:
             wrong[kernel] = f"{sorted(narrow)} next to the 16-byte loads"
-        elif kind == "spatial_gate" and not matching(accesses, r"STG.*\.128"):
+        elif kind in WRITES and not matching(accesses, r"STG.*\.128"):
             wrong[kernel] = "no 16-byte stores"
     none_of(wrong)
 
@@ -140,7 +149,8 @@ def test_loops_over_x_are_unrolled(sass, kind, architecture):
     for kernel, code in kernels_of(sass, architecture, kind).items():
         if reads_vectors(kernel):
             # Packed, the gates and rows of a vector's elements take the registers of more.
-            floor = 2 if kind == "spatial_gate" and "packed" in kernel.words else 4
+            packed = kind == "spatial_gate" and "packed" in kernel.words
+            floor = 2 if packed or kind == "input_gradient" else 4
             loop = code.main_loop() if code.x_loops() else []
             loads = sum(is_vector_load(i.opcode) for i in loop)
             if loads < floor:
@@ -154,16 +164,27 @@ def test_several_loads_are_under_way(sass, kind, architecture):
     """A warp that waits for each load before the next needs far more warps to fill the memory."""
     wrong = {}
     for kernel, code in kernels_of(sass, architecture, kind).items():
-        if reads_vectors(kernel):
+        if reads_vectors(kernel) and kernel.dtype != "float64":  # two elements a load: as slow
             flying = cuda_code.loads_in_flight(code.main_loop()) if code.x_loops() else 0
-            if flying < UNDER_WAY:
-                wrong[kernel] = f"{flying} 16-byte loads at a time, {UNDER_WAY} expected"
+            floor = 2 if kind == "input_gradient" else UNDER_WAY
+            if flying < floor:
+                wrong[kernel] = f"{flying} 16-byte loads at a time, {floor} expected"
     none_of(wrong)
+
+
+BLOCKS = {
+    "reduce_rows": 3,
+    "reduce_columns": 2,
+    "spatial_gate": 3,
+    "cross_sums": 2,
+    "map_terms": 2,
+    "input_gradient": 2,
+}
 
 
 def most_registers(kernel) -> int:
     """A thread's registers at most, by the blocks an SM holds of the kernel (__launch_bounds__)."""
-    blocks = {"reduce_rows": 3, "reduce_columns": 2, "spatial_gate": 3}.get(kernel.kind, 1)
+    blocks = BLOCKS.get(kernel.kind, 1)
     if kernel.kind == "spatial_gate" and kernel.words[1] == "packed":
         blocks = 2
     return min(255, REGISTERS_OF_SM // (blocks * THREADS.get(kernel.kind, 256)) // 8 * 8)

@@ -1,4 +1,4 @@
-"""The CUDA forward on the emulator: every schedule and every build of it gives the same bits and
+"""The CUDA backend on the emulator: every schedule and every build of it gives the same bits and
 finds nothing, and the bytes that kernels move are those that the plan says.
 """
 
@@ -124,18 +124,18 @@ SHAPES = ((8, 256, 56, 56), (8, 512, 28, 28), (16, 1024, 14, 14), (16, 2048, 7, 
 
 def problems():
     return [
-        {"shape": s, "hidden": s[1] // 16, "dtype": dtype, "layout": layout, "training": training}
+        {"shape": s, "hidden": s[1] // 16, "dtype": dtype, "layout": layout, "direction": direction}
         for s in SHAPES
         for layout in NATIVE_LAYOUTS
         for dtype in ("float32", "float16")
-        for training in (False, True)
+        for direction in ("inference", "training", "backward")
         if s[2] < 56 or dtype == "float32"
     ]
 
 
 def describe(problem) -> str:
     shape = "x".join(map(str, problem["shape"]))
-    return f"{shape} {problem['dtype']} {problem['layout']} training={problem['training']}"
+    return f"{shape} {problem['dtype']} {problem['layout']} {problem['direction']}"
 
 
 @pytest.fixture(scope="session")
@@ -146,36 +146,68 @@ def counted():
     return {describe(p): c for p, c in zip(listed, counts, strict=True)}
 
 
-MLP, SMALL = "mlp_weights", ("x", "out", "mlp_weights")
+LARGE = ("x", "dout", "out", "dx")
 
 
 @pytest.mark.parametrize("problem", problems(), ids=describe)
 def test_bytes_are_those_of_the_plan(counted, problem):
     counts = counted[describe(problem)]
-    shape = problem["shape"]
-    x_bytes = torch.Size(shape).numel() * (4 if problem["dtype"] == "float32" else 2)
-    assert counts["x"] == [3 * x_bytes, 0]
-    assert counts["out"] == [0, x_bytes]
+    shape, channels, hidden = problem["shape"], problem["shape"][1], problem["hidden"]
+    element = 4 if problem["dtype"] == "float32" else 2
+    x_bytes = torch.Size(shape).numel() * element
+    backward = problem["direction"] == "backward"
+    if backward:
+        assert [counts[name] for name in ("x", "dout", "dx")] == [
+            [2 * x_bytes, 0],
+            [2 * x_bytes, 0],
+            [0, x_bytes],
+        ]
+    else:
+        assert counts["x"] == [3 * x_bytes, 0]
+        assert counts["out"] == [0, x_bytes]
     planned = cbam_cuda.ops.compiled().plan(
         shape,
-        problem["hidden"],
+        hidden,
         [7, 7],
         problem["dtype"],
         "H100",
         channels_last=problem["layout"] == "channels_last",
-        training=problem["training"],
+        training=problem["direction"] == "training",
+        backward=backward,
     )["traffic"]
-    small = [c for name, c in counts.items() if name not in SMALL]
-    assert counts[MLP] == [planned["weights_read"], 0]
+    small = [c for name, c in counts.items() if name not in (*LARGE, "mlp_weights")]
+    assert counts["mlp_weights"] == [planned["weights_read"], 0]
     assert sum(read for read, _ in small) == planned["small_read"]
     assert sum(written for _, written in small) == planned["small_written"]
 
-    one_walk = (2 * problem["hidden"] + 1) * shape[1] + problem["hidden"]
-    element = x_bytes // torch.Size(shape).numel()
-    assert counts[MLP][0] <= -(-shape[0] // 8) * one_walk * element
+    biases = 0 if backward else channels + hidden
+    one_walk = (2 * hidden * channels + biases) * element
+    assert counts["mlp_weights"][0] <= -(-shape[0] // 8) * one_walk
 
     # In float32 from 256 channels on, everything else together is little beside x; rows of 7x7
     # are 196 bytes long, and what must be kept and read for each is 12 % of that.
     share = sum(read + written for read, written in small) / x_bytes
-    if problem["dtype"] == "float32" and shape[2] > 7:
+    if problem["dtype"] == "float32" and shape[2] > 7 and not backward:
         assert share < 0.10, share
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+@pytest.mark.parametrize("direction", ["inference", "training", "backward"])
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_all_but_x_is_little_where_the_batch_fills_the_device(shape, direction, layout):
+    """By the plan, whose bytes are those that are counted.
+
+    A backward at 14x14 writes and reads at least 52 bytes for each channel of 784, and 12 % in all.
+    """
+    planned = cbam_cuda.ops.compiled().plan(
+        (256, *shape[1:]),
+        shape[1] // 16,
+        [7, 7],
+        "float32",
+        "H100",
+        channels_last=layout == "channels_last",
+        training=direction == "training",
+        backward=direction == "backward",
+    )["traffic"]
+    share = (planned["small_read"] + planned["small_written"]) / planned["out_written"]
+    assert share < (0.125 if direction == "backward" and shape[2] == 14 else 0.10), share

@@ -39,7 +39,6 @@ class Published(nn.Module):
 SHAPES = {1: (2, 32, 50), 2: (2, 32, 12, 9), 3: (2, 32, 5, 6, 4)}
 
 
-@pytest.mark.training
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_replaces_the_published_module(backend, dim):
     """Checkpoints both ways, the same numbers, the same initial weights from the same seed."""
@@ -66,7 +65,6 @@ def test_reference_is_the_published_module(dim):
     assert torch.equal(plain(x), published(x))
 
 
-@pytest.mark.training
 @pytest.mark.parametrize(("cls", "dim"), [(CBAM1d, 1), (CBAM2d, 2), (CBAM3d, 3)])
 def test_classes_for_a_number_of_dimensions(backend, cls, dim):
     device = device_of(backend)
@@ -85,7 +83,6 @@ def test_defaults_are_those_of_the_paper():
     ]
 
 
-@pytest.mark.training
 def test_without_biases(backend):
     module = CBAM(32, bias=False, conv_bias=False, device=device_of(backend))
     assert list(module.state_dict()) == ["fc1.weight", "fc2.weight", "conv.weight"]
@@ -106,7 +103,6 @@ def test_copies_give_the_same(cls, copied):
     assert other.fc1.weight.data_ptr() != module.fc1.weight.data_ptr()
 
 
-@pytest.mark.training
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_moves_to_another_dtype(backend, dtype):
     module = CBAM(32, 4, device=device_of(backend)).to(dtype)
@@ -114,7 +110,6 @@ def test_moves_to_another_dtype(backend, dtype):
     assert module(x).dtype == dtype
 
 
-@pytest.mark.training
 def test_made_on_meta_and_filled_later(backend):
     module = CBAM(32, 4, device="meta")
     assert module(torch.empty(SHAPES[2], device="meta")).shape == SHAPES[2]
@@ -133,7 +128,6 @@ def test_training_on_meta_describes_gradients():
     assert all(p.grad.shape == p.shape for p in module.parameters())
 
 
-@pytest.mark.training
 def test_functional_call(backend):
     module = CBAM(32, 4, device=device_of(backend), dtype=torch.float64)
     x = torch.randn(SHAPES[2], device=device_of(backend), dtype=torch.float64)
@@ -171,7 +165,6 @@ def test_transforms_of_torch_func_take_the_plain_form(frozen):
         torch.func.jvp(module, (x,), (t,))
 
 
-@pytest.mark.training
 def test_attention_is_differentiable(backend):
     module = CBAM(32, 4, device=device_of(backend), dtype=torch.float64)
     plain = reference.CBAM(32, 4, device=device_of(backend), dtype=torch.float64)
@@ -184,14 +177,12 @@ def test_attention_is_differentiable(backend):
         torch.testing.assert_close(a.grad, b.grad)
 
 
-@pytest.mark.training
 def test_memory_format_is_kept(backend):
     x = torch.randn(SHAPES[2], device=device_of(backend)).to(memory_format=torch.channels_last)
     out = CBAM(32, 4, device=device_of(backend))(x)
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.training
 def test_trains_beside_the_reference(backend):
     """Twenty steps of SGD on the same batches end in the same weights."""
     torch.manual_seed(0)

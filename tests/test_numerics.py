@@ -43,7 +43,6 @@ def tied_inputs():
     }
 
 
-@pytest.mark.training
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
 @pytest.mark.parametrize("name", list(tied_inputs())[:-1])
 def test_first_of_equals_takes_the_gradient(backend, name, layout):
@@ -165,7 +164,6 @@ def test_every_value_of_16_bits_survives(backend, dtype):
 
 
 # PyTorch's own concatenation refuses x of the 16-bit dtype that autocast does not use.
-@pytest.mark.training
 @pytest.mark.parametrize(
     ("dtype", "autocast"),
     [
@@ -200,7 +198,6 @@ def test_autocast_leaves_float64_alone(backend):
         assert torch.equal(cbam(x, *weights, backend=backend), expected)
 
 
-@pytest.mark.training
 def test_deterministic_algorithms_are_accepted(backend):
     x = make_x(FEW_CASES[0], torch.float32, backend)
     weights = make_weights(FEW_CASES[0], torch.float32, backend)

@@ -130,9 +130,9 @@ def test_plans_of_any_problem_keep_the_limits_and_leave_nothing_out(device):
         assert len(found["stages"]) == 5
         first = not problem["channels_last"] or channels == 1
         rows, cols = (channels, prod(space)) if first else (prod(space), channels)
-        check_reduction(found["pool"], problem, rows, cols)
-        check_reduction(found["maps"], problem, rows, cols)
-        check_scale(found["scale"], problem, channels, space)
+        check_reduction(found["passes"]["pool"], problem, rows, cols)
+        check_reduction(found["passes"]["maps"], problem, rows, cols)
+        check_scale(found["passes"]["scale"], problem, channels, space)
         x_bytes = prod(problem["shape"]) * BYTES[problem["dtype"]]
         assert found["traffic"]["x_read"] == 3 * x_bytes
         assert found["traffic"]["out_written"] == x_bytes
@@ -142,13 +142,62 @@ def test_plans_of_any_problem_keep_the_limits_and_leave_nothing_out(device):
         )
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_backward_plans_keep_the_limits_and_leave_nothing_out(device):
+    rng = random.Random(device)
+    for _ in range(400):
+        problem = drawn(rng)
+        found = ops.compiled().plan(**problem, device=device, backward=True)
+        _, channels, *extents = problem["shape"]
+        assert [stage["name"] for stage in found["stages"]] == BACKWARD_STAGES
+        for stage in found["stages"]:
+            assert 1 <= stage["blocks"] < 2**31, problem
+            assert stage["threads"] in (128, 256)
+            assert stage["shared_bytes"] <= found["device"]["shared_per_block"], problem
+        first = not problem["channels_last"] or channels == 1
+        rows, cols = (channels, prod(extents)) if first else (prod(extents), channels)
+        for name in ("sums", "terms", "dx"):
+            g = found["passes"][name]
+            assert covers(g["tiles"], g["tile"], cols)
+            assert covers(g["splits"], g["span"], rows)
+            assert g["span"] % g["row_group"] == 0
+            assert g["chunk"] % g["row_group"] == 0
+            assert name == "dx" or g["tile"] <= 256
+            vector = 1 if g["access"] == "scalar" else 16 // BYTES[problem["dtype"]]
+            if g["access"] == "vector":
+                assert problem["aligned"]
+                assert g["tile"] % vector == 0 == cols % vector
+            if g["access"] == "packed":
+                assert g["tile"] == cols
+                assert rows % g["row_group"] == 0 == g["row_group"] * cols % vector
+            elif name != "dx":
+                assert g["threads_along"] * vector >= g["tile"]
+        space = [1] * (3 - len(extents)) + extents
+        stencil = found["passes"]["stencil"]
+        for boxes, box, extent in zip(stencil["boxes"], stencil["box"], space, strict=True):
+            assert covers(boxes, box, extent)
+        x_bytes = prod(problem["shape"]) * BYTES[problem["dtype"]]
+        assert found["traffic"]["x_read"] == 4 * x_bytes
+        assert found["traffic"]["out_written"] == x_bytes
+
+
+BACKWARD_STAGES = [
+    "sums of dout * x",
+    "stencil",
+    "map terms",
+    "channel gate",
+    "hidden layer",
+    "dx",
+]
+
+
 def test_the_devices_are_on_record():
     assert tuple(known_devices()) == DEVICES
 
 
 def test_passes_alternate_their_direction():
     found = plan([8, 64, 56, 56])
-    assert [found[name]["reverse"] for name in ("pool", "maps")] == [
+    assert [found["passes"][name]["reverse"] for name in ("pool", "maps")] == [
         False,
         True,
     ]  # the last forwards
@@ -157,7 +206,7 @@ def test_passes_alternate_their_direction():
 def test_large_images_do_not_use_narrow_boxes():
     for dtype in BYTES:
         for shape in ([8, 256, 56, 56], [2, 64, 512, 512], [1, 16, 2048, 2048]):
-            box = plan(shape, dtype)["scale"]["box"]
+            box = plan(shape, dtype)["passes"]["scale"]["box"]
             assert box[2] == shape[3] or box[2] * BYTES[dtype] >= 256
 
 
@@ -165,7 +214,7 @@ def test_large_images_do_not_use_narrow_boxes():
 def test_long_rows_are_split_over_blocks(dtype):
     for shape in ([1, 4, 10**6], [1, 8, 512, 512]):
         found = plan(shape, dtype)
-        assert found["pool"]["splits"] > 1
+        assert found["passes"]["pool"]["splits"] > 1
         assert found["stages"][0]["blocks"] >= 132
 
 

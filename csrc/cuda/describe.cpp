@@ -76,4 +76,17 @@ ForwardProblem describe(const Description& d) {
   return p;
 }
 
+BackwardProblem describe_backward(const Description& d) {
+  Description training = d;
+  training.training = true;
+  BackwardProblem p{};
+  static_cast<ForwardProblem&>(p) = describe(training);
+  p.dout_strides = p.dx_strides = p.strides;
+  p.dout = p.x;
+  p.gradients = {somewhere<void>(),      somewhere<void>(),       somewhere<void>(d.bias),
+                 somewhere<void>(),      somewhere<void>(d.bias), somewhere<void>(),
+                 somewhere<void>(d.bias)};
+  return p;
+}
+
 }  // namespace cbam::cuda

@@ -25,4 +25,7 @@ struct Description {
 // std::invalid_argument for sizes below 1 and for dtypes there are not.
 ForwardProblem describe(const Description& description);
 
+// The backward of that forward, every gradient asked for.
+BackwardProblem describe_backward(const Description& description);
+
 }  // namespace cbam::cuda

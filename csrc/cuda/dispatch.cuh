@@ -5,6 +5,7 @@
 
 #include "../attention_math.h"
 #include "../problem.h"
+#include "kernels/kernels.h"
 
 namespace cbam::cuda {
 
@@ -26,6 +27,16 @@ void with_bool(bool value, Body body) {
     body(std::true_type());
   else
     body(std::false_type());
+}
+
+// Calls body with one of the three as a std::integral_constant.
+template <class Body>
+void with_access(Access access, Body body) {
+  switch (access) {
+    case Access::kScalar: return body(std::integral_constant<Access, Access::kScalar>());
+    case Access::kVector: return body(std::integral_constant<Access, Access::kVector>());
+    case Access::kPacked: return body(std::integral_constant<Access, Access::kPacked>());
+  }
 }
 
 }  // namespace cbam::cuda

@@ -24,18 +24,6 @@ constexpr int kMostAlong = 32, kFewestAlong = 16;
 constexpr double kLaunchSeconds = 1.3e-6;
 constexpr double kCacheSpeed = 1.8;
 constexpr double kCacheShare = 0.4;
-constexpr int kLaunches = 5;
-
-// Sets splits and span so that there are enough blocks, parts are no shorter than `shortest`, no
-// longer than `longest`, and start on multiples of `multiple`.
-void split(ReductionGeometry& g, int64_t count, int64_t blocks, int64_t wanted, int64_t shortest,
-           int64_t longest, int64_t multiple) {
-  const int64_t most = std::max<int64_t>(1, count / shortest);
-  const int64_t splits =
-      std::max(std::min(ceil_div(wanted, blocks), most), ceil_div(count, longest));
-  g.span = static_cast<int>(ceil_div(ceil_div(count, splits), multiple) * multiple);
-  g.splits = static_cast<int>(ceil_div(count, g.span));
-}
 
 ReductionGeometry along_rows(const ForwardProblem& p, int64_t samples, bool scaled,
                              int64_t wanted) {
@@ -85,33 +73,6 @@ ReductionGeometry down_columns(const ForwardProblem& p, int64_t samples, bool sc
   return g;
 }
 
-// Grouping pays where reading a group's x again from the cache saves more than its launches cost.
-// Below kSamplesPerWalk samples it would also read the MLP's weights more often.
-Group group_of(const ForwardProblem& p, const DeviceLimits& device) {
-  const int64_t sample = p.shape.channels * p.shape.pixels() * bytes_of(p.dtype);
-  const auto room = static_cast<int64_t>(kCacheShare * static_cast<double>(device.l2_bytes));
-  const int64_t fitting = room / sample;
-  if (fitting >= p.shape.samples) return {p.shape.samples, true};
-  const int64_t most = fitting / kSamplesPerWalk * kSamplesPerWalk;
-  if (most == 0 || device.bandwidth <= 0) return {p.shape.samples, false};
-  const int64_t groups = ceil_div(p.shape.samples, most);
-  const int64_t samples =
-      ceil_div(ceil_div(p.shape.samples, groups), kSamplesPerWalk) * kSamplesPerWalk;
-  const double pass = static_cast<double>(sample * p.shape.samples) / device.bandwidth;
-  const double saved = 2 * pass * (1 - 1 / kCacheSpeed);
-  const double cost = static_cast<double>(groups - 1) * kLaunches * kLaunchSeconds;
-  return saved > cost ? Group{samples, true} : Group{p.shape.samples, false};
-}
-
-// The most samples whose launches have no more than 2^31 - 1 blocks.
-int64_t most_samples(const ForwardPlan& plan) {
-  const int64_t per_sample = std::max({plan.pool.blocks_per_sample(), plan.maps.blocks_per_sample(),
-                                       plan.scale.boxes() * plan.scale.chunks, int64_t{1}});
-  return std::max<int64_t>(INT_MAX / per_sample / kSamplesPerWalk * kSamplesPerWalk, 1);
-}
-
-int64_t padded(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
-
 template <class A>
 int64_t reduction_bytes(const ReductionGeometry& g, bool scaled, DType dtype) {
   if (g.along_rows) return shared_bytes<RowShared<A>>(g, scaled);
@@ -141,6 +102,29 @@ ForwardGrids grids_of(const ForwardPlan& plan, const ForwardProblem& p, int64_t 
 }
 
 }  // namespace
+
+// Grouping pays where reading a group's x again from the cache saves more than its launches cost.
+// Below kSamplesPerWalk samples it would also read the MLP's weights more often.
+Group group_samples(const ForwardProblem& p, const DeviceLimits& device, int tensors, int rereads,
+                    int launches) {
+  const int64_t sample = tensors * p.shape.channels * p.shape.pixels() * bytes_of(p.dtype);
+  const auto room = static_cast<int64_t>(kCacheShare * static_cast<double>(device.l2_bytes));
+  const int64_t fitting = room / sample;
+  if (fitting >= p.shape.samples) return {p.shape.samples, true};
+  const int64_t most = fitting / kSamplesPerWalk * kSamplesPerWalk;
+  if (most == 0 || device.bandwidth <= 0) return {p.shape.samples, false};
+  const int64_t groups = ceil_div(p.shape.samples, most);
+  const int64_t samples =
+      ceil_div(ceil_div(p.shape.samples, groups), kSamplesPerWalk) * kSamplesPerWalk;
+  const double pass = static_cast<double>(sample / tensors * p.shape.samples) / device.bandwidth;
+  const double saved = rereads * pass * (1 - 1 / kCacheSpeed);
+  const double cost = static_cast<double>(groups - 1) * launches * kLaunchSeconds;
+  return saved > cost ? Group{samples, true} : Group{p.shape.samples, false};
+}
+
+int64_t most_samples(int64_t blocks_per_sample) {
+  return std::max<int64_t>(INT_MAX / blocks_per_sample / kSamplesPerWalk * kSamplesPerWalk, 1);
+}
 
 View::View(const ForwardProblem& p, const Strides& strides, const void* data) {
   const bool first = p.strides.channels_first();
@@ -182,7 +166,7 @@ int64_t wanted_blocks(const DeviceLimits& device) {
 ForwardPlan plan(const ForwardProblem& p, const DeviceLimits& device) {
   const int64_t wanted = wanted_blocks(device);
   ForwardPlan plan{};
-  plan.group = group_of(p, device);
+  plan.group = group_samples(p, device, 1, 2, 5);
   const int64_t samples = plan.group.samples;
   if (p.strides.channels_first()) {
     plan.pool = along_rows(p, samples, false, wanted);
@@ -196,7 +180,9 @@ ForwardPlan plan(const ForwardProblem& p, const DeviceLimits& device) {
   plan.hidden_threads = static_cast<int>(
       32 * std::min<int64_t>(kThreads / 32, ceil_div(p.shape.hidden, kUnitsPerWarp)));
   plan.shared_limit = device.shared_per_block;
-  plan.group.samples = std::min(samples, most_samples(plan));
+  const int64_t blocks = std::max({plan.pool.blocks_per_sample(), plan.maps.blocks_per_sample(),
+                                   plan.scale.boxes() * plan.scale.chunks, int64_t{1}});
+  plan.group.samples = std::min(samples, most_samples(blocks));
   return plan;
 }
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../problem.h"
-#include "kernels/kernels.h"
+#include "kernels/backward.h"
 #include "limits.h"
 
 namespace cbam::cuda {
@@ -29,6 +29,34 @@ struct ForwardPlan {
 // Throws std::invalid_argument where no plan exists: a convolution so large that no box of pixels
 // fits into shared memory with its halo.
 ForwardPlan plan(const ForwardProblem& problem, const DeviceLimits& device);
+
+// Backward: x and dout are read twice each, dx written once, in six launches for each group; those
+// whose results nobody asked for are left out.
+struct BackwardPlan {
+  Group group;
+  TileGeometry cross;     // both sums of dout * x
+  ScaleGeometry stencil;  // the boxes alone
+  TileGeometry terms;     // what reaches the channel gate through the maps
+  TileGeometry input;     // dx
+  int64_t shared_limit;   // of a block of the device
+};
+BackwardPlan plan(const BackwardProblem& problem, const DeviceLimits& device);
+
+struct BackwardGrids {
+  Grid cross, stencil, terms, gate, hidden, input;
+};
+BackwardGrids grids(const BackwardPlan& plan, const BackwardProblem& problem, int64_t samples);
+
+// Bytes of scratch memory, each part a multiple of 16: for a group, and from dm on for all samples.
+struct BackwardScratch {
+  int64_t cross_rows, cross_cols, d_maps, terms, d_pooled;
+  int64_t dm, d_hidden, d_conv;
+
+  int64_t total() const {
+    return cross_rows + cross_cols + d_maps + terms + d_pooled + dm + d_hidden + d_conv;
+  }
+};
+BackwardScratch scratch(const BackwardPlan& plan, const BackwardProblem& problem);
 
 // The launches for a group of `samples`, in their order.
 struct ForwardGrids {

@@ -31,8 +31,9 @@ int64_t staged_values(const ScaleGeometry& g, const Shape& s) {
 
 class BoxSearch {
  public:
-  BoxSearch(const ForwardProblem& problem, const ScaleGeometry& geometry, int64_t shared_limit)
-      : p_(problem), s_(problem.shape), g_(geometry), limit_(shared_limit) {}
+  BoxSearch(const ForwardProblem& problem, const ScaleGeometry& geometry, const SharedOfBox& needed,
+            int64_t shared_limit)
+      : p_(problem), s_(problem.shape), g_(geometry), needed_(needed), limit_(shared_limit) {}
 
   // The box of at most `most_pixels` that stages the least; false where none fits.
   bool run(int most_pixels) {
@@ -74,7 +75,7 @@ class BoxSearch {
     g.boxes_depth = static_cast<int>(ceil_div(s_.depth, depth));
     g.boxes_height = static_cast<int>(ceil_div(s_.height, height));
     g.boxes_width = static_cast<int>(ceil_div(s_.width, width));
-    if (needed(g) > limit_) return;
+    if (needed_(g) > limit_) return;
     const bool narrow =
         p_.strides.channels_first() && width != s_.width && width * bytes_of(p_.dtype) < kNarrowest;
     const int64_t cost = staged_values(g, s_) + (narrow ? kNeverIfAvoidable : 0);
@@ -84,28 +85,18 @@ class BoxSearch {
     best_cost_ = cost;
   }
 
-  int64_t needed(const ScaleGeometry& g) const {
-    const auto bytes = [&](auto shared) {
-      return shared_bytes<typename decltype(shared)::type>(g, s_.kernel_depth, s_.kernel_height,
-                                                           s_.kernel_width);
-    };
-    return p_.dtype == DType::kFloat64 ? bytes(Type<ScaleShared<double>>())
-                                       : bytes(Type<ScaleShared<float>>());
-  }
-
   const ForwardProblem& p_;
   const Shape& s_;
   ScaleGeometry g_, best_{};
+  const SharedOfBox& needed_;
   int64_t limit_, best_cost_ = 0;
 };
 
-// The best box for `g`, without asking for more shared memory where that is possible; as many
-// chunks of channels will be made as `most_chunks`.
-std::optional<ScaleGeometry> find_box(const ForwardProblem& p, const ScaleGeometry& g,
-                                      int64_t samples, int64_t most_chunks,
-                                      const DeviceLimits& device) {
+std::optional<ScaleGeometry> search(const ForwardProblem& p, const ScaleGeometry& g,
+                                    int64_t samples, int64_t most_chunks,
+                                    const DeviceLimits& device, const SharedOfBox& needed) {
   for (const int64_t limit : {kSharedWithoutOptIn, device.shared_per_block}) {
-    BoxSearch search(p, g, limit);
+    BoxSearch search(p, g, needed, limit);
     std::optional<ScaleGeometry> found;
     for (int pixels = kMostPixels; pixels >= kFewestPixels; pixels /= 2) {
       if (!search.run(pixels)) break;
@@ -116,23 +107,6 @@ std::optional<ScaleGeometry> find_box(const ForwardProblem& p, const ScaleGeomet
     if (found) return found;
   }
   return std::nullopt;
-}
-
-// Threads side by side over `vectors` vectors of a row: at least a warp's worth where there are so
-// many, so that a warp reads in one piece, and as many as leave the fewest idle.
-int threads_along(int64_t vectors) {
-  int best = 1;
-  double best_share = 0;
-  const auto most = static_cast<int>(std::min<int64_t>(vectors, kThreads));
-  for (int threads = std::min(most, 32); threads <= most; ++threads) {
-    const double covered =
-        static_cast<double>(vectors) / static_cast<double>(ceil_div(vectors, threads) * threads);
-    const double share = covered * (kThreads / threads * threads) / kThreads;
-    if (share < best_share) continue;
-    best = threads;
-    best_share = share;
-  }
-  return best;
 }
 
 [[noreturn]] void fail(const ForwardProblem& p, const DeviceLimits& device) {
@@ -169,6 +143,32 @@ void set_chunk(ScaleGeometry& g, const ForwardProblem& p, int64_t samples, int m
 
 }  // namespace
 
+int threads_along(int64_t vectors) {
+  int best = 1;
+  double best_share = 0;
+  const auto most = static_cast<int>(std::min<int64_t>(vectors, kThreads));
+  for (int threads = std::min(most, 32); threads <= most; ++threads) {
+    const double covered =
+        static_cast<double>(vectors) / static_cast<double>(ceil_div(vectors, threads) * threads);
+    const double share = covered * (kThreads / threads * threads) / kThreads;
+    if (share < best_share) continue;
+    best = threads;
+    best_share = share;
+  }
+  return best;
+}
+
+ScaleGeometry find_box(const ForwardProblem& p, ScaleGeometry g, int64_t samples,
+                       int64_t most_chunks, const DeviceLimits& device, const SharedOfBox& needed) {
+  auto found = search(p, g, samples, most_chunks, device, needed);
+  if (!found && g.access != Access::kScalar) {
+    g.access = Access::kScalar;  // the boxes whose vectors lie in one piece are all too large
+    found = search(p, g, samples, most_chunks, device, needed);
+  }
+  if (!found) fail(p, device);
+  return *found;
+}
+
 ScaleGeometry plan_last_pass(const ForwardProblem& p, int64_t samples, int map_splits,
                              const DeviceLimits& device) {
   const Shape& s = p.shape;
@@ -180,13 +180,12 @@ ScaleGeometry plan_last_pass(const ForwardProblem& p, int64_t samples, int map_s
   ScaleGeometry g{};
   g.access = in.access == out.access ? in.access : Access::kScalar;
   g.chunk = static_cast<int>(std::min(s.channels, kMostChannels));  // what room they may need
-  auto boxed = find_box(p, g, samples, most_chunks, device);
-  if (!boxed && g.access != Access::kScalar) {
-    g.access = Access::kScalar;  // the boxes whose vectors lie in one piece are all too large
-    boxed = find_box(p, g, samples, most_chunks, device);
-  }
-  if (!boxed) fail(p, device);
-  g = *boxed;
+  g = find_box(p, g, samples, most_chunks, device, [&](const ScaleGeometry& box) {
+    return p.dtype == DType::kFloat64 ? shared_bytes<ScaleShared<double>>(
+                                            box, s.kernel_depth, s.kernel_height, s.kernel_width)
+                                      : shared_bytes<ScaleShared<float>>(
+                                            box, s.kernel_depth, s.kernel_height, s.kernel_width);
+  });
   const bool packed = g.access == Access::kPacked;
   g.period = in.period;
   g.row_group = packed ? in.row_group : 1;

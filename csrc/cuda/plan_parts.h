@@ -2,7 +2,9 @@
 // how many blocks fill a device.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <functional>
 
 #include "plan.h"
 
@@ -27,6 +29,8 @@ struct ColumnAccess {
   int period, row_group = 1;
 
   ColumnAccess(const View& view, int vector);
+  // Of one load.
+  int elements(int vector) const { return access == Access::kScalar ? 1 : vector; }
 };
 
 // How small the pieces of a launch may get where there are few blocks. Every piece has a price:
@@ -53,6 +57,41 @@ int64_t shared_bytes(const Arguments&... arguments) {
   Shared(carver, arguments...);
   return static_cast<int64_t>(carver.bytes());
 }
+
+// Threads side by side over `vectors` vectors of a row: at least a warp's worth where there are so
+// many, so that a warp reads in one piece, and as many as leave the fewest idle.
+int threads_along(int64_t vectors);
+
+// The best box of pixels for `g`, whose access says what a box must look like, without asking for
+// more shared memory than a launch has anyway where that is possible; `needed` tells what a box
+// takes. As many chunks of channels will be made as `most_chunks`. Throws std::invalid_argument
+// where no box fits, with vectors or without.
+using SharedOfBox = std::function<int64_t(const ScaleGeometry&)>;
+ScaleGeometry find_box(const ForwardProblem& p, ScaleGeometry g, int64_t samples,
+                       int64_t most_chunks, const DeviceLimits& device, const SharedOfBox& needed);
+
+// How samples are grouped where `tensors` tensors of x's size are read, `rereads` of the readings
+// could come from the cache, and a group takes `launches` launches.
+Group group_samples(const ForwardProblem& p, const DeviceLimits& device, int tensors, int rereads,
+                    int launches);
+
+// The most samples whose launches, of at most so many blocks a sample, a grid can count.
+int64_t most_samples(int64_t blocks_per_sample);
+
+// Sets splits and span (of ReductionGeometry and TileGeometry) so that there are enough blocks,
+// parts are no shorter than `shortest`, no longer than `longest`, and start on multiples of
+// `multiple`.
+template <class Geometry>
+void split(Geometry& g, int64_t count, int64_t blocks, int64_t wanted, int64_t shortest,
+           int64_t longest, int64_t multiple) {
+  const int64_t most = std::max<int64_t>(1, count / shortest);
+  const int64_t splits =
+      std::max(std::min(ceil_div(wanted, blocks), most), ceil_div(count, longest));
+  g.span = static_cast<int>(ceil_div(ceil_div(count, splits), multiple) * multiple);
+  g.splits = static_cast<int>(ceil_div(count, g.span));
+}
+
+inline int64_t padded(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
 
 // plan_last_pass.cpp
 ScaleGeometry plan_last_pass(const ForwardProblem& p, int64_t samples, int map_splits,

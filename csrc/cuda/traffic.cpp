@@ -88,6 +88,97 @@ Traffic of_scale(const ForwardPlan& plan, const ForwardProblem& p, const Sizes& 
   return t;
 }
 
+// What a pass over tiles reads beside x: `per_row` bytes for each row and `per_col` for each column
+// of every block.
+int64_t beside_tiles(const TileGeometry& g, int64_t samples, int64_t rows, int64_t cols,
+                     int64_t per_row, int64_t per_col) {
+  return samples * (rows * per_row * g.tiles + cols * per_col * g.splits);
+}
+
+Traffic of_cross(const BackwardPlan& plan, const BackwardProblem& p, const Sizes& n) {
+  const bool first = p.strides.channels_first();
+  const int64_t rows = first ? n.channels : n.pixels, cols = first ? n.pixels : n.channels;
+  Traffic t;
+  t.x_read = 2 * n.x;
+  t.small_read = beside_tiles(plan.cross, n.samples, rows, cols, n.acc, n.acc);
+  t.small_written = t.small_read;  // a sum for every factor
+  return t;
+}
+
+Traffic of_stencil(const BackwardPlan& plan, const BackwardProblem& p, const Sizes& n) {
+  const ScaleGeometry& g = plan.stencil;
+  const Shape& s = p.shape;
+  const int64_t parts = p.strides.channels_first() ? plan.cross.splits : plan.cross.tiles;
+  const int64_t staged = read_with_halo(s.depth, g.box_depth, s.kernel_depth) *
+                         read_with_halo(s.height, g.box_height, s.kernel_height) *
+                         read_with_halo(s.width, g.box_width, s.kernel_width);
+  const int64_t boxes = n.samples * g.boxes();
+  const bool conv = p.gradients.conv();
+  Traffic t;
+  t.small_read =
+      n.samples * staged *
+          (n.acc * (parts + 1 + (p.d_spatial_gate ? 1 : 0)) + (conv ? 2 * bytes_of(p.dtype) : 0)) +
+      boxes * 2 * s.taps() * n.weight;
+  t.small_written =
+      n.samples * 2 * n.pixels * n.acc + (conv ? boxes * (2 * s.taps() + 1) * n.acc : 0);
+  return t;
+}
+
+Traffic of_terms(const BackwardPlan& plan, const BackwardProblem& p, const Sizes& n) {
+  const bool first = p.strides.channels_first();
+  const TileGeometry& g = plan.terms;
+  Traffic t;
+  t.x_read = n.x;
+  t.small_read = n.samples * n.pixels * (2 * n.acc + 4) * (first ? g.splits : g.tiles);
+  t.small_written = n.samples * n.channels * n.acc * (first ? g.tiles : g.splits);
+  return t;
+}
+
+Traffic of_gate_backward(const BackwardPlan& plan, const BackwardProblem& p, const Sizes& n) {
+  const bool first = p.strides.channels_first();
+  const int64_t parts =
+      first ? plan.cross.tiles + plan.terms.tiles : plan.cross.splits + plan.terms.splits;
+  const int64_t tiles = ceil_div(n.hidden, kBackwardUnits);
+  Traffic t;
+  t.weights_read = n.walks * n.weight * n.hidden * n.channels;
+  t.small_read = n.samples * n.acc *
+                 (tiles * n.channels * (parts + 1 + (p.d_channel_gate ? 1 : 0)) + 2 * n.hidden);
+  t.small_written = n.samples * n.acc * (n.channels + 2 * n.hidden);
+  return t;
+}
+
+Traffic of_hidden_backward(const Sizes& n) {
+  Traffic t;
+  t.weights_read = n.walks * n.weight * n.hidden * n.channels;
+  t.small_read = n.samples * ceil_div(n.channels, kGateChannels) * 2 * n.hidden * n.acc;
+  t.small_written = n.samples * 2 * n.channels * n.acc;
+  return t;
+}
+
+Traffic of_input(const BackwardPlan& plan, const BackwardProblem& p, const Sizes& n) {
+  const bool first = p.strides.channels_first();
+  const int64_t rows = first ? n.channels : n.pixels, cols = first ? n.pixels : n.channels;
+  const int64_t each = 3 * n.acc + 4;
+  Traffic t;
+  t.x_read = n.x;
+  t.out_written = n.x;
+  t.small_read = beside_tiles(plan.input, n.samples, rows, cols, each, each);
+  return t;
+}
+
+template <class Plan, class Problem>
+Traffic of_all_groups(const Plan& plan, const Problem& p) {
+  Traffic full, rest;
+  for (const Stage& stage : stages(plan, p, plan.group.samples)) full += stage.traffic;
+  for (const Stage& stage : stages(plan, p, p.shape.samples % plan.group.samples))
+    rest += stage.traffic;
+  const int64_t groups = p.shape.samples / plan.group.samples;
+  return {groups * full.x_read + rest.x_read, groups * full.out_written + rest.out_written,
+          groups * full.weights_read + rest.weights_read,
+          groups * full.small_read + rest.small_read,
+          groups * full.small_written + rest.small_written};
+}
+
 }  // namespace
 
 Traffic& Traffic::operator+=(const Traffic& other) {
@@ -111,21 +202,34 @@ std::vector<Stage> stages(const ForwardPlan& plan, const ForwardProblem& p, int6
   };
 }
 
-Traffic traffic(const ForwardPlan& plan, const ForwardProblem& p) {
-  Traffic full, rest;
-  for (const Stage& stage : stages(plan, p, plan.group.samples)) full += stage.traffic;
-  for (const Stage& stage : stages(plan, p, p.shape.samples % plan.group.samples))
-    rest += stage.traffic;
-  const int64_t groups = p.shape.samples / plan.group.samples;
-  return {groups * full.x_read + rest.x_read, groups * full.out_written + rest.out_written,
-          groups * full.weights_read + rest.weights_read,
-          groups * full.small_read + rest.small_read,
-          groups * full.small_written + rest.small_written};
+std::vector<Stage> stages(const BackwardPlan& plan, const BackwardProblem& p, int64_t samples) {
+  const Sizes n(p, samples);
+  const BackwardGrids g = grids(plan, p, samples);
+  std::vector<Stage> launched = {
+      {"sums of dout * x", g.cross, of_cross(plan, p, n)},
+      {"stencil", g.stencil, of_stencil(plan, p, n)},
+  };
+  if (!p.gradients.x && !p.gradients.mlp()) return launched;
+  launched.push_back({"map terms", g.terms, of_terms(plan, p, n)});
+  launched.push_back({"channel gate", g.gate, of_gate_backward(plan, p, n)});
+  if (!p.gradients.x) return launched;
+  launched.push_back({"hidden layer", g.hidden, of_hidden_backward(n)});
+  launched.push_back({"dx", g.input, of_input(plan, p, n)});
+  return launched;
+}
+
+Traffic traffic(const ForwardPlan& plan, const ForwardProblem& p) { return of_all_groups(plan, p); }
+Traffic traffic(const BackwardPlan& plan, const BackwardProblem& p) {
+  return of_all_groups(plan, p);
 }
 
 int64_t device_memory_bytes(const ForwardPlan& plan, const ForwardProblem& p) {
   const Traffic t = traffic(plan, p);
   return (plan.group.in_cache ? t.x_read / 3 : t.x_read) + t.out_written;
+}
+int64_t device_memory_bytes(const BackwardPlan& plan, const BackwardProblem& p) {
+  const Traffic t = traffic(plan, p);
+  return (plan.group.in_cache ? t.x_read / 2 : t.x_read) + t.out_written;
 }
 
 }  // namespace cbam::cuda

@@ -30,9 +30,11 @@ __device__ __forceinline__ void gather_columns(const Reduction& r, const T* x, i
 #pragma unroll
     for (int i = 0; i < kCount; ++i) row_of[i] = (v * kCount + i) / r.x.cols;
   }
-  for_batches<kCount, T>(
+  for_batches(
       start, rows, step,
-      [&](int row) { return x + (first + row) * r.x.row_stride + int64_t{v} * kCount; },
+      [&](int row) {
+        return load<kCount>(x + (first + row) * r.x.row_stride + int64_t{v} * kCount);
+      },
       [&](int row, const Raw<T, kCount>& raw) {
         const auto pack = widen(raw);
 #pragma unroll
@@ -117,15 +119,10 @@ void reduce_columns(DType dtype, const Reduction& r, const Grid& grid, Stream st
       with_bool(r.out.argmax != nullptr, [&](auto argmax) {
         using T = typename decltype(storage)::type;
         constexpr bool kScaled = decltype(scaled)::value, kArgmax = decltype(argmax)::value;
-        const auto run = [&](auto kernel) { launch("reduce_columns", kernel, grid, stream, r); };
-        switch (r.geometry.access) {
-          case Access::kScalar:
-            return run(reduce_columns_kernel<T, Access::kScalar, kScaled, kArgmax>);
-          case Access::kVector:
-            return run(reduce_columns_kernel<T, Access::kVector, kScaled, kArgmax>);
-          case Access::kPacked:
-            return run(reduce_columns_kernel<T, Access::kPacked, kScaled, kArgmax>);
-        }
+        with_access(r.geometry.access, [&](auto access) {
+          launch("reduce_columns", reduce_columns_kernel<T, access.value, kScaled, kArgmax>, grid,
+                 stream, r);
+        });
       });
     });
   });

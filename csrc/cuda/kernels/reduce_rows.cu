@@ -30,8 +30,8 @@ __device__ __forceinline__ void gather_row(const T* row, int count, int first,
   const int head = to_boundary < count ? to_boundary : count;
   const int vectors = (count - head) / kCount;
   if (lane < head) add(widen(row[lane]), lane);
-  for_batches<kCount, T>(
-      lane, vectors, kLanes, [&](int v) { return row + head + v * kCount; },
+  for_batches(
+      lane, vectors, kLanes, [&](int v) { return load<kCount>(row + head + v * kCount); },
       [&](int v, const Raw<T, kCount>& raw) {
         const int c = head + v * kCount;
         auto pack = widen(raw);

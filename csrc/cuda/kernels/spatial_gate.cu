@@ -199,9 +199,9 @@ __device__ __forceinline__ void scale(const SpatialGate& p, const ScaleBlock& bl
     const auto start = [&](int row, int64_t stride) {
       return (kChannelsFirst ? block.first_channel + row : shared.pixel[row]) * stride + col;
     };
-    for_batches<kCount, T>(
+    for_batches(
         below * group, rows, threads_below * group,
-        [&](int row) { return x + start(row, p.x.row_stride); },
+        [&](int row) { return load<kCount>(x + start(row, p.x.row_stride)); },
         [&](int row, const Raw<T, kCount>& raw) {
           auto pack = widen(raw);
 #pragma unroll
@@ -238,12 +238,9 @@ void spatial_gate(DType dtype, const SpatialGate& p, const Grid& grid, Stream st
     with_bool(p.channels_first, [&](auto channels_first) {
       using T = typename decltype(storage)::type;
       constexpr bool kFirst = decltype(channels_first)::value;
-      const auto run = [&](auto kernel) { launch("spatial_gate", kernel, grid, stream, p); };
-      switch (p.geometry.access) {
-        case Access::kScalar: return run(spatial_gate_kernel<T, Access::kScalar, kFirst>);
-        case Access::kVector: return run(spatial_gate_kernel<T, Access::kVector, kFirst>);
-        case Access::kPacked: return run(spatial_gate_kernel<T, Access::kPacked, kFirst>);
-      }
+      with_access(p.geometry.access, [&](auto access) {
+        launch("spatial_gate", spatial_gate_kernel<T, access.value, kFirst>, grid, stream, p);
+      });
     });
   });
 }

@@ -50,26 +50,24 @@ __device__ __forceinline__ Pack<T, kCount> widen(const Raw<T, kCount>& raw) {
   return pack;
 }
 
-// Loads in flight for each thread.
-constexpr int kBatch = 4;
-
-// Calls body(index, raw) for index = first, first + step, ... below `end`; at(index) is the address
-// to load from. kBatch loads are under way before the first is used; the condition of the loop
-// alone stands between them, or the compiler would wait for one after the other.
-template <int kCount, class T, class At, class Body>
-__device__ __forceinline__ void for_batches(int first, int end, int step, At at, Body body) {
+// Calls body(index, load(index)) for index = first, first + step, ... below `end`. kBatch loads are
+// under way before the first is used; the condition of the loop alone stands between them, or the
+// compiler would wait for one after the other.
+template <int kBatch = 4, class Load, class Body>
+__device__ __forceinline__ void for_batches(int first, int end, int step, Load load, Body body) {
+  using Loaded = decltype(load(0));
   int index = first;
   for (; index + (kBatch - 1) * step < end; index += kBatch * step) {
-    Raw<T, kCount> raw[kBatch];
+    Loaded loaded[kBatch];
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) raw[b] = load<kCount, T>(at(index + b * step));
+    for (int b = 0; b < kBatch; ++b) loaded[b] = load(index + b * step);
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) body(index + b * step, raw[b]);
+    for (int b = 0; b < kBatch; ++b) body(index + b * step, loaded[b]);
   }
-  Raw<T, kCount> rest[kBatch - 1];
+  Loaded rest[kBatch - 1];
 #pragma unroll
   for (int b = 0; b < kBatch - 1; ++b)
-    if (index + b * step < end) rest[b] = load<kCount, T>(at(index + b * step));
+    if (index + b * step < end) rest[b] = load(index + b * step);
 #pragma unroll
   for (int b = 0; b < kBatch - 1; ++b)
     if (index + b * step < end) body(index + b * step, rest[b]);

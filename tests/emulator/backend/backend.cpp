@@ -6,7 +6,9 @@
 #include <string>
 
 #include "../emulator.h"
+#include "cuda/backward.h"
 #include "cuda/forward.h"
+#include "cuda/weight_gradients.h"
 #include "ops.h"
 
 namespace cbam {
@@ -58,16 +60,18 @@ void watch_weights(const Watched& watched, const ForwardProblem& p) {
   watched.read("conv_weights", w.conv_bias, size);
 }
 
-void watch_saved(const Watched& watched, const ForwardProblem& p) {
+// What the forward writes and the backward reads.
+template <class Watch>
+void watch_saved(const ForwardProblem& p, Watch watch) {
   const Shape& s = p.shape;
   const int64_t n = s.samples, acc = bytes_of_accumulator(p.dtype);
-  watched.write("channel_gate", p.saved.channel_gate, n * s.channels * acc);
-  watched.write("pooled", p.saved.pooled, n * 2 * s.channels * acc);
-  watched.write("hidden", p.saved.hidden, n * 2 * s.hidden * acc);
-  watched.write("spatial_gate", p.saved.spatial_gate, n * s.pixels() * acc);
-  watched.write("maps", p.saved.maps, n * 2 * s.pixels() * bytes_of(p.dtype));
-  watched.write("pixel_argmax", p.saved.pixel_argmax, n * s.channels * 4);
-  watched.write("channel_argmax", p.saved.channel_argmax, n * s.pixels() * 4);
+  watch("channel_gate", p.saved.channel_gate, n * s.channels * acc);
+  watch("pooled", p.saved.pooled, n * 2 * s.channels * acc);
+  watch("hidden", p.saved.hidden, n * 2 * s.hidden * acc);
+  watch("spatial_gate", p.saved.spatial_gate, n * s.pixels() * acc);
+  watch("maps", p.saved.maps, n * 2 * s.pixels() * bytes_of(p.dtype));
+  watch("pixel_argmax", p.saved.pixel_argmax, n * s.channels * 4);
+  watch("channel_argmax", p.saved.channel_argmax, n * s.pixels() * 4);
 }
 
 struct Emulated {
@@ -83,8 +87,39 @@ struct Emulated {
     watched.write("out", p.out, extent(p, p.out_strides));
     watched.write("scratch", memory.mutable_data_ptr(), bytes);
     watch_weights(watched, p);
-    watch_saved(watched, p);
+    watch_saved(
+        p, [&](const char* name, void* data, int64_t size) { watched.write(name, data, size); });
     cuda::forward(p, plan, memory.mutable_data_ptr(), nullptr);
+  }
+  static void backward(const BackwardProblem& p, const Tensor& x) {
+    cuda::WeightSums sums{};
+    Tensor memory;
+    if (p.shape.samples > 0) {
+      const cuda::BackwardPlan plan = cuda::plan(p, device());
+      const int64_t bytes = cuda::scratch(plan, p).total();
+      memory = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+      sums = run_backward(p, plan, memory.mutable_data_ptr(), bytes);
+    }
+    cuda::weight_gradients(p, sums, x.device(), accumulator_of(x));
+  }
+
+ private:
+  static cuda::WeightSums run_backward(const BackwardProblem& p, const cuda::BackwardPlan& plan,
+                                       void* memory, int64_t bytes) {
+    const Watched watched;
+    const Shape& s = p.shape;
+    const int64_t acc = bytes_of_accumulator(p.dtype);
+    watched.read("x", p.x, extent(p, p.strides));
+    watched.read("dout", p.dout, extent(p, p.dout_strides));
+    if (p.gradients.x) watched.write("dx", p.gradients.x, extent(p, p.dx_strides));
+    watched.write("scratch", memory, bytes);
+    watched.read("d_channel_gate", p.d_channel_gate, s.samples * s.channels * acc);
+    watched.read("d_spatial_gate", p.d_spatial_gate, s.samples * s.pixels() * acc);
+    watch_weights(watched, p);
+    watch_saved(p, [&](const char* name, const void* data, int64_t size) {
+      watched.read(name, data, size);
+    });
+    return cuda::backward(p, plan, memory, nullptr);
   }
 };
 
@@ -96,6 +131,7 @@ STABLE_TORCH_LIBRARY(cbam_cuda_emulated, m) { CBAM_DEFINE_OPERATORS(m); }
 STABLE_TORCH_LIBRARY_IMPL(cbam_cuda_emulated, CPU, m) {
   m.impl("forward", TORCH_BOX(&cbam::forward<cbam::Emulated>));
   m.impl("forward_train", TORCH_BOX(&cbam::forward_train<cbam::Emulated>));
+  m.impl("backward", TORCH_BOX(&cbam::backward<cbam::Emulated>));
 }
 
 #pragma GCC visibility push(default)

@@ -1,0 +1,146 @@
+#include <algorithm>
+
+#include "backward.h"
+#include "samples.h"
+
+namespace cbam::cuda {
+namespace {
+
+// One group of samples: what its launches are handed.
+class BackwardGroup {
+ public:
+  BackwardGroup(const BackwardProblem& problem, const BackwardPlan& plan,
+                const BackwardScratch& bytes, void* scratch)
+      : p_(problem), plan_(plan), first_(problem.strides.channels_first()) {
+    ScratchParts parts(scratch);
+    const Sums rows{parts.take(bytes.cross_rows), plan.cross.tiles};
+    const Sums cols{parts.take(bytes.cross_cols), plan.cross.splits};
+    d_spatial_ = first_ ? cols : rows;
+    d_channel_ = first_ ? rows : cols;
+    d_maps_ = parts.take(bytes.d_maps);
+    terms_ = {parts.take(bytes.terms), first_ ? plan.terms.tiles : plan.terms.splits};
+    d_pooled_ = parts.take(bytes.d_pooled);
+  }
+
+  CrossSums cross_sums() const {
+    const Saved& s = p_.saved;
+    return {x(),
+            matrix_of(p_, p_.dout, p_.dout_strides),
+            first_ ? s.channel_gate : s.spatial_gate,
+            first_ ? s.spatial_gate : s.channel_gate,
+            plan_.cross,
+            first_ ? d_channel_ : d_spatial_,
+            first_ ? d_spatial_ : d_channel_};
+  }
+
+  Stencil stencil(void* d_conv) const {
+    const Shape& s = p_.shape;
+    Stencil g{};
+    g.channels = static_cast<int>(s.channels);
+    g.depth = static_cast<int>(s.depth);
+    g.height = static_cast<int>(s.height);
+    g.width = static_cast<int>(s.width);
+    g.kernel_depth = static_cast<int>(s.kernel_depth);
+    g.kernel_height = static_cast<int>(s.kernel_height);
+    g.kernel_width = static_cast<int>(s.kernel_width);
+    g.geometry = plan_.stencil;
+    g.d_spatial = d_spatial_;
+    g.d_spatial_gate = p_.d_spatial_gate;
+    g.spatial_gate = p_.saved.spatial_gate;
+    g.maps = p_.saved.maps;
+    g.weight_dtype = p_.weights.dtype;
+    g.conv_weight = p_.weights.conv_weight;
+    g.d_maps = d_maps_;
+    g.d_conv = d_conv;
+    return g;
+  }
+
+  MapTerms map_terms() const {
+    return {x(), first_, d_maps_, p_.saved.channel_argmax, plan_.terms, terms_};
+  }
+
+  ChannelGateBackward channel_gate(void* dm, void* d_hidden) const {
+    const Shape& s = p_.shape;
+    return {static_cast<int>(s.samples),
+            static_cast<int>(s.channels),
+            static_cast<int>(s.hidden),
+            s.pixels(),
+            p_.weights.dtype,
+            p_.weights.fc1_weight,
+            p_.weights.fc2_weight,
+            d_channel_,
+            terms_,
+            p_.d_channel_gate,
+            p_.saved.channel_gate,
+            p_.saved.hidden,
+            dm,
+            d_hidden,
+            d_pooled_};
+  }
+
+  InputGradient input_gradient() const {
+    const Saved& s = p_.saved;
+    return {matrix_of(p_, p_.dout, p_.dout_strides),
+            p_.gradients.x,
+            p_.dx_strides.sample,
+            first_ ? p_.dx_strides.channel : p_.dx_strides.pixel,
+            first_,
+            s.spatial_gate,
+            d_maps_,
+            s.channel_argmax,
+            s.channel_gate,
+            d_pooled_,
+            s.pixel_argmax,
+            plan_.input};
+  }
+
+ private:
+  Matrix x() const { return matrix_of(p_, p_.x, p_.strides); }
+
+  const BackwardProblem& p_;
+  const BackwardPlan& plan_;
+  bool first_;
+  Sums d_spatial_, d_channel_, terms_;
+  void* d_maps_;
+  void* d_pooled_;
+};
+
+}  // namespace
+
+WeightSums backward(const BackwardProblem& problem, const BackwardPlan& plan, void* memory,
+                    Stream stream) {
+  const Shape& s = problem.shape;
+  const BackwardScratch bytes = scratch(plan, problem);
+  const int64_t acc = bytes_of_accumulator(problem.dtype), boxes = plan.stencil.boxes();
+  ScratchParts parts(memory);
+  parts.take(bytes.total() - bytes.dm - bytes.d_hidden - bytes.d_conv);
+  WeightSums sums{};
+  sums.dm = parts.take(bytes.dm);
+  sums.d_hidden = parts.take(bytes.d_hidden);
+  sums.d_conv = parts.take(bytes.d_conv);
+  sums.boxes = boxes;
+  const bool channel = problem.gradients.x || problem.gradients.mlp();
+  for (int64_t first = 0; first < s.samples; first += plan.group.samples) {
+    const int64_t count = std::min(plan.group.samples, s.samples - first);
+    BackwardProblem part = problem;
+    select_samples(part, first, count);
+    const BackwardGroup group(part, plan, bytes, memory);
+    const BackwardGrids grid = grids(plan, part, count);
+    cross_sums(part.dtype, group.cross_sums(), grid.cross, stream);
+    stencil(part.dtype,
+            group.stencil(further(sums.d_conv, first * boxes * (2 * s.taps() + 1), acc)),
+            grid.stencil, stream);
+    if (!channel) continue;
+    map_terms(part.dtype, group.map_terms(), grid.terms, stream);
+    const ChannelGateBackward gate =
+        group.channel_gate(further(sums.dm, first * s.channels, acc),
+                           further(sums.d_hidden, first * 2 * s.hidden, acc));
+    gate_layer_backward(gate, grid.gate, stream);
+    if (!part.gradients.x) continue;
+    hidden_layer_backward(gate, grid.hidden, stream);
+    input_gradient(part.dtype, group.input_gradient(), grid.input, stream);
+  }
+  return sums;
+}
+
+}  // namespace cbam::cuda

@@ -1,0 +1,198 @@
+// What each kernel of the streaming backward is handed, the shared memory it takes, and its
+// launcher; as kernels.h for the forward. With p = dout * x, for every sample:
+//
+//   d_spatial[s]  = sum_c p * channel_gate[c]     q[c] = sum_s p * spatial_gate[s]       tile sums
+//   dz            = d_spatial * spatial_gate * (1 - spatial_gate)
+//   d_mean, d_max = convolution transposed (dz), d_mean over channels                    stencil
+//   d_channel[c]  = q[c] + sum_s x * (d_mean[s] + d_max[s] where c is s's maximum)       map terms
+//   dm            = d_channel * channel_gate * (1 - channel_gate), through the MLP: d_avg, d_top
+//   dx            = (dout * spatial_gate + d_mean + d_max where c is s's maximum) * channel_gate
+//                   + d_avg / S + d_top where s is c's maximum                           last pass
+#pragma once
+
+#include "kernels.h"
+
+namespace cbam::cuda {
+
+// Which part of a sample's matrix a block sums over: `tile` columns of `span` rows, `chunk` of
+// which are staged in shared memory at a time.
+struct TileGeometry {
+  Access access;
+  int row_group;  // 1 unless access is kPacked
+  int tiles, tile;
+  int splits, span;
+  int chunk;
+  int threads_along;  // threads side by side along a row of the tile; not for kPacked
+  bool reverse;
+
+  CBAM_INLINE_MEMBER int64_t blocks_per_sample() const { return int64_t{tiles} * splits; }
+};
+
+// Columns of a tile, at most: a lane keeps what belongs to its columns in registers.
+constexpr int kTileColumns = 256;
+
+template <class A>
+struct TileShared {
+  A* staged;              // [chunk, tile]
+  A* row_factor;          // [chunk]
+  A* row_extra;           // [chunk]; this and the next where pixels are rows of the map terms
+  int32_t* row_index;     // [chunk]
+  A* column_sums;         // [threads]
+  int32_t* column_index;  // [columns]
+
+  CBAM_INLINE_MEMBER TileShared(SharedCarver& carver, const TileGeometry& g)
+      : staged(carver.array<A>(int64_t{g.chunk} * g.tile, "staged")),
+        row_factor(carver.array<A>(g.chunk, "row_factor")),
+        row_extra(carver.array<A>(g.chunk, "row_extra")),
+        row_index(carver.array<int32_t>(g.chunk, "row_index")),
+        column_sums(carver.array<A>(kThreads, "column_sums")),
+        column_index(carver.array<int32_t>(kTileColumns, "column_index")) {}
+};
+
+// Sums in parts, to be added in their order: acc [samples, parts, count].
+struct Sums {
+  void* values;
+  int parts;
+};
+
+// cross_sums.cu: both sums of p in one reading of x and dout.
+struct CrossSums {
+  Matrix x, dout;
+  const void* row_factor;  // acc [samples, rows]
+  const void* col_factor;  // acc [samples, cols]
+  TileGeometry geometry;
+  Sums rows, cols;  // rows: geometry.tiles parts; cols: geometry.splits parts
+};
+void cross_sums(DType dtype, const CrossSums& p, const Grid& grid, Stream stream);
+
+// map_terms.cu: sum_s x * (d_mean[s] + d_max[s] where c is s's maximum).
+struct MapTerms {
+  Matrix x;
+  bool channels_first;
+  const void* d_maps;             // acc [samples, 2, pixels]
+  const int32_t* channel_argmax;  // [samples, pixels]
+  TileGeometry geometry;
+  Sums channels;  // tiles parts where channels come first, else splits
+};
+void map_terms(DType dtype, const MapTerms& p, const Grid& grid, Stream stream);
+
+// stencil.cu: from the sums for the spatial gate to the gradients of the maps and of the
+// convolution.
+struct Stencil {
+  int channels;
+  int depth, height, width;
+  int kernel_depth, kernel_height, kernel_width;
+  ScaleGeometry geometry;  // the boxes alone
+  Sums d_spatial;
+  const void* d_spatial_gate;  // acc [samples, pixels], or null: what else reached the gate
+  const void* spatial_gate;    // acc [samples, pixels]
+  const void* maps;            // x's dtype [samples, 2, pixels]
+  DType weight_dtype;
+  const void* conv_weight;  // [2, taps]
+  void* d_maps;             // acc [samples, 2, pixels]: d_mean / channels, d_max
+  void* d_conv;             // acc [samples * boxes, 2 * taps + 1], the bias last; or null
+};
+void stencil(DType dtype, const Stencil& p, const Grid& grid, Stream stream);
+
+template <class A>
+struct StencilShared {
+  A* dz;      // [box with its halo, rows padded]
+  A* maps;    // [2, box with its halo, rows padded], or null
+  A* weight;  // [2, taps]
+
+  CBAM_INLINE_MEMBER StencilShared(SharedCarver& carver, const ScaleGeometry& g, int kernel_depth,
+                                   int kernel_height, int kernel_width, bool conv)
+      : dz(carver.array<A>(staged(g, kernel_depth, kernel_height, kernel_width), "dz")),
+        maps(conv
+                 ? carver.array<A>(2 * staged(g, kernel_depth, kernel_height, kernel_width), "maps")
+                 : nullptr),
+        weight(
+            carver.array<A>(int64_t{2} * kernel_depth * kernel_height * kernel_width, "weight")) {}
+
+ private:
+  CBAM_INLINE_MEMBER static int64_t staged(const ScaleGeometry& g, int kd, int kh, int kw) {
+    return int64_t{1} * (g.box_depth + kd - 1) * (g.box_height + kh - 1) *
+           staged_width(g.box_width, kw);
+  }
+};
+
+// channel_gate_backward.cu: the MLP backwards, a launch for each layer.
+struct ChannelGateBackward {
+  int samples, channels, hidden_units;
+  int64_t pixels;
+  DType dtype;  // of the weights
+  const void* fc1_weight;
+  const void* fc2_weight;
+  Sums cross, terms;           // the parts of d_channel
+  const void* d_channel_gate;  // acc [samples, channels], or null: what else reached the gate
+  const void* channel_gate;    // acc [samples, channels]
+  const void* hidden;          // acc [samples, 2, hidden_units]
+  void* dm;                    // acc [samples, channels]
+  void* d_hidden;  // acc [samples, 2, hidden_units]: before the ReLU, of mean and of max
+  void* d_pooled;  // acc [samples, 2, channels]: d_avg / pixels, d_top
+};
+constexpr int kBackwardUnits = 32;  // hidden units of a block in the second layer's backward
+
+void gate_layer_backward(const ChannelGateBackward& p, const Grid& grid, Stream stream);
+void hidden_layer_backward(const ChannelGateBackward& p, const Grid& grid, Stream stream);
+
+template <class A>
+struct GateBackwardShared {
+  A* dm;       // [kSamplesPerWalk, kChannelChunk]
+  A* partial;  // [warps, kSamplesPerWalk, kBackwardUnits]
+
+  CBAM_INLINE_MEMBER explicit GateBackwardShared(SharedCarver& carver)
+      : dm(carver.array<A>(kSamplesPerWalk * kChannelChunk, "dm")),
+        partial(carver.array<A>(kThreads / 32 * kSamplesPerWalk * kBackwardUnits, "partial")) {}
+};
+
+template <class A>
+struct HiddenBackwardShared {
+  A* d_hidden;  // [2 * kSamplesPerWalk, kUnitChunk]
+
+  CBAM_INLINE_MEMBER explicit HiddenBackwardShared(SharedCarver& carver)
+      : d_hidden(carver.array<A>(2 * kSamplesPerWalk * kUnitChunk, "d_hidden")) {}
+};
+
+// input_gradient.cu: the last pass, dout -> dx.
+struct InputGradient {
+  Matrix dout;
+  void* dx;
+  int64_t dx_sample_stride, dx_row_stride;
+  bool channels_first;
+  const void* spatial_gate;       // acc [samples, pixels]
+  const void* d_maps;             // acc [samples, 2, pixels]
+  const int32_t* channel_argmax;  // [samples, pixels]
+  const void* channel_gate;       // acc [samples, channels]
+  const void* d_pooled;           // acc [samples, 2, channels]
+  const int32_t* pixel_argmax;    // [samples, channels]
+  TileGeometry geometry;
+};
+void input_gradient(DType dtype, const InputGradient& p, const Grid& grid, Stream stream);
+
+// What belongs to a pixel or a channel: a gate, what is added to every element, what is added where
+// the other one's index is `index`.
+template <class A>
+struct StagedTerms {
+  A* gate;
+  A* first;
+  A* second;
+  int32_t* index;
+
+  CBAM_INLINE_MEMBER StagedTerms(SharedCarver& carver, int count)
+      : gate(carver.array<A>(count, "gate")),
+        first(carver.array<A>(count, "first")),
+        second(carver.array<A>(count, "second")),
+        index(carver.array<int32_t>(count, "index")) {}
+};
+
+template <class A>
+struct InputGradientShared {
+  StagedTerms<A> rows;     // [span]
+  StagedTerms<A> columns;  // [tile]
+
+  CBAM_INLINE_MEMBER InputGradientShared(SharedCarver& carver, const TileGeometry& g)
+      : rows(carver, g.span), columns(carver, g.tile) {}
+};
+
+}  // namespace cbam::cuda

@@ -1,0 +1,159 @@
+#include <algorithm>
+
+#include "plan_parts.h"
+
+namespace cbam::cuda {
+namespace {
+
+// Values of a tile staged at a time, 16 KB in float32: several blocks share a multiprocessor.
+constexpr int64_t kStagedValues = 4096;
+constexpr int kMostChunk = 128;
+// Columns of a block of the last pass, and rows: what belongs to them stands in shared memory.
+constexpr int64_t kInputColumns = 1024, kInputRows = 512;
+constexpr int64_t kLongestSpan = 4096;
+// The stencil is content with this fraction of the blocks that a pass over x wants: larger boxes
+// have less halo.
+constexpr int64_t kStencilShare = 5;
+
+// How two tensors, given by their views, can be read together.
+ColumnAccess common_access(const View& a, const View& b, int vector) {
+  ColumnAccess access(a, vector);
+  const ColumnAccess other(b, vector);
+  if (access.access == other.access) return access;
+  access.access = Access::kScalar;
+  access.period = static_cast<int>(a.cols);
+  access.row_group = 1;
+  return access;
+}
+
+void set_scalar(ColumnAccess& access, const View& view) {
+  access.access = Access::kScalar;
+  access.period = static_cast<int>(view.cols);
+  access.row_group = 1;
+}
+
+// Tiles of equal width, of at most `most` columns and whole vectors.
+void set_tiles(TileGeometry& g, const ColumnAccess& access, int64_t cols, int64_t most,
+               int vector) {
+  const int elements = access.elements(vector);
+  g.access = access.access;
+  g.row_group = access.row_group;
+  if (g.access == Access::kPacked) {
+    g.tile = static_cast<int>(cols);
+    g.tiles = 1;
+    return;
+  }
+  const int64_t tile = ceil_div(cols, ceil_div(cols, most));
+  g.tile = static_cast<int>(ceil_div(tile, elements) * elements);
+  g.tiles = static_cast<int>(ceil_div(cols, g.tile));
+}
+
+// Sums over tiles of one tensor or of two.
+TileGeometry plan_sums(const BackwardProblem& p, const View& view, ColumnAccess access,
+                       int64_t samples, const DeviceLimits& device) {
+  const int vector = elements_per_vector(p.dtype);
+  if (access.access == Access::kPacked && view.cols > kTileColumns) set_scalar(access, view);
+  TileGeometry g{};
+  set_tiles(g, access, view.cols, kTileColumns, vector);
+  g.threads_along = g.access == Access::kPacked ? kThreads : g.tile / access.elements(vector);
+  const int64_t chunk = std::min<int64_t>(kMostChunk, kStagedValues / g.tile);
+  g.chunk = static_cast<int>(std::max<int64_t>(1, chunk / g.row_group) * g.row_group);
+  split(g, view.rows, samples * g.tiles, wanted_blocks(device), pieces_of(p, samples).shortest_part,
+        kLongestSpan, g.row_group);
+  return g;
+}
+
+TileGeometry plan_input(const BackwardProblem& p, const View& dout, const View& dx, int64_t samples,
+                        const DeviceLimits& device) {
+  const int vector = elements_per_vector(p.dtype);
+  const ColumnAccess access = common_access(dout, dx, vector);
+  TileGeometry g{};
+  set_tiles(g, access, dout.cols, kInputColumns, vector);
+  g.chunk = 0;
+  g.threads_along =
+      threads_along(g.access == Access::kPacked ? access.period : g.tile / access.elements(vector));
+  split(g, dout.rows, samples * g.tiles, wanted_blocks(device), pieces_of(p, samples).shortest_part,
+        kInputRows, g.row_group);
+  return g;
+}
+
+template <class A>
+int64_t stencil_bytes(const ScaleGeometry& g, const Shape& s, bool conv) {
+  return shared_bytes<StencilShared<A>>(g, s.kernel_depth, s.kernel_height, s.kernel_width, conv);
+}
+
+ScaleGeometry plan_stencil(const BackwardProblem& p, int64_t samples, const DeviceLimits& device) {
+  ScaleGeometry g{};
+  g.access = Access::kScalar;
+  g.chunk = g.chunks = g.row_group = g.threads_along = 1;
+  return find_box(p, g, samples, kStencilShare, device, [&](const ScaleGeometry& box) {
+    return p.dtype == DType::kFloat64 ? stencil_bytes<double>(box, p.shape, p.gradients.conv())
+                                      : stencil_bytes<float>(box, p.shape, p.gradients.conv());
+  });
+}
+
+template <class A>
+BackwardGrids grids_of(const BackwardPlan& plan, const BackwardProblem& p, int64_t samples) {
+  const Shape& s = p.shape;
+  const int64_t walks = ceil_div(samples, kSamplesPerWalk), limit = plan.shared_limit;
+  return {
+      {samples * plan.cross.blocks_per_sample(), kThreads, shared_bytes<TileShared<A>>(plan.cross),
+       limit},
+      {samples * plan.stencil.boxes(), kThreads,
+       stencil_bytes<A>(plan.stencil, s, p.gradients.conv()), limit},
+      {samples * plan.terms.blocks_per_sample(), kThreads, shared_bytes<TileShared<A>>(plan.terms),
+       limit},
+      {walks * ceil_div(s.hidden, kBackwardUnits), kThreads, shared_bytes<GateBackwardShared<A>>(),
+       limit},
+      {walks * ceil_div(s.channels, kGateChannels), kGateChannels,
+       shared_bytes<HiddenBackwardShared<A>>(), limit},
+      {samples * plan.input.blocks_per_sample(), kThreads,
+       shared_bytes<InputGradientShared<A>>(plan.input), limit},
+  };
+}
+
+}  // namespace
+
+BackwardPlan plan(const BackwardProblem& p, const DeviceLimits& device) {
+  const int vector = elements_per_vector(p.dtype);
+  const View x(p, p.strides, p.x), dout(p, p.dout_strides, p.dout);
+  BackwardPlan plan{};
+  plan.group = group_samples(p, device, 2, 2, 6);
+  const int64_t samples = plan.group.samples;
+  plan.cross = plan_sums(p, x, common_access(x, dout, vector), samples, device);
+  plan.stencil = plan_stencil(p, samples, device);
+  plan.terms = plan_sums(p, x, ColumnAccess(x, vector), samples, device);
+  plan.terms.reverse = true;  // starts with what the first pass read last
+  if (p.gradients.x)
+    plan.input = plan_input(p, dout, View(p, p.dx_strides, p.gradients.x), samples, device);
+  plan.shared_limit = device.shared_per_block;
+  const int64_t blocks =
+      std::max({plan.cross.blocks_per_sample(), plan.stencil.boxes(),
+                plan.terms.blocks_per_sample(), plan.input.blocks_per_sample(), int64_t{1}});
+  plan.group.samples = std::min(samples, most_samples(blocks));
+  return plan;
+}
+
+BackwardGrids grids(const BackwardPlan& plan, const BackwardProblem& p, int64_t samples) {
+  return p.dtype == DType::kFloat64 ? grids_of<double>(plan, p, samples)
+                                    : grids_of<float>(plan, p, samples);
+}
+
+BackwardScratch scratch(const BackwardPlan& plan, const BackwardProblem& p) {
+  const Shape& s = p.shape;
+  const bool first = p.strides.channels_first();
+  const int64_t acc = bytes_of_accumulator(p.dtype), samples = plan.group.samples;
+  const int64_t rows = first ? s.channels : s.pixels(), cols = first ? s.pixels() : s.channels;
+  const int64_t term_parts = first ? plan.terms.tiles : plan.terms.splits;
+  const int64_t conv = p.gradients.conv() ? s.samples * plan.stencil.boxes() : 0;
+  return {padded(samples * plan.cross.tiles * rows * acc),
+          padded(samples * plan.cross.splits * cols * acc),
+          padded(samples * 2 * s.pixels() * acc),
+          padded(samples * term_parts * s.channels * acc),
+          padded(samples * 2 * s.channels * acc),
+          padded(s.samples * s.channels * acc),
+          padded(s.samples * 2 * s.hidden * acc),
+          padded(conv * (2 * s.taps() + 1) * acc)};
+}
+
+}  // namespace cbam::cuda
