@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml cbam_cuda/version.py
 
-.PHONY: demo test bench lint build emulator gpu clean
+.PHONY: demo test bench lint build emulator mutate gpu clean
 .DELETE_ON_ERROR:
 
 ## Train on real digits with the plain and the fused block, and print the speed of both.
@@ -36,6 +36,10 @@ build: .venv/.built
 emulator: build
 	$(BIN)/python tests/emulator/build.py plain
 	ln -sf ../build/emulator/plain/libcbam_emulated.so cbam_cuda/_emulated.so
+
+## Breaks the CUDA kernels one line at a time: the emulator must notice every break.
+mutate: emulator
+	$(BIN)/python tests/mutate.py
 
 ## The acceptance run on the GPU of this machine: tests, compute-sanitizer, checks, timings.
 gpu: .venv/.ready

@@ -174,7 +174,8 @@ def _backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
     through these and none through the saved tensors.
     """
     needed = ctx.needs_input_grad[: 4 + _WEIGHTS]
-    with torch.enable_grad():
+    x = ctx.saved_tensors[3]
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         inputs = [_in_graph(t) for t in ctx.saved_tensors]
         incoming, variables = inputs[:3], inputs[3:]
         results = reference.cbam(*variables, return_attention=True)  # type: ignore[arg-type]

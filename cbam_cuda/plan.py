@@ -94,10 +94,16 @@ def render(found: dict[str, Any]) -> str:
         "",
         f"asked for: x {_bytes(traffic['x_read'])}, out {_bytes(traffic['out_written'])}, "
         f"weights of the MLP {_bytes(traffic['weights_read'])}, all else {_bytes(small)}",
+        *_sums(traffic),
         f"device memory: {_bytes(found['device_memory_bytes'])}, at "
         f"{device['bandwidth'] / 1e9:.0f} GB/s {found['seconds'] * 1e6:.1f} us",
     ]
     return "\n".join(lines)
+
+
+def _sums(traffic: dict[str, int]) -> list[str]:
+    read, written = traffic["sums_read"], traffic["sums_written"]
+    return [f"sums over the batch: {_bytes(read)} read, {_bytes(written)} written"] if read else []
 
 
 def _bytes(count: int) -> str:

@@ -70,7 +70,8 @@ cbam::cuda::DeviceLimits limits_of(const std::string& device) {
 py::dict traffic_dict(const cbam::cuda::Traffic& t) {
   return py::dict("x_read"_a = t.x_read, "out_written"_a = t.out_written,
                   "weights_read"_a = t.weights_read, "small_read"_a = t.small_read,
-                  "small_written"_a = t.small_written);
+                  "small_written"_a = t.small_written, "sums_read"_a = t.sums_read,
+                  "sums_written"_a = t.sums_written);
 }
 
 const char* name_of(cbam::cuda::Access access) {

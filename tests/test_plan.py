@@ -235,6 +235,17 @@ def test_shared_memory_is_asked_for_only_where_a_kernel_is_large():
     assert most(91) > 48 * 1024
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kernel_size", range(31, 80, 4))
+def test_what_a_device_can_run_forwards_it_can_run_backwards(kernel_size, dtype):
+    for device in ("T4", "RTX 3090"):
+        try:
+            plan([1, 8, 100, 100], dtype, device, kernel_size=kernel_size)
+        except ValueError:
+            continue
+        plan([1, 8, 100, 100], dtype, device, kernel_size=kernel_size, backward=True)
+
+
 def test_kernel_that_no_plan_can_take():
     with pytest.raises(
         ValueError, match=r"conv_weight: expected .* 65536 bytes .* T4, got 1x151x151"

@@ -37,12 +37,7 @@ class BackwardGroup {
     const Shape& s = p_.shape;
     Stencil g{};
     g.channels = static_cast<int>(s.channels);
-    g.depth = static_cast<int>(s.depth);
-    g.height = static_cast<int>(s.height);
-    g.width = static_cast<int>(s.width);
-    g.kernel_depth = static_cast<int>(s.kernel_depth);
-    g.kernel_height = static_cast<int>(s.kernel_height);
-    g.kernel_width = static_cast<int>(s.kernel_width);
+    g.space = space_of(s);
     g.geometry = plan_.stencil;
     g.d_spatial = d_spatial_;
     g.d_spatial_gate = p_.d_spatial_gate;
@@ -105,10 +100,41 @@ class BackwardGroup {
   void* d_pooled_;
 };
 
+// What the launches leave for the gradients of the weights, for all samples.
+struct WeightSums {
+  void* dm;        // acc [samples, channels]
+  void* d_hidden;  // acc [samples, 2, hidden]
+  void* d_conv;    // acc [samples * boxes, 2 * taps + 1], the bias last
+};
+
+// The batch's sums, once every group has been. Of an empty batch they are 0.
+void weight_gradients(const BackwardProblem& p, const BackwardPlan& plan, const WeightSums& sums,
+                      Stream stream) {
+  const Shape& s = p.shape;
+  const Gradients& g = p.gradients;
+  const WeightGrids grid = weight_grids(p);
+  const int n = static_cast<int>(s.samples), channels = static_cast<int>(s.channels),
+            hidden = static_cast<int>(s.hidden), taps = static_cast<int>(2 * s.taps());
+  const Vectors dm{sums.dm, channels, n, 1, channels};
+  const Vectors d_hidden{sums.d_hidden, hidden, 2 * n, 1, hidden};
+  const Vectors both_hidden{p.saved.hidden, int64_t{2} * hidden, n, 2, hidden};
+  const Vectors pooled{p.saved.pooled, channels, 2 * n, 1, channels};
+  if (g.fc1_weight) outer_sums(p.dtype, {d_hidden, pooled, g.fc1_weight}, grid.fc1, stream);
+  if (g.fc2_weight) outer_sums(p.dtype, {dm, both_hidden, g.fc2_weight}, grid.fc2, stream);
+  if (g.fc1_bias) vector_sums(p.dtype, {d_hidden, 1.0, g.fc1_bias}, grid.fc1_bias, stream);
+  // Once for each of the two pooled vectors.
+  if (g.fc2_bias) vector_sums(p.dtype, {dm, 2.0, g.fc2_bias}, grid.fc2_bias, stream);
+  const int boxes = static_cast<int>(s.samples * plan.stencil.boxes());
+  const void* bias = further(sums.d_conv, taps, bytes_of_accumulator(p.dtype));
+  const Vectors conv{sums.d_conv, taps + 1, boxes, 1, taps}, conv_bias{bias, taps + 1, boxes, 1, 1};
+  if (g.conv_weight) vector_sums(p.dtype, {conv, 1.0, g.conv_weight}, grid.conv, stream);
+  if (g.conv_bias) vector_sums(p.dtype, {conv_bias, 1.0, g.conv_bias}, grid.conv_bias, stream);
+}
+
 }  // namespace
 
-WeightSums backward(const BackwardProblem& problem, const BackwardPlan& plan, void* memory,
-                    Stream stream) {
+void backward(const BackwardProblem& problem, const BackwardPlan& plan, void* memory,
+              Stream stream) {
   const Shape& s = problem.shape;
   const BackwardScratch bytes = scratch(plan, problem);
   const int64_t acc = bytes_of_accumulator(problem.dtype), boxes = plan.stencil.boxes();
@@ -118,7 +144,6 @@ WeightSums backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
   sums.dm = parts.take(bytes.dm);
   sums.d_hidden = parts.take(bytes.d_hidden);
   sums.d_conv = parts.take(bytes.d_conv);
-  sums.boxes = boxes;
   const bool channel = problem.gradients.x || problem.gradients.mlp();
   for (int64_t first = 0; first < s.samples; first += plan.group.samples) {
     const int64_t count = std::min(plan.group.samples, s.samples - first);
@@ -140,7 +165,7 @@ WeightSums backward(const BackwardProblem& problem, const BackwardPlan& plan, vo
     hidden_layer_backward(gate, grid.hidden, stream);
     input_gradient(part.dtype, group.input_gradient(), grid.input, stream);
   }
-  return sums;
+  weight_gradients(problem, plan, sums, stream);
 }
 
 }  // namespace cbam::cuda

@@ -53,12 +53,7 @@ class ForwardGroup {
     g.out_sample_stride = p_.out_strides.sample;
     g.out_row_stride = g.channels_first ? p_.out_strides.channel : p_.out_strides.pixel;
     g.channels = static_cast<int>(s.channels);
-    g.depth = static_cast<int>(s.depth);
-    g.height = static_cast<int>(s.height);
-    g.width = static_cast<int>(s.width);
-    g.kernel_depth = static_cast<int>(s.kernel_depth);
-    g.kernel_height = static_cast<int>(s.kernel_height);
-    g.kernel_width = static_cast<int>(s.kernel_width);
+    g.space = space_of(s);
     g.geometry = plan_.scale;
     g.maps = maps_;
     g.channel_gate = p_.saved.channel_gate;

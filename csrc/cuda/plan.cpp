@@ -131,9 +131,8 @@ View::View(const ForwardProblem& p, const Strides& strides, const void* data) {
   rows = first ? p.shape.channels : p.shape.pixels();
   cols = first ? p.shape.pixels() : p.shape.channels;
   row_stride = rows == 1 ? cols : first ? strides.channel : strides.pixel;
-  sample_stride = strides.sample;
   aligned = reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
-            (p.shape.samples == 1 || sample_stride % elements_per_vector(p.dtype) == 0);
+            (p.shape.samples == 1 || strides.sample % elements_per_vector(p.dtype) == 0);
 }
 
 ColumnAccess::ColumnAccess(const View& view, int vector) : period(static_cast<int>(view.cols)) {

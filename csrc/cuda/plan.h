@@ -30,8 +30,9 @@ struct ForwardPlan {
 // fits into shared memory with its halo.
 ForwardPlan plan(const ForwardProblem& problem, const DeviceLimits& device);
 
-// Backward: x and dout are read twice each, dx written once, in six launches for each group; those
-// whose results nobody asked for are left out.
+// Backward: x and dout are read twice each, dx written once, in six launches for each group, and up
+// to six small ones that sum over the batch; those whose results nobody asked for are left out. The
+// plan of an empty batch has no groups.
 struct BackwardPlan {
   Group group;
   TileGeometry cross;     // both sums of dout * x
@@ -46,6 +47,12 @@ struct BackwardGrids {
   Grid cross, stencil, terms, gate, hidden, input;
 };
 BackwardGrids grids(const BackwardPlan& plan, const BackwardProblem& problem, int64_t samples);
+
+// The sums over the batch that make the gradients of the weights.
+struct WeightGrids {
+  Grid fc1, fc2, fc1_bias, fc2_bias, conv, conv_bias;
+};
+WeightGrids weight_grids(const BackwardProblem& problem);
 
 // Bytes of scratch memory, each part a multiple of 16: for a group, and from dm on for all samples.
 struct BackwardScratch {

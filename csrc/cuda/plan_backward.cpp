@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t kStagedValues = 4096;
 constexpr int kMostChunk = 128;
 // Columns of a block of the last pass, and rows: what belongs to them stands in shared memory.
-constexpr int64_t kInputColumns = 1024, kInputRows = 512;
+constexpr int64_t kInputColumns = 1024, kFewestInputColumns = 128, kInputRows = 512;
 constexpr int64_t kLongestSpan = 4096;
 // The stencil is content with this fraction of the blocks that a pass over x wants: larger boxes
 // have less halo.
@@ -35,7 +35,6 @@ void set_scalar(ColumnAccess& access, const View& view) {
 // Tiles of equal width, of at most `most` columns and whole vectors.
 void set_tiles(TileGeometry& g, const ColumnAccess& access, int64_t cols, int64_t most,
                int vector) {
-  const int elements = access.elements(vector);
   g.access = access.access;
   g.row_group = access.row_group;
   if (g.access == Access::kPacked) {
@@ -44,7 +43,7 @@ void set_tiles(TileGeometry& g, const ColumnAccess& access, int64_t cols, int64_
     return;
   }
   const int64_t tile = ceil_div(cols, ceil_div(cols, most));
-  g.tile = static_cast<int>(ceil_div(tile, elements) * elements);
+  g.tile = static_cast<int>(std::min(ceil_div(tile, vector) * vector, cols));
   g.tiles = static_cast<int>(ceil_div(cols, g.tile));
 }
 
@@ -58,7 +57,7 @@ TileGeometry plan_sums(const BackwardProblem& p, const View& view, ColumnAccess 
   g.threads_along = g.access == Access::kPacked ? kThreads : g.tile / access.elements(vector);
   const int64_t chunk = std::min<int64_t>(kMostChunk, kStagedValues / g.tile);
   g.chunk = static_cast<int>(std::max<int64_t>(1, chunk / g.row_group) * g.row_group);
-  split(g, view.rows, samples * g.tiles, wanted_blocks(device), pieces_of(p, samples).shortest_part,
+  split(g, view.rows, samples * g.tiles, wanted_blocks(device), pieces_of(p, samples).channels,
         kLongestSpan, g.row_group);
   return g;
 }
@@ -68,11 +67,14 @@ TileGeometry plan_input(const BackwardProblem& p, const View& dout, const View& 
   const int vector = elements_per_vector(p.dtype);
   const ColumnAccess access = common_access(dout, dx, vector);
   TileGeometry g{};
-  set_tiles(g, access, dout.cols, kInputColumns, vector);
+  int64_t most = kInputColumns;
+  while (most > kFewestInputColumns && samples * ceil_div(dout.cols, most) < wanted_blocks(device))
+    most /= 2;
+  set_tiles(g, access, dout.cols, most, vector);
   g.chunk = 0;
   g.threads_along =
       threads_along(g.access == Access::kPacked ? access.period : g.tile / access.elements(vector));
-  split(g, dout.rows, samples * g.tiles, wanted_blocks(device), pieces_of(p, samples).shortest_part,
+  split(g, dout.rows, samples * g.tiles, wanted_blocks(device), pieces_of(p, samples).channels,
         kInputRows, g.row_group);
   return g;
 }
@@ -118,6 +120,7 @@ BackwardPlan plan(const BackwardProblem& p, const DeviceLimits& device) {
   const int vector = elements_per_vector(p.dtype);
   const View x(p, p.strides, p.x), dout(p, p.dout_strides, p.dout);
   BackwardPlan plan{};
+  if (p.shape.samples == 0) return plan;
   plan.group = group_samples(p, device, 2, 2, 6);
   const int64_t samples = plan.group.samples;
   plan.cross = plan_sums(p, x, common_access(x, dout, vector), samples, device);
@@ -137,6 +140,23 @@ BackwardPlan plan(const BackwardProblem& p, const DeviceLimits& device) {
 BackwardGrids grids(const BackwardPlan& plan, const BackwardProblem& p, int64_t samples) {
   return p.dtype == DType::kFloat64 ? grids_of<double>(plan, p, samples)
                                     : grids_of<float>(plan, p, samples);
+}
+
+WeightGrids weight_grids(const BackwardProblem& p) {
+  const Shape& s = p.shape;
+  const bool wide = p.dtype == DType::kFloat64;
+  const int64_t outer_bytes =
+      wide ? shared_bytes<OuterShared<double>>() : shared_bytes<OuterShared<float>>();
+  const int64_t sum_bytes =
+      wide ? shared_bytes<VectorSumsShared<double>>() : shared_bytes<VectorSumsShared<float>>();
+  const int64_t tiles = ceil_div(s.hidden, kOuterTile) * ceil_div(s.channels, kOuterTile);
+  const auto sums = [&](int64_t length) { return Grid{ceil_div(length, 32), kThreads, sum_bytes}; };
+  return {{tiles, kThreads, outer_bytes},
+          {tiles, kThreads, outer_bytes},
+          sums(s.hidden),
+          sums(s.channels),
+          sums(2 * s.taps()),
+          sums(1)};
 }
 
 BackwardScratch scratch(const BackwardPlan& plan, const BackwardProblem& p) {

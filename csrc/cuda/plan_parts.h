@@ -18,7 +18,7 @@ inline int elements_per_vector(DType dtype) {
 
 // One tensor of x's size: channels x pixels where x's channels come first, else pixels x channels.
 struct View {
-  int64_t rows, cols, row_stride, sample_stride;
+  int64_t rows, cols, row_stride;
   bool aligned;  // every sample starts on a multiple of 16 bytes
 
   View(const ForwardProblem& p, const Strides& strides, const void* data);

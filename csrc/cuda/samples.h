@@ -44,6 +44,12 @@ inline void select_samples(BackwardProblem& p, int64_t first, int64_t count) {
   select_samples(static_cast<ForwardProblem&>(p), first, count);
 }
 
+inline Space space_of(const Shape& s) {
+  return {static_cast<int>(s.depth),         static_cast<int>(s.height),
+          static_cast<int>(s.width),         static_cast<int>(s.kernel_depth),
+          static_cast<int>(s.kernel_height), static_cast<int>(s.kernel_width)};
+}
+
 // A tensor of x's size as the kernels see it.
 inline Matrix matrix_of(const ForwardProblem& p, const void* data, const Strides& strides) {
   const bool first = p.strides.channels_first();

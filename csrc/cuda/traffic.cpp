@@ -166,6 +166,39 @@ Traffic of_input(const BackwardPlan& plan, const BackwardProblem& p, const Sizes
   return t;
 }
 
+// Of `rows` x `cols` outputs, summed over `count` vectors of each, of so many parts.
+Traffic of_outer(const void* gradient, int64_t rows, int64_t cols, int64_t row_vectors,
+                 int64_t col_vectors, int64_t acc) {
+  Traffic t;
+  if (!gradient) return t;
+  t.sums_read = acc * (rows * row_vectors * ceil_div(cols, kOuterTile) +
+                       cols * col_vectors * ceil_div(rows, kOuterTile));
+  t.sums_written = rows * cols * acc;
+  return t;
+}
+
+Traffic of_sum(const void* gradient, int64_t length, int64_t vectors, int64_t acc) {
+  Traffic t;
+  if (!gradient) return t;
+  t.sums_read = length * vectors * acc;
+  t.sums_written = length * acc;
+  return t;
+}
+
+Traffic of_weights(const BackwardPlan& plan, const BackwardProblem& p) {
+  const Shape& s = p.shape;
+  const Gradients& g = p.gradients;
+  const int64_t n = s.samples, acc = bytes_of_accumulator(p.dtype);
+  const int64_t boxes = n * plan.stencil.boxes();
+  Traffic t = of_outer(g.fc1_weight, s.hidden, s.channels, 2 * n, 2 * n, acc);
+  t += of_outer(g.fc2_weight, s.channels, s.hidden, n, 2 * n, acc);
+  t += of_sum(g.fc1_bias, s.hidden, 2 * n, acc);
+  t += of_sum(g.fc2_bias, s.channels, n, acc);
+  t += of_sum(g.conv_weight, 2 * s.taps(), boxes, acc);
+  t += of_sum(g.conv_bias, 1, boxes, acc);
+  return t;
+}
+
 template <class Plan, class Problem>
 Traffic of_all_groups(const Plan& plan, const Problem& p) {
   Traffic full, rest;
@@ -173,10 +206,13 @@ Traffic of_all_groups(const Plan& plan, const Problem& p) {
   for (const Stage& stage : stages(plan, p, p.shape.samples % plan.group.samples))
     rest += stage.traffic;
   const int64_t groups = p.shape.samples / plan.group.samples;
-  return {groups * full.x_read + rest.x_read, groups * full.out_written + rest.out_written,
-          groups * full.weights_read + rest.weights_read,
-          groups * full.small_read + rest.small_read,
-          groups * full.small_written + rest.small_written};
+  Traffic t = rest;
+  t.x_read += groups * full.x_read;
+  t.out_written += groups * full.out_written;
+  t.weights_read += groups * full.weights_read;
+  t.small_read += groups * full.small_read;
+  t.small_written += groups * full.small_written;
+  return t;
 }
 
 }  // namespace
@@ -187,6 +223,8 @@ Traffic& Traffic::operator+=(const Traffic& other) {
   weights_read += other.weights_read;
   small_read += other.small_read;
   small_written += other.small_written;
+  sums_read += other.sums_read;
+  sums_written += other.sums_written;
   return *this;
 }
 
@@ -220,7 +258,9 @@ std::vector<Stage> stages(const BackwardPlan& plan, const BackwardProblem& p, in
 
 Traffic traffic(const ForwardPlan& plan, const ForwardProblem& p) { return of_all_groups(plan, p); }
 Traffic traffic(const BackwardPlan& plan, const BackwardProblem& p) {
-  return of_all_groups(plan, p);
+  Traffic total = of_all_groups(plan, p);
+  total += of_weights(plan, p);
+  return total;
 }
 
 int64_t device_memory_bytes(const ForwardPlan& plan, const ForwardProblem& p) {
@@ -229,7 +269,8 @@ int64_t device_memory_bytes(const ForwardPlan& plan, const ForwardProblem& p) {
 }
 int64_t device_memory_bytes(const BackwardPlan& plan, const BackwardProblem& p) {
   const Traffic t = traffic(plan, p);
-  return (plan.group.in_cache ? t.x_read / 2 : t.x_read) + t.out_written;
+  const int64_t once = p.shape.samples * p.shape.channels * p.shape.pixels() * bytes_of(p.dtype);
+  return (plan.group.in_cache ? 2 * once : t.x_read) + t.out_written;
 }
 
 }  // namespace cbam::cuda

@@ -15,6 +15,8 @@ struct Traffic {
   int64_t weights_read = 0;  // of the MLP, biases included
   int64_t small_read = 0;    // pooled vectors, gates, maps, indices, weights of the convolution
   int64_t small_written = 0;
+  int64_t sums_read = 0;  // for the gradients of the weights, which are sums over the batch
+  int64_t sums_written = 0;
 
   Traffic& operator+=(const Traffic& other);
 };

@@ -21,8 +21,8 @@ struct TileGeometry {
   int row_group;  // 1 unless access is kPacked
   int tiles, tile;
   int splits, span;
-  int chunk;
-  int threads_along;  // threads side by side along a row of the tile; not for kPacked
+  int chunk;          // not for the last pass
+  int threads_along;  // threads side by side along a row of the tile
   bool reverse;
 
   CBAM_INLINE_MEMBER int64_t blocks_per_sample() const { return int64_t{tiles} * splits; }
@@ -80,8 +80,7 @@ void map_terms(DType dtype, const MapTerms& p, const Grid& grid, Stream stream);
 // convolution.
 struct Stencil {
   int channels;
-  int depth, height, width;
-  int kernel_depth, kernel_height, kernel_width;
+  Space space;
   ScaleGeometry geometry;  // the boxes alone
   Sums d_spatial;
   const void* d_spatial_gate;  // acc [samples, pixels], or null: what else reached the gate
@@ -96,16 +95,15 @@ void stencil(DType dtype, const Stencil& p, const Grid& grid, Stream stream);
 
 template <class A>
 struct StencilShared {
-  A* dz;      // [box with its halo, rows padded]
-  A* maps;    // [2, box with its halo, rows padded], or null
+  A* dz;   // [box with its halo, rows padded]
+  A* map;  // the same, one map at a time; empty where the convolution's gradients are not asked for
   A* weight;  // [2, taps]
 
   CBAM_INLINE_MEMBER StencilShared(SharedCarver& carver, const ScaleGeometry& g, int kernel_depth,
                                    int kernel_height, int kernel_width, bool conv)
       : dz(carver.array<A>(staged(g, kernel_depth, kernel_height, kernel_width), "dz")),
-        maps(conv
-                 ? carver.array<A>(2 * staged(g, kernel_depth, kernel_height, kernel_width), "maps")
-                 : nullptr),
+        map(carver.array<A>(conv ? staged(g, kernel_depth, kernel_height, kernel_width) : 0,
+                            "map")),
         weight(
             carver.array<A>(int64_t{2} * kernel_depth * kernel_height * kernel_width, "weight")) {}
 
@@ -193,6 +191,44 @@ struct InputGradientShared {
 
   CBAM_INLINE_MEMBER InputGradientShared(SharedCarver& carver, const TileGeometry& g)
       : rows(carver, g.span), columns(carver, g.tile) {}
+};
+
+// weight_gradients.cu: sums over the batch.
+struct Vectors {
+  const void* values;  // acc [count, parts, length]; the parts of a vector are added
+  int64_t pitch;       // elements from one vector to the next
+  int count, parts, length;
+};
+struct OuterSums {
+  Vectors a, b;  // as many of each
+  void* out;     // acc [a.length, b.length]
+};
+struct VectorSums {
+  Vectors a;  // of one part
+  double scale;
+  void* out;  // acc [length]
+};
+constexpr int kOuterTile = 32, kOuterDepth = 32;
+
+void outer_sums(DType dtype, const OuterSums& p, const Grid& grid, Stream stream);
+void vector_sums(DType dtype, const VectorSums& p, const Grid& grid, Stream stream);
+
+template <class A>
+struct OuterShared {
+  A* a;  // [kOuterDepth, kOuterTile]
+  A* b;
+
+  CBAM_INLINE_MEMBER explicit OuterShared(SharedCarver& carver)
+      : a(carver.array<A>(kOuterDepth * kOuterTile, "a")),
+        b(carver.array<A>(kOuterDepth * kOuterTile, "b")) {}
+};
+
+template <class A>
+struct VectorSumsShared {
+  A* sum;  // [threads]
+
+  CBAM_INLINE_MEMBER explicit VectorSumsShared(SharedCarver& carver)
+      : sum(carver.array<A>(kThreads, "sum")) {}
 };
 
 }  // namespace cbam::cuda

@@ -11,6 +11,26 @@ __device__ __forceinline__ int block_number(bool reverse) {
   return static_cast<int>(reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
 
+// A box of pixels, cut at the edges of the image. `number` counts boxes first, then samples.
+struct Box {
+  int64_t sample;
+  int z, y, x;  // of the first pixel
+  int depth, height, width;
+
+  __device__ __forceinline__ Box(const ScaleGeometry& g, const Space& s, int number) {
+    x = number % g.boxes_width * g.box_width;
+    number /= g.boxes_width;
+    y = number % g.boxes_height * g.box_height;
+    number /= g.boxes_height;
+    z = number % g.boxes_depth * g.box_depth;
+    sample = number / g.boxes_depth;
+    depth = min(g.box_depth, s.depth - z);
+    height = min(g.box_height, s.height - y);
+    width = min(g.box_width, s.width - x);
+  }
+  __device__ __forceinline__ int pixels() const { return depth * height * width; }
+};
+
 struct ReductionBlock {
   int64_t sample;
   int split, tile;

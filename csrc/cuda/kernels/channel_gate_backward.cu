@@ -5,7 +5,7 @@
 //   d_pooled[p] = W1^T d_hidden[p], the mean's divided by the pixels
 //
 // Both take kSamplesPerWalk samples at a time. The gradients of the weights are products of what
-// these leave with what the forward saved: csrc/cuda/weight_gradients.h.
+// these leave with what the forward saved: weight_gradients.cu.
 #include "../dispatch.cuh"
 #include "../launch.cuh"
 #include "tile_sums.cuh"
@@ -42,6 +42,7 @@ template <class W, class A>
 __global__ void __launch_bounds__(kThreads, 2)
     gate_layer_backward_kernel(const ChannelGateBackward p) {
   constexpr int kWarps = kThreads / 32;
+  static_assert(kWarps == kSamplesPerWalk, "a warp for each sample at the end");
   const int tiles = (p.hidden_units + kBackwardUnits - 1) / kBackwardUnits;
   const int tile = blockIdx.x % tiles;
   const int64_t first_sample = static_cast<int64_t>(blockIdx.x / tiles) * kSamplesPerWalk;
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int s = 0; s < kSamplesPerWalk; ++s)
     shared.partial[(warp * kSamplesPerWalk + s) * kBackwardUnits + lane] = sum[s];
   __syncthreads();
-  const int64_t n = first_sample + warp;  // a warp for each sample: there are as many
+  const int64_t n = first_sample + warp;
   if (unit >= p.hidden_units || n >= p.samples) return;
   A total = A(0);
   for (int w = 0; w < kWarps; ++w)

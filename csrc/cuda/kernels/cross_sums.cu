@@ -5,10 +5,12 @@
 // where the factors are the gates: one of the sums is the gradient of the spatial gate, the other
 // the first term of the channel gate's.
 //
-// grid    samples * splits * tiles blocks of 256 threads; a block takes `tile` columns of `span`
-// rows shared  `chunk` rows of products, the factors of its rows, a sum for each thread bytes reads
-// x and dout once, each factor once a block; writes acc for each row and tile, and for
-//         each column and split
+// grid    samples * splits * tiles blocks of 256 threads; a block takes `tile` columns, `span` rows
+//
+// shared  `chunk` rows of products, the factors of its rows, a sum for each thread
+//
+// bytes   reads x and dout once, each factor once a block; writes acc for each row and tile, and
+//         for each column and split
 #include "../dispatch.cuh"
 #include "../launch.cuh"
 #include "tile_sums.cuh"
@@ -64,15 +66,16 @@ __global__ void __launch_bounds__(kThreads, 2) cross_sums_kernel(const CrossSums
                                     load<kCount>(dout_chunk + loop.element(i, p.dout.row_stride))};
         },
         [&](int i, const RawPair<T, kCount>& raw) {
-          const auto a = widen(raw.x), b = widen(raw.dout);
-          A* to = shared.staged + loop.staged(i, block.cols);
+          auto product = widen(raw.x);
+          const auto dout_values = widen(raw.dout);
 #pragma unroll
-          for (int k = 0; k < kCount; ++k) to[k] = a.value[k] * b.value[k];
+          for (int k = 0; k < kCount; ++k) product.value[k] *= dout_values.value[k];
+          store_shared(shared.staged + loop.staged(i, block.cols), product.value);
         });
     for (int r = threadIdx.x; r < rows; r += kThreads) shared.row_factor[r] = row_factor[done + r];
     __syncthreads();
     sum_rows(
-        shared.staged, rows, block.cols, [&](int, int k, int) { return factor[k]; },
+        shared.staged, rows, block.cols, [&](int, int k) { return factor[k]; },
         [&](int row, A sum) { row_sums[done + row] = sum; });
     sum_column(
         shared.staged, rows, block.cols, own, [&](int row) { return shared.row_factor[row]; },

@@ -5,9 +5,11 @@
 //
 // d_mean and d_avg are already divided by the channels and the pixels.
 //
-// grid    samples * splits * tiles blocks of 256 threads; a block takes `tile` columns of `span`
-// rows shared  what belongs to its rows and columns, 3 * acc + 4 for each bytes   reads dout once,
-// writes dx once; 3 * acc + 4 for each row and column of a block
+// grid    samples * splits * tiles blocks of 256 threads; a block takes `tile` columns, `span` rows
+//
+// shared  what belongs to its rows and columns, 3 * acc + 4 for each
+//
+// bytes   reads dout once, writes dx once; 3 * acc + 4 for each row and column of a block
 #include "../dispatch.cuh"
 #include "../launch.cuh"
 #include "tile_sums.cuh"

@@ -175,6 +175,15 @@ struct ScaleGeometry {
   }
 };
 
+// The extents of an image and of the convolution's kernel.
+struct Space {
+  int depth, height, width;
+  int kernel_depth, kernel_height, kernel_width;
+
+  CBAM_INLINE_MEMBER int pixels() const { return depth * height * width; }
+  CBAM_INLINE_MEMBER int taps() const { return kernel_depth * kernel_height * kernel_width; }
+};
+
 // spatial_gate.cu: sigmoid(conv(maps) + bias), and out = x * channel_gate * spatial_gate.
 struct SpatialGate {
   Matrix x;
@@ -182,8 +191,7 @@ struct SpatialGate {
   int64_t out_sample_stride, out_row_stride;
   bool channels_first;
   int channels;
-  int depth, height, width;
-  int kernel_depth, kernel_height, kernel_width;
+  Space space;
   ScaleGeometry geometry;
   Parts maps;
   const void* channel_gate;  // acc [samples, channels]

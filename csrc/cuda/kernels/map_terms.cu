@@ -4,9 +4,11 @@
 //
 // d_mean here is the gradient of the mean map divided by the number of channels.
 //
-// grid    samples * splits * tiles blocks of 256 threads; a block takes `tile` columns of `span`
-// rows shared  `chunk` rows of x, what belongs to its pixels bytes   reads x once, 2 * acc + 4 for
-// each pixel of a block; writes acc for each channel and part
+// grid    samples * splits * tiles blocks of 256 threads; a block takes `tile` columns, `span` rows
+//
+// shared  `chunk` rows of x, what belongs to its pixels
+//
+// bytes   reads x once, 2 * acc + 4 for each pixel of a block; writes acc for each channel and part
 #include "../dispatch.cuh"
 #include "../launch.cuh"
 #include "tile_sums.cuh"
@@ -23,10 +25,7 @@ __device__ __forceinline__ void stage_chunk(const TileGeometry& g, const T* x, i
       loop.first, loop.end, loop.step,
       [&](int i) { return load<kCount>(x + loop.element(i, row_stride)); },
       [&](int i, const Raw<T, kCount>& raw) {
-        const auto pack = widen(raw);
-        A* to = staged + loop.staged(i, cols);
-#pragma unroll
-        for (int k = 0; k < kCount; ++k) to[k] = pack.value[k];
+        store_shared(staged + loop.staged(i, cols), widen(raw).value);
       });
 }
 
@@ -76,7 +75,7 @@ __device__ __forceinline__ void sum_channel_rows(const MapTerms& p, const TileBl
     __syncthreads();
     sum_rows(
         shared.staged, rows, block.cols,
-        [&](int row, int k, int) {
+        [&](int row, int k) {
           return channel[k] == block.first_row + done + row ? mean[k] + max[k] : mean[k];
         },
         [&](int row, A sum) { sums[done + row] = sum; });

@@ -19,51 +19,37 @@ namespace cbam::cuda {
 namespace {
 
 // The box of pixels and the chunk of channels of this block.
-struct ScaleBlock {
-  int64_t sample;
-  int z, y, x;               // of the box's first pixel
-  int depth, height, width;  // of the box, cut at the edges of the image
+struct ScaleBlock : Box {
   int first_channel, channels;
   bool saves;  // one block for each pixel
 
-  __device__ __forceinline__ explicit ScaleBlock(const SpatialGate& p) {
-    const ScaleGeometry& g = p.geometry;
-    int rest = blockIdx.x;
-    const int chunk = rest % g.chunks;
-    rest /= g.chunks;
-    x = rest % g.boxes_width * g.box_width;
-    rest /= g.boxes_width;
-    y = rest % g.boxes_height * g.box_height;
-    rest /= g.boxes_height;
-    z = rest % g.boxes_depth * g.box_depth;
-    sample = rest / g.boxes_depth;
-    depth = min(g.box_depth, p.depth - z);
-    height = min(g.box_height, p.height - y);
-    width = min(g.box_width, p.width - x);
-    first_channel = chunk * g.chunk;
-    channels = min(g.chunk, p.channels - first_channel);
+  __device__ __forceinline__ explicit ScaleBlock(const SpatialGate& p)
+      : Box(p.geometry, p.space, blockIdx.x / p.geometry.chunks) {
+    const int chunk = blockIdx.x % p.geometry.chunks;
+    first_channel = chunk * p.geometry.chunk;
+    channels = min(p.geometry.chunk, p.channels - first_channel);
     saves = chunk == 0 && p.saved_gate;
   }
-  __device__ __forceinline__ int pixels() const { return depth * height * width; }
 };
 
 // The maps of the box and its halo, zero outside the image; kept for backward where asked for.
 template <class T, class A>
 __device__ __forceinline__ void stage_maps(const SpatialGate& p, const ScaleBlock& block,
                                            A* staged) {
-  const int halo_z = p.kernel_depth / 2, halo_y = p.kernel_height / 2, halo_x = p.kernel_width / 2;
-  const int box_width = staged_width(block.width, p.kernel_width);
-  const int box_height = block.height + p.kernel_height - 1;
-  const int count = box_width * box_height * (block.depth + p.kernel_depth - 1);
-  const int pixels = p.depth * p.height * p.width;
+  const int halo_z = p.space.kernel_depth / 2, halo_y = p.space.kernel_height / 2,
+            halo_x = p.space.kernel_width / 2;
+  const int box_width = staged_width(block.width, p.space.kernel_width);
+  const int box_height = block.height + p.space.kernel_height - 1;
+  const int count = box_width * box_height * (block.depth + p.space.kernel_depth - 1);
+  const int pixels = p.space.pixels();
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const int bx = i % box_width - halo_x, by = i / box_width % box_height - halo_y,
               bz = i / box_width / box_height - halo_z;
     const int z = block.z + bz, y = block.y + by, x = block.x + bx;
     A mean = A(0), max = A(0);
-    if (z >= 0 && z < p.depth && y >= 0 && y < p.height && x >= 0 && x < p.width &&
-        bx < block.width + halo_x) {
-      const int pixel = (z * p.height + y) * p.width + x;
+    if (z >= 0 && z < p.space.depth && y >= 0 && y < p.space.height && x >= 0 &&
+        x < p.space.width && bx < block.width + halo_x) {
+      const int pixel = (z * p.space.height + y) * p.space.width + x;
       const bool inside = bz >= 0 && bz < block.depth && by >= 0 && by < block.height && bx >= 0 &&
                           bx < block.width;
       const bool saves = inside && block.saves;
@@ -93,7 +79,7 @@ __device__ __forceinline__ void stage_maps(const SpatialGate& p, const ScaleBloc
 template <class T, class A>
 __device__ __forceinline__ void stage_constants(const SpatialGate& p, const ScaleBlock& block,
                                                 const ScaleShared<A>& shared) {
-  const int taps = p.kernel_depth * p.kernel_height * p.kernel_width;
+  const int taps = p.space.taps();
   const bool in_storage = p.weight_dtype != DType::kFloat32 && p.weight_dtype != DType::kFloat64;
   for (int i = threadIdx.x; i <= 2 * taps; i += kThreads) {
     const void* from = i < 2 * taps ? p.conv_weight : p.conv_bias;
@@ -108,7 +94,7 @@ __device__ __forceinline__ void stage_constants(const SpatialGate& p, const Scal
   for (int i = threadIdx.x; i < block.pixels(); i += kThreads) {
     const int x = i % block.width, y = i / block.width % block.height,
               z = i / block.width / block.height;
-    shared.pixel[i] = ((block.z + z) * p.height + block.y + y) * p.width + block.x + x;
+    shared.pixel[i] = ((block.z + z) * p.space.height + block.y + y) * p.space.width + block.x + x;
   }
 }
 
@@ -117,19 +103,19 @@ template <class A>
 __device__ __forceinline__ void correlate_run(const SpatialGate& p, const ScaleBlock& block,
                                               const ScaleShared<A>& shared, int z, int y, int x,
                                               A (&sum)[kRun]) {
-  const int box_width = staged_width(block.width, p.kernel_width);
-  const int box_height = block.height + p.kernel_height - 1;
-  const int count = box_width * box_height * (block.depth + p.kernel_depth - 1);
+  const int box_width = staged_width(block.width, p.space.kernel_width);
+  const int box_height = block.height + p.space.kernel_height - 1;
+  const int count = box_width * box_height * (block.depth + p.space.kernel_depth - 1);
   const A* weight = shared.weight;
   for (int m = 0; m < 2; ++m)
-    for (int kz = 0; kz < p.kernel_depth; ++kz)
-      for (int ky = 0; ky < p.kernel_height; ++ky) {
+    for (int kz = 0; kz < p.space.kernel_depth; ++kz)
+      for (int ky = 0; ky < p.space.kernel_height; ++ky) {
         const A* row = shared.maps + m * count + ((z + kz) * box_height + y + ky) * box_width;
         A window[kRun];
 #pragma unroll
         for (int i = 0; i < kRun - 1; ++i) window[i] = row[x + i];
 #pragma unroll 4
-        for (int kx = 0; kx < p.kernel_width; ++kx) {
+        for (int kx = 0; kx < p.space.kernel_width; ++kx) {
           window[kRun - 1] = row[x + kx + kRun - 1];
           const A w = *weight++;
 #pragma unroll
@@ -144,7 +130,7 @@ __device__ __forceinline__ void correlate_run(const SpatialGate& p, const ScaleB
 template <class T, class A>
 __device__ __forceinline__ void gate_pixels(const SpatialGate& p, const ScaleBlock& block,
                                             const ScaleShared<A>& shared) {
-  const A bias = shared.weight[2 * p.kernel_depth * p.kernel_height * p.kernel_width];
+  const A bias = shared.weight[2 * p.space.taps()];
   const int runs = (block.width + kRun - 1) / kRun;
   for (int i = threadIdx.x; i < runs * block.height * block.depth; i += kThreads) {
     const int x = i % runs * kRun, y = i / runs % block.height, z = i / runs / block.height;
@@ -159,8 +145,7 @@ __device__ __forceinline__ void gate_pixels(const SpatialGate& p, const ScaleBlo
         const A gate = sigmoid(sum[k]);
         shared.spatial[q] = gate;
         if (block.saves)
-          static_cast<A*>(
-              p.saved_gate)[block.sample * p.depth * p.height * p.width + shared.pixel[q]] = gate;
+          static_cast<A*>(p.saved_gate)[block.sample * p.space.pixels() + shared.pixel[q]] = gate;
       }
   }
 }
@@ -222,7 +207,8 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::kPacked ? 2 : 3)
   using A = acc_t<T>;
   const ScaleBlock block(p);
   SharedCarver carver(dynamic_shared_memory());
-  const ScaleShared<A> shared(carver, p.geometry, p.kernel_depth, p.kernel_height, p.kernel_width);
+  const ScaleShared<A> shared(carver, p.geometry, p.space.kernel_depth, p.space.kernel_height,
+                              p.space.kernel_width);
   stage_constants<T>(p, block, shared);
   stage_maps<T>(p, block, shared.maps);
   __syncthreads();

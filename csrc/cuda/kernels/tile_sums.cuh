@@ -58,8 +58,8 @@ struct TileLoop {
   }
 };
 
-// For each row of the chunk: put(row, sum over columns of staged * factor(row, k, j)), one warp a
-// row; k counts a lane's columns j and is known to the compiler.
+// For each row of the chunk: put(row, sum over columns of staged * factor(row, k)), one warp a row;
+// k counts a lane's columns and is known to the compiler.
 template <class A, class Factor, class Put>
 __device__ __forceinline__ void sum_rows(const A* staged, int rows, int cols, Factor factor,
                                          Put put) {
@@ -69,12 +69,14 @@ __device__ __forceinline__ void sum_rows(const A* staged, int rows, int cols, Fa
 #pragma unroll
     for (int k = 0; k < kTileColumns / 32; ++k) {
       const int j = lane + 32 * k;
-      if (j < cols) sum += staged[row * cols + j] * factor(row, k, j);
+      if (j < cols) sum += staged[row * cols + j] * factor(row, k);
     }
     sum = sum_of_warp(sum);
     if (lane == 0) put(row, sum);
   }
 }
+
+static_assert(kTileColumns <= kThreads, "a thread for each column");
 
 // The column of this thread and its share of the rows.
 struct TileColumn {
@@ -117,7 +119,7 @@ __device__ __forceinline__ A total_of(const Sums& sums, int64_t sample, int64_t 
                                       int64_t index) {
   const A* values = static_cast<const A*>(sums.values) + sample * sums.parts * count + index;
   A total = A(0);
-  for (int part = 0; part < sums.parts; ++part) total += values[part * count];
+  for (int part = 0; part < sums.parts; ++part) total += __ldg(values + part * count);
   return total;
 }
 

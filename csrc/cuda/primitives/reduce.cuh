@@ -1,5 +1,5 @@
 // Sum, maximum and the position of the maximum, gathered by a thread and merged between threads.
-// The order of every sum is fixed by the sizes alone.
+// The order of every sum is fixed by the plan, so by sizes, layout and device.
 #pragma once
 
 #include <climits>

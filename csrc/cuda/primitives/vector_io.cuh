@@ -105,6 +105,24 @@ __device__ __forceinline__ void load_shared(const A* p, bool aligned, A (&value)
   }
 }
 
+// kCount neighbours to shared memory, on a multiple of what they take together.
+template <int kCount, class A>
+__device__ __forceinline__ void store_shared(A* p, const A (&value)[kCount]) {
+  constexpr int kEach = kVectorBytes / static_cast<int>(sizeof(A));
+  if constexpr (kCount % kEach == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += kEach) {
+      Raw<A, kEach> raw;
+#pragma unroll
+      for (int k = 0; k < kEach; ++k) raw.element[k] = value[i + k];
+      *reinterpret_cast<uint4*>(p + i) = raw.words;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) p[i] = value[i];
+  }
+}
+
 // Elements before the first address that is a multiple of 16.
 template <class T>
 __device__ __forceinline__ int elements_to_boundary(const T* p) {

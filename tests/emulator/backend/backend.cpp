@@ -8,7 +8,6 @@
 #include "../emulator.h"
 #include "cuda/backward.h"
 #include "cuda/forward.h"
-#include "cuda/weight_gradients.h"
 #include "ops.h"
 
 namespace cbam {
@@ -74,6 +73,15 @@ void watch_saved(const ForwardProblem& p, Watch watch) {
   watch("channel_argmax", p.saved.channel_argmax, n * s.pixels() * 4);
 }
 
+void watch_gradients(const Watched& watched, const Gradients& g, const Shape& s, int64_t acc) {
+  watched.write("gradients", g.fc1_weight, s.hidden * s.channels * acc);
+  watched.write("gradients", g.fc1_bias, s.hidden * acc);
+  watched.write("gradients", g.fc2_weight, s.hidden * s.channels * acc);
+  watched.write("gradients", g.fc2_bias, s.channels * acc);
+  watched.write("gradients", g.conv_weight, 2 * s.taps() * acc);
+  watched.write("gradients", g.conv_bias, acc);
+}
+
 struct Emulated {
   static ScalarType weight_dtype(const Tensor&, const WeightArguments& w) {
     return w.fc1_weight.scalar_type();
@@ -92,34 +100,26 @@ struct Emulated {
     cuda::forward(p, plan, memory.mutable_data_ptr(), nullptr);
   }
   static void backward(const BackwardProblem& p, const Tensor& x) {
-    cuda::WeightSums sums{};
-    Tensor memory;
-    if (p.shape.samples > 0) {
-      const cuda::BackwardPlan plan = cuda::plan(p, device());
-      const int64_t bytes = cuda::scratch(plan, p).total();
-      memory = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-      sums = run_backward(p, plan, memory.mutable_data_ptr(), bytes);
-    }
-    cuda::weight_gradients(p, sums, x.device(), accumulator_of(x));
-  }
-
- private:
-  static cuda::WeightSums run_backward(const BackwardProblem& p, const cuda::BackwardPlan& plan,
-                                       void* memory, int64_t bytes) {
+    const cuda::BackwardPlan plan = cuda::plan(p, device());
+    const int64_t bytes = cuda::scratch(plan, p).total();
+    const Tensor memory = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
     const Watched watched;
     const Shape& s = p.shape;
     const int64_t acc = bytes_of_accumulator(p.dtype);
-    watched.read("x", p.x, extent(p, p.strides));
-    watched.read("dout", p.dout, extent(p, p.dout_strides));
-    if (p.gradients.x) watched.write("dx", p.gradients.x, extent(p, p.dx_strides));
-    watched.write("scratch", memory, bytes);
+    if (s.samples > 0) {
+      watched.read("x", p.x, extent(p, p.strides));
+      watched.read("dout", p.dout, extent(p, p.dout_strides));
+      if (p.gradients.x) watched.write("dx", p.gradients.x, extent(p, p.dx_strides));
+    }
+    watched.write("scratch", memory.mutable_data_ptr(), bytes);
     watched.read("d_channel_gate", p.d_channel_gate, s.samples * s.channels * acc);
     watched.read("d_spatial_gate", p.d_spatial_gate, s.samples * s.pixels() * acc);
     watch_weights(watched, p);
+    watch_gradients(watched, p.gradients, s, acc);
     watch_saved(p, [&](const char* name, const void* data, int64_t size) {
       watched.read(name, data, size);
     });
-    return cuda::backward(p, plan, memory, nullptr);
+    cuda::backward(p, plan, memory.mutable_data_ptr(), nullptr);
   }
 };
 

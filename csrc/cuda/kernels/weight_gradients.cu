@@ -1,0 +1,112 @@
+// The gradients of the weights: sums over the batch of small vectors that the forward saved and the
+// backward left. Plain fixed-order loops: the products are too small to be worth a library whose
+// results depend on its version, and on flags that callers set.
+#include "../dispatch.cuh"
+#include "../launch.cuh"
+#include "backward.h"
+
+namespace cbam::cuda {
+namespace {
+
+constexpr int kSide = kOuterTile;  // of a block's tile of outputs
+constexpr int kDepth = kOuterDepth;
+
+// a[k][first .. first + kSide) for `count` values of k, parts added; zeros outside.
+template <class A>
+__device__ __forceinline__ void stage(const Vectors& from, int first_k, int first, A* to) {
+  for (int i = threadIdx.x; i < kDepth * kSide; i += kThreads) {
+    const int k = first_k + i / kSide, column = first + i % kSide;
+    A value = A(0);
+    if (k < from.count && column < from.length) {
+      const A* at = static_cast<const A*>(from.values) + k * from.pitch + column;
+      for (int part = 0; part < from.parts; ++part) value += at[int64_t{part} * from.length];
+    }
+    to[i] = value;
+  }
+}
+
+//   out[i][j] = sum_k a[k][i] * b[k][j]
+//
+// grid    a block of 256 threads for each kSide x kSide outputs, four to a thread
+//
+// shared  kDepth values of k for the tile's rows and columns
+//
+// bytes   reads a and b once for each tile that they touch, writes out once
+template <class A>
+__global__ void __launch_bounds__(kThreads) outer_sums_kernel(const OuterSums p) {
+  constexpr int kEach = kSide * kSide / kThreads, kRowStep = kThreads / kSide;
+  const int tiles = (p.b.length + kSide - 1) / kSide;
+  const int first_row = blockIdx.x / tiles * kSide, first_col = blockIdx.x % tiles * kSide;
+  const int x = threadIdx.x % kSide, y = threadIdx.x / kSide;
+  SharedCarver carver(dynamic_shared_memory());
+  const OuterShared<A> shared(carver);
+  A sum[kEach] = {};
+  for (int first_k = 0; first_k < p.a.count; first_k += kDepth) {
+    stage(p.a, first_k, first_row, shared.a);
+    stage(p.b, first_k, first_col, shared.b);
+    __syncthreads();
+    for (int k = 0; k < kDepth; ++k) {
+      const A b = shared.b[k * kSide + x];
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) sum[e] += shared.a[k * kSide + y + e * kRowStep] * b;
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const int row = first_row + y + e * kRowStep, column = first_col + x;
+    if (row < p.a.length && column < p.b.length)
+      static_cast<A*>(p.out)[int64_t{row} * p.b.length + column] = sum[e];
+  }
+}
+
+//   out[i] = scale * sum_k a[k][i]
+//
+// grid    a block of 256 threads for each 32 outputs, a warp for every eighth k
+//
+// shared  a sum for each thread
+//
+// bytes   reads a once, writes out once
+template <class A>
+__global__ void __launch_bounds__(kThreads) vector_sums_kernel(const VectorSums p) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int column = blockIdx.x * 32 + lane;
+  SharedCarver carver(dynamic_shared_memory());
+  const VectorSumsShared<A> shared(carver);
+  A sum = A(0);
+  if (column < p.a.length)
+#pragma unroll 4
+    for (int k = warp; k < p.a.count; k += kThreads / 32)
+      sum += static_cast<const A*>(p.a.values)[k * p.a.pitch + column];
+  shared.sum[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp > 0 || column >= p.a.length) return;
+  A total = A(0);
+  for (int w = 0; w < kThreads / 32; ++w) total += shared.sum[w * 32 + lane];
+  static_cast<A*>(p.out)[column] = static_cast<A>(p.scale) * total;
+}
+
+// Calls body(Type<A>()) for the accumulator of `dtype`.
+template <class Body>
+void with_accumulator(DType dtype, Body body) {
+  if (dtype == DType::kFloat64)
+    body(Type<double>());
+  else
+    body(Type<float>());
+}
+
+}  // namespace
+
+void outer_sums(DType dtype, const OuterSums& p, const Grid& grid, Stream stream) {
+  with_accumulator(dtype, [&](auto acc) {
+    launch("outer_sums", outer_sums_kernel<typename decltype(acc)::type>, grid, stream, p);
+  });
+}
+
+void vector_sums(DType dtype, const VectorSums& p, const Grid& grid, Stream stream) {
+  with_accumulator(dtype, [&](auto acc) {
+    launch("vector_sums", vector_sums_kernel<typename decltype(acc)::type>, grid, stream, p);
+  });
+}
+
+}  // namespace cbam::cuda

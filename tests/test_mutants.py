@@ -1,0 +1,50 @@
+"""tests/mutate.py finds something to break in every kernel, and the emulator notices."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import why_not
+from mutate import REDUNDANT, all_mutants, mutants_of, sources
+
+KERNELS = [path for path in sources() if path.suffix == ".cu"]
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_every_kernel_has_barriers_and_bounds_to_break(path):
+    found = list(mutants_of(path))
+    assert {mutant.kind for mutant in found} == {"barrier", "bound"}
+    text = path.read_text()
+    barriers = [mutant for mutant in found if mutant.kind == "barrier"]
+    assert len(barriers) == text.count("__syncthreads();")
+    assert all(mutant.text != text for mutant in found)
+    assert len({mutant.text for mutant in found}) == len(found)
+
+
+def test_headers_have_some_too():
+    found = {mutant.path for mutant in all_mutants()}
+    for header in ("kernels/blocks.cuh", "kernels/tile_sums.cuh", "primitives/vector_io.cuh"):
+        assert f"cuda/{header}" in found
+
+
+def test_what_is_listed_as_redundant_is_there():
+    assert set(REDUNDANT) <= {mutant.key for mutant in all_mutants()}
+
+
+# A break that shows as a race, and one that shows as an access to what belongs to others.
+SAMPLE = ("__syncthreads after stage_units", "within <= rows) write_part")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(why_not("emulated") is not None, reason="make emulator builds it")
+def test_a_missing_barrier_and_a_wrong_bound_are_noticed():
+    program = Path(__file__).with_name("mutate.py")
+    only = [argument for part in SAMPLE for argument in ("--only", part)]
+    done = subprocess.run(
+        [sys.executable, str(program), *only], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert "score: 2/2" in done.stdout
