@@ -56,8 +56,10 @@ def expected(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("device", ["H100", "T4"])
-@pytest.mark.parametrize("schedule", ["descending", "random:1", "random:2"])
+@pytest.mark.parametrize(
+    ("schedule", "device"),
+    [("descending", "H100"), ("random:1", "H100"), ("descending", "T4")],
+)
 def test_every_schedule_gives_the_same_bits(expected, schedule, device):
     found = run("plain", "digests", schedule=schedule, device=device)
     assert found == expected(device)
@@ -65,7 +67,7 @@ def test_every_schedule_gives_the_same_bits(expected, schedule, device):
 
 @pytest.mark.parametrize(
     ("kind", "schedule"),
-    [("race", "ascending"), ("race", "descending"), ("race", "random:3"), ("asan", "random:4")],
+    [("race", "ascending"), ("race", "random:3"), ("asan", "random:4")],
 )
 def test_every_build_finds_nothing_and_gives_the_same_bits(expected, kind, schedule):
     assert run(kind, "digests", schedule=schedule) == expected("H100")
