@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml cbam_cuda/version.py
 
-.PHONY: demo test bench lint build emulator mutate gpu clean
+.PHONY: demo test bench lint build emulator mutate cuda-link gpu clean
 .DELETE_ON_ERROR:
 
 ## Train on real digits with the plain and the fused block, and print the speed of both.
@@ -41,6 +41,10 @@ emulator: build
 mutate: emulator
 	$(BIN)/python tests/mutate.py
 
+## Builds and loads beside a CUDA build of PyTorch, which takes several gigabytes; needs no GPU.
+cuda-link: build
+	$(BIN)/python .ci/cuda_link.py
+
 ## The acceptance run on the GPU of this machine: tests, compute-sanitizer, checks, timings.
 gpu: .venv/.ready
 	architectures=$$($(BIN)/python -m benchmarks.gpu.architecture) && \
@@ -48,4 +52,4 @@ gpu: .venv/.ready
 	$(BIN)/python -m benchmarks.gpu $(GPU_OPTIONS)
 
 clean:
-	rm -rf .venv build dist *.egg-info cbam_cuda/*.so
+	rm -rf .venv .venv-cuda build dist *.egg-info cbam_cuda/*.so

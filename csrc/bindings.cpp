@@ -94,12 +94,17 @@ py::dict reduction_dict(const cbam::cuda::ReductionGeometry& g) {
   return d;
 }
 
-py::dict scale_dict(const cbam::cuda::ScaleGeometry& g) {
+py::dict box_dict(const cbam::cuda::BoxGeometry& g) {
   return py::dict("box"_a = py::make_tuple(g.box_depth, g.box_height, g.box_width),
-                  "boxes"_a = py::make_tuple(g.boxes_depth, g.boxes_height, g.boxes_width),
-                  "chunks"_a = g.chunks, "chunk"_a = g.chunk, "access"_a = name_of(g.access),
-                  "period"_a = g.period, "row_group"_a = g.row_group,
-                  "threads_along"_a = g.threads_along);
+                  "boxes"_a = py::make_tuple(g.boxes_depth, g.boxes_height, g.boxes_width));
+}
+
+py::dict scale_dict(const cbam::cuda::ScaleGeometry& g) {
+  py::dict d = box_dict(g);
+  d.attr("update")("chunks"_a = g.chunks, "chunk"_a = g.chunk, "access"_a = name_of(g.access),
+                   "period"_a = g.period, "row_group"_a = g.row_group,
+                   "threads_along"_a = g.threads_along);
+  return d;
 }
 
 py::dict tile_dict(const cbam::cuda::TileGeometry& g) {
@@ -114,7 +119,7 @@ py::dict passes_dict(const cbam::cuda::ForwardPlan& plan) {
 }
 
 py::dict passes_dict(const cbam::cuda::BackwardPlan& plan) {
-  return py::dict("sums"_a = tile_dict(plan.cross), "stencil"_a = scale_dict(plan.stencil),
+  return py::dict("sums"_a = tile_dict(plan.cross), "stencil"_a = box_dict(plan.stencil),
                   "terms"_a = tile_dict(plan.terms), "dx"_a = tile_dict(plan.input));
 }
 

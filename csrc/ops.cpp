@@ -37,23 +37,19 @@ struct Cuda {
   static ScalarType weight_dtype(const Tensor&, const WeightArguments& w) {
     return w.fc1_weight.scalar_type();
   }
-  static void forward(const ForwardProblem& p, const Tensor& x) {
+  static void forward(const ForwardProblem& p, const Tensor& x) { run(p, x); }
+  static void backward(const BackwardProblem& p, const Tensor& x) { run(p, x); }
+
+ private:
+  template <class Problem>
+  static void run(const Problem& p, const Tensor& x) {
     const int device = x.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     const cuda::CurrentDevice current(device);
-    const cuda::ForwardPlan plan = cuda::plan(p, cuda::limits_of_device(device));
+    const auto plan = cuda::plan(p, cuda::limits_of_device(device));
     const Tensor memory =
         torch::stable::new_empty(x, {cuda::scratch(plan, p).total()}, ScalarType::Byte);
-    cuda::forward(p, plan, memory.mutable_data_ptr(), cuda::current_stream(device));
-  }
-  static void backward(const BackwardProblem& p, const Tensor& x) {
-    const int device = x.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    const cuda::CurrentDevice current(device);
-    const cuda::BackwardPlan plan = cuda::plan(p, cuda::limits_of_device(device));
-    const Tensor memory =
-        torch::stable::new_empty(x, {cuda::scratch(plan, p).total()}, ScalarType::Byte);
-    cuda::backward(p, plan, memory.mutable_data_ptr(), cuda::current_stream(device));
+    cuda::run(p, plan, memory.mutable_data_ptr(), cuda::current_stream(device));
   }
 };
 #endif

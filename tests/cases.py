@@ -33,6 +33,7 @@ CASES = (
     Case("more samples than threads", (9, 32, 14, 14), 2, (7, 7)),
     Case("one sample split over threads", (1, 24, 33, 31), 3, (7, 7)),
     Case("several column tiles, row blocks and pool blocks", (2, 72, 40, 40), 6, (5, 5)),
+    Case("more pixels than are staged at a time", (1, 200, 12, 12), 3, (3, 3)),
     Case("row longer than a block of sums", (1, 6, 70, 71), 2, (7, 7)),
     Case("more channels than a column tile", (2, 530, 3, 3), 33, (3, 3)),
     Case("kernel larger than the image", (2, 8, 4, 3), 2, (11, 11)),
@@ -149,12 +150,15 @@ def make_weights(
 
 
 def leaves(x: Tensor, weights: Weights, dtype: torch.dtype | None = None) -> list[Tensor | None]:
-    """Detached copies of x, layout kept, and the weights, all of which require gradients."""
-    copies: list[Tensor | None] = []
+    """x and the weights, detached, all of which require gradients; layout kept.
+
+    Where the dtype stays they share memory with what was given.
+    """
+    found: list[Tensor | None] = []
     for t in (x, *weights):
-        copy = None if t is None else t.detach().to(dtype or t.dtype)
-        copies.append(None if copy is None else copy.requires_grad_())
-    return copies
+        leaf = None if t is None else t.detach().to(dtype or t.dtype)
+        found.append(None if leaf is None else leaf.requires_grad_())
+    return found
 
 
 def gradients(backend: str, tensors: list[Tensor | None], grad_out: Tensor) -> list[Tensor | None]:

@@ -30,12 +30,11 @@ DTYPES = {"f": "float32", "d": "float64", "NS_4HalfE": "float16", "NS_8BFloat16E
 ACCESSES = {f"LNS0_6AccessE{i}E": name for i, name in enumerate(("scalar", "vector", "packed"))}
 SCALED = {"Lb0E": "", "Lb1E": "scaled"}
 ARGMAX = {"Lb0E": "", "Lb1E": "argmax"}
-LANES = {f"Li{lanes}E": f"{lanes} lanes" for lanes in (8, 32, 256)}
 ORDER = {"Lb0E": "channels last", "Lb1E": "channels first"}
 ACCUMULATOR = {"f": "", "d": ""}  # follows from the dtype
 ACCUMULATORS = {"f": "float32", "d": "float64"}
 TEMPLATES = {
-    "reduce_rows": (DTYPES, SCALED, ARGMAX, LANES),
+    "reduce_rows": (DTYPES, SCALED, ARGMAX),
     "reduce_columns": (DTYPES, ACCESSES, SCALED, ARGMAX),
     "hidden_layer": (DTYPES, ACCUMULATOR),
     "gate_layer": (DTYPES, ACCUMULATOR),

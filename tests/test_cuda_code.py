@@ -81,10 +81,18 @@ def matching(opcodes, pattern):
     return sorted(opcode for opcode in opcodes if re.match(pattern, opcode))
 
 
+def is_compiled(words: tuple[str, ...]) -> bool:
+    """What dispatch.cuh leaves out: vectors of float64, packed rows where channels come last."""
+    if "packed" in words and not {"channels last", ""}.isdisjoint(words[2:3]):
+        return False
+    return "float64" not in words or {"vector", "packed"}.isdisjoint(words)
+
+
 @each_architecture
 @each_kernel
 def test_every_instantiation_was_read(usage, sass, kind, architecture):
-    expected = set(itertools.product(*(set(words.values()) for words in TEMPLATES[kind])))
+    every = itertools.product(*(set(words.values()) for words in TEMPLATES[kind]))
+    expected = set(filter(is_compiled, every))
     assert {k.words for k in kernels_of(usage, architecture, kind)} == expected
     assert {k.words for k in kernels_of(sass, architecture, kind)} == expected
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.gpu import capture, checks, measure, problems, report, timings, values
+from benchmarks.gpu import capture, checks, inputs, measure, problems, report, timings, values
 from benchmarks.gpu.commands import Finished
 from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Folder, SkippedError
 from cbam_cuda import plan as planning
@@ -68,23 +68,23 @@ def test_checks_of_values_can_fail(monkeypatch):
         return x * len(calls)
 
     monkeypatch.setattr(values, "run", drifting)
-    monkeypatch.setattr(values, "can_train", lambda device: False)
+    monkeypatch.setattr(values, "train", lambda x, weights, grad: [grad, drifting(x, weights)])
     with pytest.raises(AssertionError, match="off by"):
         values.network_shapes((TINY,), (1,), "cpu")
     with pytest.raises(AssertionError, match="off by"):
         values.more_than_31_bits(TINY, 1000, "cpu")
-    with pytest.raises(AssertionError, match="run 0: 1920 of 1920 values"):
+    with pytest.raises(AssertionError, match="run 0, result 1: 1920 of 1920 values"):
         values.repeated((TINY,), 1, "cpu")
 
 
 def test_a_wrong_gradient_fails(monkeypatch):
-    gradients = values.cases.gradients
+    gradients = inputs.cases.gradients
 
     def wrong(backend, leaves, grad):
         out, dx, *others = gradients(backend, leaves, grad)
         return [out, dx if backend == "reference" else 2 * dx, *others]
 
-    monkeypatch.setattr(values.cases, "gradients", wrong)
+    monkeypatch.setattr(inputs.cases, "gradients", wrong)
     with pytest.raises(AssertionError, match="x: off by"):
         values.network_gradients((TINY,), "cpu")
     with pytest.raises(AssertionError, match="sample 0, contiguous, x: off by"):
@@ -103,7 +103,7 @@ class Recorded:
     [
         (lambda x, out: out.copy_(2 * x), None),
         (lambda x, out: None, "the replay changed nothing"),
-        (lambda x, out: out.copy_(3 * x), r"replay 0, result 0: 6 of 6 values differ"),
+        (lambda x, out: out.copy_(3 * x), "replay 0, result 0: 6 of 6 values differ"),
     ],
 )
 def test_replays_are_compared_with_calls(monkeypatch, work, message):
@@ -134,7 +134,7 @@ def test_inputs_of_a_sample_are_larger_than_the_cache():
 
 def test_contestants_compute_the_same():
     problem = problems.Problem((2, 32, 6, 5), torch.float32, "channels_last")
-    contestants = problems.Contestants(problem, 3, True, False, device="cpu")
+    contestants = problems.Contestants(problem, 3, False, device="cpu")
     forward, step = contestants.calls["forward"], contestants.calls["step"]
     assert set(forward) == set(step) == {"copy", "eager", "fused"}
     for i in range(3):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import why_not
-from mutate import REDUNDANT, all_mutants, mutants_of, sources
+from mutate import REDUNDANT, chosen, parse
+from mutation.find import all_mutants, mutants_of, sources
 
 KERNELS = [path for path in sources() if path.suffix == ".cu"]
 
@@ -32,6 +33,20 @@ def test_headers_have_some_too():
 
 def test_what_is_listed_as_redundant_is_there():
     assert set(REDUNDANT) <= {mutant.key for mutant in all_mutants()}
+
+
+def test_shards_together_are_all():
+    shards = [chosen(parse(["--shard", f"{index}/3"])) for index in range(3)]
+    for index, mutant in enumerate(all_mutants()):
+        assert shards[index % 3][index // 3] == mutant
+    assert sum(map(len, shards)) == len(all_mutants())
+
+
+@pytest.mark.parametrize("text", ["3/3", "-1/3", "0/0", "1", "a/b"])
+def test_a_shard_that_is_none(text, capsys):
+    with pytest.raises(SystemExit):
+        parse([f"--shard={text}"])
+    assert "expected I/N with I from 0 to N - 1" in capsys.readouterr().err
 
 
 # A break that shows as a race, and one that shows as an access to what belongs to others.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,11 +22,6 @@ import tolerance
 # Outputs of the stages of a ResNet-50, [C, H, W].
 BLOCKS = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def can_train(device: str) -> bool:
-    """Whether the backend of this kind of device has a backward."""
-    return cbam_cuda.info()["backends"][torch.device(device).type] == "available"
 
 
 def draw(
@@ -54,6 +50,12 @@ def run(x: Tensor, weights: Weights) -> Tensor:
     return out
 
 
+def train(x: Tensor, weights: Weights, grad: Tensor) -> list[Tensor]:
+    """The fused block's output and all gradients: that of x, and those of the weights."""
+    found: list[Tensor] = cases.gradients(x.device.type, cases.leaves(x, weights), grad)
+    return found
+
+
 def assert_right(name: str, out: Tensor, x: Tensor, weights: Weights) -> None:
     """Fail unless `out` is as near to the reference in float64 as the suite asks."""
     eager = reference.cbam(x, *weights)
@@ -73,8 +75,11 @@ def assert_gradients_right(
         tolerance.assert_as_good_as_eager(f"{name}, {part}", *three)
 
 
-def assert_same(name: str, found: Tensor, expected: Tensor) -> None:
-    """Fail unless two results are equal to the bit."""
-    if not torch.equal(found, expected):
-        differing = (found != expected).sum().item()
-        raise AssertionError(f"{name}: {differing} of {found.numel()} values differ")
+def assert_same(name: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Fail unless the results of two calls are equal to the bit."""
+    for index, (left, right) in enumerate(zip(found, expected, strict=True)):
+        if not torch.equal(left, right):
+            differing = (left != right).sum().item()
+            raise AssertionError(
+                f"{name}, result {index}: {differing} of {left.numel()} values differ"
+            )

@@ -46,9 +46,9 @@ def buffers(problem: Problem, l2_bytes: int) -> int:
     return max(1, min(GRAPH_CALLS, -(-FOOTPRINT * l2_bytes // problem.bytes)))
 
 
-def memory_needed(problem: Problem, count: int, training: bool) -> int:
+def memory_needed(problem: Problem, count: int) -> int:
     """An estimate of what timing takes: buffers, results, and what the plain form makes."""
-    return problem.bytes * (count * (4 if training else 2) + 16)
+    return problem.bytes * (count * 4 + 16)
 
 
 class Contestants:
@@ -58,7 +58,6 @@ class Contestants:
         self,
         problem: Problem,
         count: int,
-        training: bool,
         with_compile: bool,
         device: str = "cuda",
     ) -> None:
@@ -66,15 +65,13 @@ class Contestants:
         self.missing: dict[str, str] = {}
         xs = [draw(shape, dtype, layout, device, seed) for seed in range(count)]
         outs = [torch.empty_like(x) for x in xs]
-        seeds = range(count, 2 * count) if training else ()
-        grads = [draw(shape, dtype, layout, device, seed) for seed in seeds]
-        self.calls: dict[str, dict[str, Call]] = {"forward": {"copy": _copy(xs, outs)}}
-        if training:
-            self.calls["step"] = {"copy": _copy_step(xs, outs, grads)}
+        grads = [draw(shape, dtype, layout, device, count + seed) for seed in range(count)]
+        self.calls: dict[str, dict[str, Call]] = {
+            "forward": {"copy": _copy(xs, outs)},
+            "step": {"copy": _copy_step(xs, outs, grads)},
+        }
         for name, block in blocks(shape[1], dtype, xs[0].device, with_compile).items():
-            calls = {"forward": _forward(block, xs)}
-            if training:
-                calls["step"] = _step(block, xs, grads)
+            calls = {"forward": _forward(block, xs), "step": _step(block, xs, grads)}
             if name == "compile" and not self._compiles(calls):
                 continue
             for direction, call in calls.items():

@@ -17,7 +17,7 @@ from cbam_cuda.plan import plan
 
 from ..contestants import first_line
 from .commands import run, tail
-from .inputs import BLOCKS, can_train
+from .inputs import BLOCKS
 from .measure import Clock, measure
 from .problems import Contestants, Problem, buffers, memory_needed
 from .results import FAILED, PASSED, Folder, Outcome
@@ -99,8 +99,8 @@ def take(
 def time_row(problem: Problem, with_compile: bool) -> list[Row]:
     """A row a direction."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    training, count = can_train("cuda"), buffers(problem, l2_bytes)
-    contestants = Contestants(problem, count, training, with_compile)
+    count = buffers(problem, l2_bytes)
+    contestants = Contestants(problem, count, with_compile)
     clock = Clock(l2_bytes)
     rows = []
     for direction, calls in contestants.calls.items():
@@ -154,7 +154,7 @@ def _predicted(problem: Problem, microseconds: float) -> Row:
 
 def _too_large(problem: Problem) -> str | None:
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    needed = memory_needed(problem, buffers(problem, l2_bytes), can_train("cuda"))
+    needed = memory_needed(problem, buffers(problem, l2_bytes))
     torch.cuda.empty_cache()  # what the row before left
     free, _ = torch.cuda.mem_get_info()
     return "does not fit into memory" if needed > FREE * free else None

@@ -13,11 +13,10 @@ from .inputs import (
     assert_gradients_right,
     assert_right,
     assert_same,
-    can_train,
-    cases,
     draw,
     draw_weights,
     run,
+    train,
 )
 from .results import SkippedError
 
@@ -47,14 +46,12 @@ def network_gradients(
     blocks: tuple[tuple[int, int, int], ...] = BLOCKS, device: str = "cuda"
 ) -> str:
     """Every block's gradients of x and all weights, in every dtype and layout."""
-    if not can_train(device):
-        raise SkippedError(f"this build has no backward for {device}")
     checked = 0
     for block, dtype, layout in itertools.product(blocks, DTYPES, LAYOUTS):
         shape = (TRAINING_BATCH, *block)
         x, grad = (draw(shape, dtype, layout, device, seed) for seed in (0, 1))
         weights = draw_weights(block[0], dtype, device)
-        found = cases.gradients(device, cases.leaves(x, weights), grad)
+        found = train(x, weights, grad)
         assert_gradients_right(f"{shape}, {dtype}, {layout}", found, x, weights, grad)
         checked += 1
     return f"{checked} problems"
@@ -83,14 +80,12 @@ def more_than_31_bits(
         for k in samples:
             assert_right(f"sample {k.start}, {layout}", out[k], x[k], weights)
         del out
-        if can_train(device):
-            grad = torch.empty_like(x).normal_(generator=generator)
-            found = cases.gradients(device, [x.requires_grad_(), *weights], grad)[:2]
-            for k in samples:
-                name = f"sample {k.start}, {layout}"
-                assert_gradients_right(name, [t[k] for t in found], x[k], weights, grad[k])
-            del grad, found
-        del x
+        grad = torch.empty_like(x).normal_(generator=generator)
+        found = train(x, weights, grad)[:2]
+        for k in samples:
+            name = f"sample {k.start}, {layout}"
+            assert_gradients_right(name, [t[k] for t in found], x[k], weights, grad[k])
+        del grad, found, x
     return f"[{n}, {', '.join(map(str, block))}], {n * size:,} elements, both layouts"
 
 
@@ -98,24 +93,15 @@ def repeated(
     blocks: tuple[tuple[int, int, int], ...] = BLOCKS, runs: int = RUNS, device: str = "cuda"
 ) -> str:
     """The same call again and again, with other work beside every second one."""
-    trains = can_train(device)
     for block, dtype in itertools.product(blocks, DTYPES):
         x, grad = (draw((8, *block), dtype, device=device, seed=seed) for seed in (0, 1))
-        leaves = cases.leaves(x, draw_weights(block[0], dtype, device))
-        first = _results(leaves, grad, trains)
+        weights = draw_weights(block[0], dtype, device)
+        first = train(x, weights, grad)
         for index in range(runs):
             if device == "cuda" and index % 2:
                 _disturb()
-            for found, expected in zip(_results(leaves, grad, trains), first, strict=True):
-                assert_same(f"{block}, {dtype}, run {index}", found, expected)
-    return f"forward{' and backward' if trains else ''}, {len(blocks) * len(DTYPES)} problems"
-
-
-def _results(leaves: list[torch.Tensor], grad: torch.Tensor, trains: bool) -> list[torch.Tensor]:
-    if trains:
-        return cases.gradients(grad.device.type, leaves, grad)
-    with torch.no_grad():
-        return [run(leaves[0], leaves[1:])]
+            assert_same(f"{block}, {dtype}, run {index}", train(x, weights, grad), first)
+    return f"forward and backward, {len(blocks) * len(DTYPES)} problems"
 
 
 def _disturb() -> None:

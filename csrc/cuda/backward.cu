@@ -113,8 +113,9 @@ void weight_gradients(const BackwardProblem& p, const BackwardPlan& plan, const 
   const Shape& s = p.shape;
   const Gradients& g = p.gradients;
   const WeightGrids grid = weight_grids(p);
-  const int n = static_cast<int>(s.samples), channels = static_cast<int>(s.channels),
-            hidden = static_cast<int>(s.hidden), taps = static_cast<int>(2 * s.taps());
+  const int64_t n = s.samples, boxes = n * plan.stencil.boxes();
+  const int channels = static_cast<int>(s.channels), hidden = static_cast<int>(s.hidden),
+            taps = static_cast<int>(2 * s.taps());
   const Vectors dm{sums.dm, channels, n, 1, channels};
   const Vectors d_hidden{sums.d_hidden, hidden, 2 * n, 1, hidden};
   const Vectors both_hidden{p.saved.hidden, int64_t{2} * hidden, n, 2, hidden};
@@ -124,7 +125,6 @@ void weight_gradients(const BackwardProblem& p, const BackwardPlan& plan, const 
   if (g.fc1_bias) vector_sums(p.dtype, {d_hidden, 1.0, g.fc1_bias}, grid.fc1_bias, stream);
   // Once for each of the two pooled vectors.
   if (g.fc2_bias) vector_sums(p.dtype, {dm, 2.0, g.fc2_bias}, grid.fc2_bias, stream);
-  const int boxes = static_cast<int>(s.samples * plan.stencil.boxes());
   const void* bias = further(sums.d_conv, taps, bytes_of_accumulator(p.dtype));
   const Vectors conv{sums.d_conv, taps + 1, boxes, 1, taps}, conv_bias{bias, taps + 1, boxes, 1, 1};
   if (g.conv_weight) vector_sums(p.dtype, {conv, 1.0, g.conv_weight}, grid.conv, stream);
@@ -133,8 +133,7 @@ void weight_gradients(const BackwardProblem& p, const BackwardPlan& plan, const 
 
 }  // namespace
 
-void backward(const BackwardProblem& problem, const BackwardPlan& plan, void* memory,
-              Stream stream) {
+void run(const BackwardProblem& problem, const BackwardPlan& plan, void* memory, Stream stream) {
   const Shape& s = problem.shape;
   const BackwardScratch bytes = scratch(plan, problem);
   const int64_t acc = bytes_of_accumulator(problem.dtype), boxes = plan.stencil.boxes();

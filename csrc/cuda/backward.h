@@ -8,7 +8,6 @@ namespace cbam::cuda {
 
 // `scratch` holds scratch(plan, problem).total() bytes of device memory, on a multiple of 16.
 // Writes the gradients that are asked for; launches as forward.
-void backward(const BackwardProblem& problem, const BackwardPlan& plan, void* scratch,
-              Stream stream);
+void run(const BackwardProblem& problem, const BackwardPlan& plan, void* scratch, Stream stream);
 
 }  // namespace cbam::cuda

@@ -29,14 +29,26 @@ void with_bool(bool value, Body body) {
     body(std::false_type());
 }
 
-// Calls body with one of the three as a std::integral_constant.
+template <Access kAccess>
+using AccessConstant = std::integral_constant<Access, kAccess>;
+
+// Calls body(Type<T>(), AccessConstant<...>(), std::true_type() or std::false_type()). The planner
+// reads packed rows only where channels come first, and float64 only one element at a time: it is
+// there for checks.
 template <class Body>
-void with_access(Access access, Body body) {
-  switch (access) {
-    case Access::kScalar: return body(std::integral_constant<Access, Access::kScalar>());
-    case Access::kVector: return body(std::integral_constant<Access, Access::kVector>());
-    case Access::kPacked: return body(std::integral_constant<Access, Access::kPacked>());
-  }
+void with_layout(DType dtype, Access access, bool channels_first, Body body) {
+  with_storage(dtype, [&](auto storage) {
+    with_bool(channels_first, [&](auto first) {
+      if constexpr (!std::is_same_v<decltype(storage), Type<double>>) {
+        if (access == Access::kVector)
+          return body(storage, AccessConstant<Access::kVector>(), first);
+        if constexpr (first)
+          if (access == Access::kPacked)
+            return body(storage, AccessConstant<Access::kPacked>(), first);
+      }
+      body(storage, AccessConstant<Access::kScalar>(), first);
+    });
+  });
 }
 
 }  // namespace cbam::cuda

@@ -81,7 +81,7 @@ void reduce(DType dtype, const Reduction& r, const Grid& grid, Stream stream) {
 
 }  // namespace
 
-void forward(const ForwardProblem& problem, const ForwardPlan& plan, void* memory, Stream stream) {
+void run(const ForwardProblem& problem, const ForwardPlan& plan, void* memory, Stream stream) {
   const ForwardScratch bytes = scratch(plan, problem);
   for (int64_t first = 0; first < problem.shape.samples; first += plan.group.samples) {
     const int64_t count = std::min(plan.group.samples, problem.shape.samples - first);

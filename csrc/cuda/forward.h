@@ -8,6 +8,6 @@ namespace cbam::cuda {
 // `scratch` holds scratch(plan, problem).total() bytes of device memory, on a multiple of 16. Every
 // launch goes to `stream` of the current device; nothing waits for it. Throws std::runtime_error
 // with CUDA's own message where a launch fails.
-void forward(const ForwardProblem& problem, const ForwardPlan& plan, void* scratch, Stream stream);
+void run(const ForwardProblem& problem, const ForwardPlan& plan, void* scratch, Stream stream);
 
 }  // namespace cbam::cuda

@@ -96,8 +96,8 @@ ForwardGrids grids_of(const ForwardPlan& plan, const ForwardProblem& p, int64_t 
        limit},
       {samples * plan.maps.blocks_per_sample(), kThreads,
        reduction_bytes<A>(plan.maps, true, p.dtype), limit},
-      {samples * g.boxes() * g.chunks, kThreads,
-       shared_bytes<ScaleShared<A>>(g, s.kernel_depth, s.kernel_height, s.kernel_width), limit},
+      {samples * g.boxes() * g.chunks, kThreads, shared_bytes<ScaleShared<A>>(g, space_of(s)),
+       limit},
   };
 }
 
@@ -131,19 +131,20 @@ View::View(const ForwardProblem& p, const Strides& strides, const void* data) {
   rows = first ? p.shape.channels : p.shape.pixels();
   cols = first ? p.shape.pixels() : p.shape.channels;
   row_stride = rows == 1 ? cols : first ? strides.channel : strides.pixel;
-  aligned = reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
+  channels_first = first;
+  vectors = p.dtype != DType::kFloat64 && reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
             (p.shape.samples == 1 || strides.sample % elements_per_vector(p.dtype) == 0);
 }
 
 ColumnAccess::ColumnAccess(const View& view, int vector) : period(static_cast<int>(view.cols)) {
-  if (!view.aligned) return;
+  if (!view.vectors) return;
   if (view.row_stride % vector == 0 && view.cols % vector == 0) {
     access = Access::kVector;
     period = static_cast<int>(view.cols / vector);
     return;
   }
   const int64_t common = std::gcd(view.cols, static_cast<int64_t>(vector));
-  if (view.row_stride != view.cols || view.cols / common > kThreads ||
+  if (!view.channels_first || view.row_stride != view.cols || view.cols / common > kThreads ||
       view.rows % (vector / common))
     return;
   access = Access::kPacked;
@@ -156,6 +157,21 @@ const Pieces& pieces_of(const ForwardProblem& p, int64_t samples) {
   constexpr int64_t kSmallBytes = 4 << 20;  // 1.3 us at 3 TB/s
   const int64_t bytes = samples * p.shape.channels * p.shape.pixels() * bytes_of(p.dtype);
   return bytes < kSmallBytes ? kSmall : kThrifty;
+}
+
+int threads_along(int64_t vectors) {
+  int best = 1;
+  double best_share = 0;
+  const auto most = static_cast<int>(std::min<int64_t>(vectors, kThreads));
+  for (int threads = std::min(most, 32); threads <= most; ++threads) {
+    const double covered =
+        static_cast<double>(vectors) / static_cast<double>(ceil_div(vectors, threads) * threads);
+    const double share = covered * (kThreads / threads * threads) / kThreads;
+    if (share < best_share) continue;
+    best = threads;
+    best_share = share;
+  }
+  return best;
 }
 
 int64_t wanted_blocks(const DeviceLimits& device) {

@@ -30,16 +30,31 @@ struct ForwardPlan {
 // fits into shared memory with its halo.
 ForwardPlan plan(const ForwardProblem& problem, const DeviceLimits& device);
 
+// The launches for a group of `samples`, in their order.
+struct ForwardGrids {
+  Grid pool, hidden, gate, maps, scale;
+};
+ForwardGrids grids(const ForwardPlan& plan, const ForwardProblem& problem, int64_t samples);
+
+// Bytes of scratch memory of a group, each part a multiple of 16. A part is 0 where its result goes
+// straight to where it is kept.
+struct ForwardScratch {
+  int64_t pool_values, pool_argmax, map_values, map_argmax;
+
+  int64_t total() const { return pool_values + pool_argmax + map_values + map_argmax; }
+};
+ForwardScratch scratch(const ForwardPlan& plan, const ForwardProblem& problem);
+
 // Backward: x and dout are read twice each, dx written once, in six launches for each group, and up
 // to six small ones that sum over the batch; those whose results nobody asked for are left out. The
 // plan of an empty batch has no groups.
 struct BackwardPlan {
   Group group;
-  TileGeometry cross;     // both sums of dout * x
-  ScaleGeometry stencil;  // the boxes alone
-  TileGeometry terms;     // what reaches the channel gate through the maps
-  TileGeometry input;     // dx
-  int64_t shared_limit;   // of a block of the device
+  TileGeometry cross;  // both sums of dout * x
+  BoxGeometry stencil;
+  TileGeometry terms;    // what reaches the channel gate through the maps
+  TileGeometry input;    // dx
+  int64_t shared_limit;  // of a block of the device
 };
 BackwardPlan plan(const BackwardProblem& problem, const DeviceLimits& device);
 
@@ -64,20 +79,5 @@ struct BackwardScratch {
   }
 };
 BackwardScratch scratch(const BackwardPlan& plan, const BackwardProblem& problem);
-
-// The launches for a group of `samples`, in their order.
-struct ForwardGrids {
-  Grid pool, hidden, gate, maps, scale;
-};
-ForwardGrids grids(const ForwardPlan& plan, const ForwardProblem& problem, int64_t samples);
-
-// Bytes of scratch memory of a group, each part a multiple of 16. A part is 0 where its result goes
-// straight to where it is kept.
-struct ForwardScratch {
-  int64_t pool_values, pool_argmax, map_values, map_argmax;
-
-  int64_t total() const { return pool_values + pool_argmax + map_values + map_argmax; }
-};
-ForwardScratch scratch(const ForwardPlan& plan, const ForwardProblem& problem);
 
 }  // namespace cbam::cuda

@@ -80,18 +80,19 @@ TileGeometry plan_input(const BackwardProblem& p, const View& dout, const View& 
 }
 
 template <class A>
-int64_t stencil_bytes(const ScaleGeometry& g, const Shape& s, bool conv) {
-  return shared_bytes<StencilShared<A>>(g, s.kernel_depth, s.kernel_height, s.kernel_width, conv);
+int64_t stencil_bytes(const BoxGeometry& g, const BackwardProblem& p) {
+  return shared_bytes<StencilShared<A>>(g, space_of(p.shape), p.gradients.conv());
 }
 
-ScaleGeometry plan_stencil(const BackwardProblem& p, int64_t samples, const DeviceLimits& device) {
-  ScaleGeometry g{};
-  g.access = Access::kScalar;
-  g.chunk = g.chunks = g.row_group = g.threads_along = 1;
-  return find_box(p, g, samples, kStencilShare, device, [&](const ScaleGeometry& box) {
-    return p.dtype == DType::kFloat64 ? stencil_bytes<double>(box, p.shape, p.gradients.conv())
-                                      : stencil_bytes<float>(box, p.shape, p.gradients.conv());
-  });
+BoxGeometry plan_stencil(const BackwardProblem& p, int64_t samples, const DeviceLimits& device) {
+  const auto bytes = [&](const BoxGeometry& box) {
+    return p.dtype == DType::kFloat64 ? stencil_bytes<double>(box, p)
+                                      : stencil_bytes<float>(box, p);
+  };
+  const BoxSearch boxes{p, device, samples * kStencilShare, bytes};
+  const auto found = boxes.find(Access::kScalar);
+  if (!found) throw boxes.no_box();
+  return *found;
 }
 
 template <class A>
@@ -101,8 +102,7 @@ BackwardGrids grids_of(const BackwardPlan& plan, const BackwardProblem& p, int64
   return {
       {samples * plan.cross.blocks_per_sample(), kThreads, shared_bytes<TileShared<A>>(plan.cross),
        limit},
-      {samples * plan.stencil.boxes(), kThreads,
-       stencil_bytes<A>(plan.stencil, s, p.gradients.conv()), limit},
+      {samples * plan.stencil.boxes(), kThreads, stencil_bytes<A>(plan.stencil, p), limit},
       {samples * plan.terms.blocks_per_sample(), kThreads, shared_bytes<TileShared<A>>(plan.terms),
        limit},
       {walks * ceil_div(s.hidden, kBackwardUnits), kThreads, shared_bytes<GateBackwardShared<A>>(),

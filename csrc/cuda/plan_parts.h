@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <optional>
+#include <stdexcept>
 
 #include "plan.h"
 
@@ -19,7 +21,8 @@ inline int elements_per_vector(DType dtype) {
 // One tensor of x's size: channels x pixels where x's channels come first, else pixels x channels.
 struct View {
   int64_t rows, cols, row_stride;
-  bool aligned;  // every sample starts on a multiple of 16 bytes
+  bool channels_first;
+  bool vectors;  // every sample starts on a multiple of 16 bytes; never in float64
 
   View(const ForwardProblem& p, const Strides& strides, const void* data);
 };
@@ -62,13 +65,22 @@ int64_t shared_bytes(const Arguments&... arguments) {
 // many, so that a warp reads in one piece, and as many as leave the fewest idle.
 int threads_along(int64_t vectors);
 
-// The best box of pixels for `g`, whose access says what a box must look like, without asking for
-// more shared memory than a launch has anyway where that is possible; `needed` tells what a box
-// takes. As many chunks of channels will be made as `most_chunks`. Throws std::invalid_argument
-// where no box fits, with vectors or without.
-using SharedOfBox = std::function<int64_t(const ScaleGeometry&)>;
-ScaleGeometry find_box(const ForwardProblem& p, ScaleGeometry g, int64_t samples,
-                       int64_t most_chunks, const DeviceLimits& device, const SharedOfBox& needed);
+// plan_boxes.cpp: what decides about the boxes of an image.
+struct BoxSearch {
+  const ForwardProblem& problem;
+  const DeviceLimits& device;
+  int64_t blocks_per_box;  // of a whole launch, at most
+  std::function<int64_t(const BoxGeometry&)> shared_bytes;
+
+  // The boxes that stage the least and fill the device, in which x can be read so; without asking
+  // for more shared memory than a launch has anyway where that is possible. None where none fits.
+  std::optional<BoxGeometry> find(Access access) const;
+  // What is thrown where none fits at all.
+  std::invalid_argument no_box() const;
+};
+
+// Values of the maps that all boxes of a sample stage.
+int64_t staged_values(const BoxGeometry& g, const Shape& s);
 
 // How samples are grouped where `tensors` tensors of x's size are read, `rereads` of the readings
 // could come from the cache, and a group takes `launches` launches.

@@ -1,7 +1,6 @@
-// The part of a problem that is some of its samples: every pointer moved on, every stride kept.
+// What the launches of forward.cu and backward.cu are handed is cut from: a problem's part that is
+// some of its samples, a tensor as the kernels see it, and the parts of the scratch memory.
 #pragma once
-
-#include <type_traits>
 
 #include "kernels/kernels.h"
 
@@ -42,12 +41,6 @@ inline void select_samples(BackwardProblem& p, int64_t first, int64_t count) {
   p.d_spatial_gate = further(p.d_spatial_gate, first * s.pixels(), acc);
   p.gradients.x = further(p.gradients.x, first * p.dx_strides.sample, element);
   select_samples(static_cast<ForwardProblem&>(p), first, count);
-}
-
-inline Space space_of(const Shape& s) {
-  return {static_cast<int>(s.depth),         static_cast<int>(s.height),
-          static_cast<int>(s.width),         static_cast<int>(s.kernel_depth),
-          static_cast<int>(s.kernel_height), static_cast<int>(s.kernel_width)};
 }
 
 // A tensor of x's size as the kernels see it.

@@ -106,7 +106,7 @@ Traffic of_cross(const BackwardPlan& plan, const BackwardProblem& p, const Sizes
 }
 
 Traffic of_stencil(const BackwardPlan& plan, const BackwardProblem& p, const Sizes& n) {
-  const ScaleGeometry& g = plan.stencil;
+  const BoxGeometry& g = plan.stencil;
   const Shape& s = p.shape;
   const int64_t parts = p.strides.channels_first() ? plan.cross.splits : plan.cross.tiles;
   const int64_t staged = read_with_halo(s.depth, g.box_depth, s.kernel_depth) *

@@ -81,7 +81,7 @@ void map_terms(DType dtype, const MapTerms& p, const Grid& grid, Stream stream);
 struct Stencil {
   int channels;
   Space space;
-  ScaleGeometry geometry;  // the boxes alone
+  BoxGeometry geometry;
   Sums d_spatial;
   const void* d_spatial_gate;  // acc [samples, pixels], or null: what else reached the gate
   const void* spatial_gate;    // acc [samples, pixels]
@@ -99,19 +99,11 @@ struct StencilShared {
   A* map;  // the same, one map at a time; empty where the convolution's gradients are not asked for
   A* weight;  // [2, taps]
 
-  CBAM_INLINE_MEMBER StencilShared(SharedCarver& carver, const ScaleGeometry& g, int kernel_depth,
-                                   int kernel_height, int kernel_width, bool conv)
-      : dz(carver.array<A>(staged(g, kernel_depth, kernel_height, kernel_width), "dz")),
-        map(carver.array<A>(conv ? staged(g, kernel_depth, kernel_height, kernel_width) : 0,
-                            "map")),
-        weight(
-            carver.array<A>(int64_t{2} * kernel_depth * kernel_height * kernel_width, "weight")) {}
-
- private:
-  CBAM_INLINE_MEMBER static int64_t staged(const ScaleGeometry& g, int kd, int kh, int kw) {
-    return int64_t{1} * (g.box_depth + kd - 1) * (g.box_height + kh - 1) *
-           staged_width(g.box_width, kw);
-  }
+  CBAM_INLINE_MEMBER StencilShared(SharedCarver& carver, const BoxGeometry& g, const Space& space,
+                                   bool conv)
+      : dz(carver.array<A>(g.staged(space), "dz")),
+        map(carver.array<A>(conv ? g.staged(space) : 0, "map")),
+        weight(carver.array<A>(int64_t{2} * space.taps(), "weight")) {}
 };
 
 // channel_gate_backward.cu: the MLP backwards, a launch for each layer.
@@ -197,7 +189,8 @@ struct InputGradientShared {
 struct Vectors {
   const void* values;  // acc [count, parts, length]; the parts of a vector are added
   int64_t pitch;       // elements from one vector to the next
-  int count, parts, length;
+  int64_t count;
+  int parts, length;
 };
 struct OuterSums {
   Vectors a, b;  // as many of each

@@ -1,4 +1,5 @@
-// Which part of the work a block takes, and where a reduction's block leaves its result.
+// Which part of the work a block or a thread takes, and where a reduction's block leaves its
+// result.
 #pragma once
 
 #include "../primitives/reduce.cuh"
@@ -11,13 +12,15 @@ __device__ __forceinline__ int block_number(bool reverse) {
   return static_cast<int>(reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
 
-// A box of pixels, cut at the edges of the image. `number` counts boxes first, then samples.
+// A box of pixels, cut at the edges of the image, and how a map of it is staged: with a halo, rows
+// padded to whole runs. `number` counts boxes first, then samples.
 struct Box {
   int64_t sample;
   int z, y, x;  // of the first pixel
   int depth, height, width;
+  int staged_height, staged_row, staged;  // elements: of a column, of a row, of all
 
-  __device__ __forceinline__ Box(const ScaleGeometry& g, const Space& s, int number) {
+  __device__ __forceinline__ Box(const BoxGeometry& g, const Space& s, int number) {
     x = number % g.boxes_width * g.box_width;
     number /= g.boxes_width;
     y = number % g.boxes_height * g.box_height;
@@ -27,8 +30,65 @@ struct Box {
     depth = min(g.box_depth, s.depth - z);
     height = min(g.box_height, s.height - y);
     width = min(g.box_width, s.width - x);
+    staged_height = height + s.kernel_height - 1;
+    staged_row = staged_width(width, s.kernel_width);
+    staged = staged_row * staged_height * (depth + s.kernel_depth - 1);
   }
   __device__ __forceinline__ int pixels() const { return depth * height * width; }
+  // Where a map is staged for a place that counts from the halo's first.
+  __device__ __forceinline__ int at(int from_z, int from_y, int from_x) const {
+    return (from_z * staged_height + from_y) * staged_row + from_x;
+  }
+  // The number in the image of the box's pixel at this place.
+  __device__ __forceinline__ int pixel(const Space& s, int from_z, int from_y, int from_x) const {
+    return ((z + from_z) * s.height + y + from_y) * s.width + x + from_x;
+  }
+};
+
+// What is staged at index i: the number of the pixel in the image, -1 outside of image and halo;
+// and whether it belongs to the box itself.
+struct StagedPixel {
+  int pixel;
+  bool inside;
+
+  __device__ __forceinline__ StagedPixel(const Box& box, const Space& s, int i) {
+    const int halo_x = s.kernel_width / 2;
+    const int bx = i % box.staged_row - halo_x,
+              by = i / box.staged_row % box.staged_height - s.kernel_height / 2,
+              bz = i / box.staged_row / box.staged_height - s.kernel_depth / 2;
+    const int px = box.x + bx, py = box.y + by, pz = box.z + bz;
+    const bool exists = pz >= 0 && pz < s.depth && py >= 0 && py < s.height && px >= 0 &&
+                        px < s.width && bx < box.width + halo_x;
+    pixel = exists ? (pz * s.height + py) * s.width + px : -1;
+    inside = exists && bz >= 0 && bz < box.depth && by >= 0 && by < box.height && bx >= 0 &&
+             bx < box.width;
+  }
+};
+
+// Weight i of the convolution, which is stored as x is or in what x is computed in.
+template <class T>
+__device__ __forceinline__ acc_t<T> conv_weight_at(const void* weights, DType dtype, int i) {
+  const bool wide = dtype == DType::kFloat32 || dtype == DType::kFloat64;
+  return wide ? static_cast<const acc_t<T>*>(weights)[i]
+              : acc_t<T>(widen(static_cast<const T*>(weights)[i]));
+}
+
+// The columns of one vector of a row group that starts with element `first`: column(i), in the row
+// row_of(i) further down. Without kPacked they follow each other in one row.
+template <bool kPacked>
+struct VectorColumns {
+  int first, cols;
+  unsigned rows = 0;  // four bits for each element
+
+  __device__ __forceinline__ VectorColumns(int first_, int cols_, int count)
+      : first(first_), cols(cols_) {
+    if constexpr (kPacked)
+      for (int i = 0; i < count; ++i) rows |= static_cast<unsigned>((first + i) / cols) << (4 * i);
+  }
+  __device__ __forceinline__ int row_of(int i) const {
+    return kPacked ? static_cast<int>(rows >> (4 * i) & 15) : 0;
+  }
+  __device__ __forceinline__ int column(int i) const { return first + i - row_of(i) * cols; }
 };
 
 struct ReductionBlock {

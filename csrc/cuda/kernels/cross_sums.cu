@@ -88,11 +88,10 @@ __global__ void __launch_bounds__(kThreads, 2) cross_sums_kernel(const CrossSums
 }  // namespace
 
 void cross_sums(DType dtype, const CrossSums& p, const Grid& grid, Stream stream) {
-  with_storage(dtype, [&](auto storage) {
-    with_access(p.geometry.access, [&](auto access) {
-      launch("cross_sums", cross_sums_kernel<typename decltype(storage)::type, access.value>, grid,
-             stream, p);
-    });
+  const bool either = true;  // the layout changes nothing here
+  with_layout(dtype, p.geometry.access, either, [&](auto storage, auto access, auto) {
+    using T = typename decltype(storage)::type;
+    launch("cross_sums", cross_sums_kernel<T, access.value>, grid, stream, p);
   });
 }
 

@@ -55,28 +55,22 @@ __device__ __forceinline__ void stage(const Terms<A>& from, int first, int count
 // What belongs to the columns of one vector, in registers; what is added at the maximum alone is
 // read from shared memory when it comes up.
 template <int kCount, bool kPacked, class A>
-struct ColumnTerms {
+struct ColumnTerms : VectorColumns<kPacked> {
   A gate[kCount], first[kCount];
   int index[kCount];
   const A* second;
-  int start, cols;
-  unsigned rows = 0;  // kPacked: how many rows further down each element is, four bits each
 
-  // `start_` counts from the tile's first column.
-  __device__ __forceinline__ ColumnTerms(const StagedTerms<A>& terms, int start_, int cols_)
-      : second(terms.second), start(start_), cols(cols_) {
+  // `start` counts from the tile's first column.
+  __device__ __forceinline__ ColumnTerms(const StagedTerms<A>& terms, int start, int cols)
+      : VectorColumns<kPacked>(start, cols, kCount), second(terms.second) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if constexpr (kPacked) rows |= static_cast<unsigned>((start + i) / cols) << (4 * i);
-      gate[i] = terms.gate[column(i)];
-      first[i] = terms.first[column(i)];
-      index[i] = terms.index[column(i)];
+      const int column = this->column(i);
+      gate[i] = terms.gate[column];
+      first[i] = terms.first[column];
+      index[i] = terms.index[column];
     }
   }
-  __device__ __forceinline__ int row_of(int i) const {
-    return kPacked ? static_cast<int>(rows >> (4 * i) & 15) : 0;
-  }
-  __device__ __forceinline__ int column(int i) const { return start + i - row_of(i) * cols; }
 };
 
 // One element: `of_maps` and `of_pools` are what reaches it through the maps and the pools.
@@ -138,15 +132,12 @@ __global__ void __launch_bounds__(kThreads, 2) input_gradient_kernel(const Input
 }  // namespace
 
 void input_gradient(DType dtype, const InputGradient& p, const Grid& grid, Stream stream) {
-  with_storage(dtype, [&](auto storage) {
-    with_access(p.geometry.access, [&](auto access) {
-      with_bool(p.channels_first, [&](auto first) {
-        launch("input_gradient",
-               input_gradient_kernel<typename decltype(storage)::type, access.value, first.value>,
-               grid, stream, p);
-      });
-    });
-  });
+  with_layout(dtype, p.geometry.access, p.channels_first,
+              [&](auto storage, auto access, auto first) {
+                using T = typename decltype(storage)::type;
+                launch("input_gradient", input_gradient_kernel<T, access.value, first.value>, grid,
+                       stream, p);
+              });
 }
 
 }  // namespace cbam::cuda

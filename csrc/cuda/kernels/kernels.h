@@ -160,28 +160,52 @@ struct GateShared {
         hidden(carver.array<A>(kUnitChunk * kSamplesPerWalk, "hidden")) {}
 };
 
-// Which box of pixels and which channels a block of the last pass takes.
-struct ScaleGeometry {
-  int box_depth, box_height, box_width;
-  int boxes_depth, boxes_height, boxes_width;
-  int chunks, chunk;  // channels of a block
-  Access access;
-  int period, row_group;  // as in ReductionGeometry; kPacked only
-  int threads_along;      // threads side by side along a row
-
-  CBAM_INLINE_MEMBER int pixels() const { return box_depth * box_height * box_width; }
-  CBAM_INLINE_MEMBER int64_t boxes() const {
-    return int64_t{boxes_depth} * boxes_height * boxes_width;
-  }
-};
-
-// The extents of an image and of the convolution's kernel.
+// The extents of an image and of the convolution's kernel: as in Shape, for index arithmetic in 32
+// bits.
 struct Space {
   int depth, height, width;
   int kernel_depth, kernel_height, kernel_width;
 
   CBAM_INLINE_MEMBER int pixels() const { return depth * height * width; }
   CBAM_INLINE_MEMBER int taps() const { return kernel_depth * kernel_height * kernel_width; }
+};
+
+CBAM_INLINE Space space_of(const Shape& s) {
+  return {static_cast<int>(s.depth),         static_cast<int>(s.height),
+          static_cast<int>(s.width),         static_cast<int>(s.kernel_depth),
+          static_cast<int>(s.kernel_height), static_cast<int>(s.kernel_width)};
+}
+
+// Neighbours that a thread of the convolution computes together.
+constexpr int kRun = 4;
+
+// Length of a staged row of a map: whole runs and the halo.
+CBAM_INLINE int staged_width(int width, int kernel_width) {
+  return (width + kRun - 1) / kRun * kRun + kernel_width - 1;
+}
+
+// How the pixels of an image are cut into boxes, each of which a block stages with a halo.
+struct BoxGeometry {
+  int box_depth, box_height, box_width;
+  int boxes_depth, boxes_height, boxes_width;
+
+  CBAM_INLINE_MEMBER int pixels() const { return box_depth * box_height * box_width; }
+  CBAM_INLINE_MEMBER int64_t boxes() const {
+    return int64_t{boxes_depth} * boxes_height * boxes_width;
+  }
+  // Elements of one staged map.
+  CBAM_INLINE_MEMBER int64_t staged(const Space& s) const {
+    return int64_t{1} * (box_depth + s.kernel_depth - 1) * (box_height + s.kernel_height - 1) *
+           staged_width(box_width, s.kernel_width);
+  }
+};
+
+// Which box of pixels and which channels a block of the last pass takes.
+struct ScaleGeometry : BoxGeometry {
+  int chunks, chunk;  // channels of a block
+  Access access;
+  int period, row_group;  // as in ReductionGeometry; kPacked only
+  int threads_along;      // threads side by side along a row
 };
 
 // spatial_gate.cu: sigmoid(conv(maps) + bias), and out = x * channel_gate * spatial_gate.
@@ -205,14 +229,6 @@ struct SpatialGate {
 
 void spatial_gate(DType dtype, const SpatialGate& p, const Grid& grid, Stream stream);
 
-// Neighbours that a thread of the convolution computes together.
-constexpr int kRun = 4;
-
-// Length of a staged row of the maps: whole runs and the halo.
-CBAM_INLINE int staged_width(int width, int kernel_width) {
-  return (width + kRun - 1) / kRun * kRun + kernel_width - 1;
-}
-
 template <class A>
 struct ScaleShared {
   A* maps;     // [2, box with its halo, rows padded]
@@ -221,14 +237,9 @@ struct ScaleShared {
   A* channel;  // [chunk]
   int* pixel;  // [pixels of the box]: their number in the image
 
-  CBAM_INLINE_MEMBER ScaleShared(SharedCarver& carver, const ScaleGeometry& g, int kernel_depth,
-                                 int kernel_height, int kernel_width)
-      : maps(carver.array<A>(int64_t{2} * (g.box_depth + kernel_depth - 1) *
-                                 (g.box_height + kernel_height - 1) *
-                                 staged_width(g.box_width, kernel_width),
-                             "maps")),
-        weight(carver.array<A>(int64_t{2} * kernel_depth * kernel_height * kernel_width + 1,
-                               "weight")),
+  CBAM_INLINE_MEMBER ScaleShared(SharedCarver& carver, const ScaleGeometry& g, const Space& space)
+      : maps(carver.array<A>(2 * g.staged(space), "maps")),
+        weight(carver.array<A>(int64_t{2} * space.taps() + 1, "weight")),
         spatial(carver.array<A>(g.pixels(), "spatial")),
         channel(carver.array<A>(g.chunk, "channel")),
         pixel(carver.array<int>(g.pixels(), "pixel")) {}

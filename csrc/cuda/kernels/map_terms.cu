@@ -132,15 +132,11 @@ __global__ void __launch_bounds__(kThreads, 2) map_terms_kernel(const MapTerms p
 }  // namespace
 
 void map_terms(DType dtype, const MapTerms& p, const Grid& grid, Stream stream) {
-  with_storage(dtype, [&](auto storage) {
-    with_access(p.geometry.access, [&](auto access) {
-      with_bool(p.channels_first, [&](auto first) {
-        launch("map_terms",
-               map_terms_kernel<typename decltype(storage)::type, access.value, first.value>, grid,
-               stream, p);
+  with_layout(
+      dtype, p.geometry.access, p.channels_first, [&](auto storage, auto access, auto first) {
+        using T = typename decltype(storage)::type;
+        launch("map_terms", map_terms_kernel<T, access.value, first.value>, grid, stream, p);
       });
-    });
-  });
 }
 
 }  // namespace cbam::cuda

@@ -25,11 +25,7 @@ __device__ __forceinline__ void gather_columns(const Reduction& r, const T* x, i
                                                int rows, int start, int step,
                                                const acc_t<T>* factor,
                                                Extremes<acc_t<T>, kArgmax> (&e)[kCount]) {
-  int row_of[kCount] = {};
-  if constexpr (kAccess == Access::kPacked) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) row_of[i] = (v * kCount + i) / r.x.cols;
-  }
+  const VectorColumns<kAccess == Access::kPacked> columns(v * kCount, r.x.cols, kCount);
   for_batches(
       start, rows, step,
       [&](int row) {
@@ -39,7 +35,7 @@ __device__ __forceinline__ void gather_columns(const Reduction& r, const T* x, i
         const auto pack = widen(raw);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-          const int own = row + row_of[i];
+          const int own = row + columns.row_of(i);
           e[i].add(kScaled ? pack.value[i] * factor[own] : pack.value[i], first + own);
         }
       });
@@ -114,16 +110,12 @@ __global__ void __launch_bounds__(kThreads, 2) reduce_columns_kernel(const Reduc
 }  // namespace
 
 void reduce_columns(DType dtype, const Reduction& r, const Grid& grid, Stream stream) {
-  with_storage(dtype, [&](auto storage) {
-    with_bool(r.factor != nullptr, [&](auto scaled) {
-      with_bool(r.out.argmax != nullptr, [&](auto argmax) {
-        using T = typename decltype(storage)::type;
-        constexpr bool kScaled = decltype(scaled)::value, kArgmax = decltype(argmax)::value;
-        with_access(r.geometry.access, [&](auto access) {
-          launch("reduce_columns", reduce_columns_kernel<T, access.value, kScaled, kArgmax>, grid,
-                 stream, r);
-        });
-      });
+  const bool scaled = r.factor != nullptr;  // then rows are channels
+  with_layout(dtype, r.geometry.access, scaled, [&](auto storage, auto access, auto first) {
+    with_bool(r.out.argmax != nullptr, [&](auto argmax) {
+      using T = typename decltype(storage)::type;
+      launch("reduce_columns", reduce_columns_kernel<T, access.value, first.value, argmax.value>,
+             grid, stream, r);
     });
   });
 }

@@ -4,7 +4,7 @@
 //   mean[r] = sum_c x[r][c] * factor[c] / cols      max[r] = max_c x[r][c] * factor[c]
 //
 // grid    samples * splits * tiles blocks of 256 threads; a block takes `tile` rows of one sample
-//         over `span` of their columns, kLanes threads a row
+//         over `span` of their columns, `lanes` threads a row
 // shared  the factor, span * acc; for rows that take the whole block 8 partial results
 // bytes   reads x once, the factor once a block; writes 2 * acc (and 4 with argmax) a row and split
 #include "../dispatch.cuh"
@@ -17,11 +17,11 @@
 namespace cbam::cuda {
 namespace {
 
-// The elements of row[0 .. count) that this of kLanes threads takes: up to the first multiple of 16
-// bytes and behind the last one by one, between them vectors.
-template <int kLanes, bool kScaled, bool kArgmax, class T>
+// The elements of row[0 .. count) that this of `lanes` threads takes: up to the first multiple of
+// 16 bytes and behind the last one by one, between them vectors.
+template <bool kScaled, bool kArgmax, class T>
 __device__ __forceinline__ void gather_row(const T* row, int count, int first,
-                                           const acc_t<T>* factor, int lane,
+                                           const acc_t<T>* factor, int lane, int lanes,
                                            Extremes<acc_t<T>, kArgmax>& e) {
   constexpr int kCount = kVector<T>;
   using A = acc_t<T>;
@@ -31,7 +31,7 @@ __device__ __forceinline__ void gather_row(const T* row, int count, int first,
   const int vectors = (count - head) / kCount;
   if (lane < head) add(widen(row[lane]), lane);
   for_batches(
-      lane, vectors, kLanes, [&](int v) { return load<kCount>(row + head + v * kCount); },
+      lane, vectors, lanes, [&](int v) { return load<kCount>(row + head + v * kCount); },
       [&](int v, const Raw<T, kCount>& raw) {
         const int c = head + v * kCount;
         auto pack = widen(raw);
@@ -52,7 +52,7 @@ __device__ __forceinline__ void gather_row(const T* row, int count, int first,
 template <class A, bool kArgmax>
 __device__ __forceinline__ void merge_block(const RowShared<A>& shared, Extremes<A, kArgmax>& e) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  merge_lanes<32>(e);
+  merge_lanes(e, 32);
   if (lane == 0) {
     shared.sum[warp] = e.sum;
     shared.max[warp] = e.max;
@@ -66,16 +66,16 @@ __device__ __forceinline__ void merge_block(const RowShared<A>& shared, Extremes
       e.max = shared.max[lane];
       if constexpr (kArgmax) e.argmax = shared.argmax[lane];
     }
-    merge_lanes<32>(e);
+    merge_lanes(e, 32);
   }
   __syncthreads();
 }
 
-template <class T, bool kScaled, bool kArgmax, int kLanes>
+template <class T, bool kScaled, bool kArgmax>
 __global__ void __launch_bounds__(kThreads, 3) reduce_rows_kernel(const Reduction r) {
   using A = acc_t<T>;
-  constexpr int kRowsAtOnce = kThreads / kLanes;
   const ReductionGeometry& g = r.geometry;
+  const int rows_at_once = kThreads / g.lanes;
   const ReductionBlock block(g);
   const int first_col = block.split * g.span;
   const int count = min(g.span, r.x.cols - first_col);
@@ -87,17 +87,17 @@ __global__ void __launch_bounds__(kThreads, 3) reduce_rows_kernel(const Reductio
     for (int c = threadIdx.x; c < count; c += kThreads) shared.factor[c] = factor[c];
     __syncthreads();
   }
-  const int lane = threadIdx.x % kLanes;
-  for (int done = 0; done < rows; done += kRowsAtOnce) {
-    const int within = done + threadIdx.x / kLanes, row = first_row + within;
+  const int lane = threadIdx.x % g.lanes;
+  for (int done = 0; done < rows; done += rows_at_once) {
+    const int within = done + threadIdx.x / g.lanes, row = first_row + within;
     Extremes<A, kArgmax> e;
     if (within < rows) {
       const T* x = static_cast<const T*>(r.x.data) + block.sample * r.x.sample_stride +
                    row * r.x.row_stride + first_col;
-      gather_row<kLanes, kScaled>(x, count, first_col, shared.factor, lane, e);
+      gather_row<kScaled>(x, count, first_col, shared.factor, lane, g.lanes, e);
     }
-    if constexpr (kLanes <= 32)
-      merge_lanes<kLanes>(e);
+    if (g.lanes <= 32)
+      merge_lanes(e, g.lanes);
     else
       merge_block(shared, e);
     if (lane == 0 && within < rows) write_part(r.out, block, r.x.rows, row, e, r.x.cols, first_col);
@@ -111,13 +111,7 @@ void reduce_rows(DType dtype, const Reduction& r, const Grid& grid, Stream strea
     with_bool(r.factor != nullptr, [&](auto scaled) {
       with_bool(r.out.argmax != nullptr, [&](auto argmax) {
         using T = typename decltype(storage)::type;
-        constexpr bool kScaled = decltype(scaled)::value, kArgmax = decltype(argmax)::value;
-        const auto run = [&](auto kernel) { launch("reduce_rows", kernel, grid, stream, r); };
-        switch (r.geometry.lanes) {
-          case 8: return run(reduce_rows_kernel<T, kScaled, kArgmax, 8>);
-          case 32: return run(reduce_rows_kernel<T, kScaled, kArgmax, 32>);
-          default: return run(reduce_rows_kernel<T, kScaled, kArgmax, kThreads>);
-        }
+        launch("reduce_rows", reduce_rows_kernel<T, scaled.value, argmax.value>, grid, stream, r);
       });
     });
   });

@@ -36,23 +36,13 @@ struct ScaleBlock : Box {
 template <class T, class A>
 __device__ __forceinline__ void stage_maps(const SpatialGate& p, const ScaleBlock& block,
                                            A* staged) {
-  const int halo_z = p.space.kernel_depth / 2, halo_y = p.space.kernel_height / 2,
-            halo_x = p.space.kernel_width / 2;
-  const int box_width = staged_width(block.width, p.space.kernel_width);
-  const int box_height = block.height + p.space.kernel_height - 1;
-  const int count = box_width * box_height * (block.depth + p.space.kernel_depth - 1);
   const int pixels = p.space.pixels();
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int bx = i % box_width - halo_x, by = i / box_width % box_height - halo_y,
-              bz = i / box_width / box_height - halo_z;
-    const int z = block.z + bz, y = block.y + by, x = block.x + bx;
+  for (int i = threadIdx.x; i < block.staged; i += kThreads) {
+    const StagedPixel at(block, p.space, i);
+    const int pixel = at.pixel;
     A mean = A(0), max = A(0);
-    if (z >= 0 && z < p.space.depth && y >= 0 && y < p.space.height && x >= 0 &&
-        x < p.space.width && bx < block.width + halo_x) {
-      const int pixel = (z * p.space.height + y) * p.space.width + x;
-      const bool inside = bz >= 0 && bz < block.depth && by >= 0 && by < block.height && bx >= 0 &&
-                          bx < block.width;
-      const bool saves = inside && block.saves;
+    if (pixel >= 0) {
+      const bool saves = at.inside && block.saves;
       if (saves && p.saved_argmax) {
         const auto e = merge_parts<true, A>(p.maps, block.sample, pixels, pixel);
         p.saved_argmax[block.sample * pixels + pixel] = e.argmax;
@@ -70,7 +60,7 @@ __device__ __forceinline__ void stage_maps(const SpatialGate& p, const ScaleBloc
       }
     }
     staged[i] = mean;
-    staged[count + i] = max;
+    staged[block.staged + i] = max;
   }
 }
 
@@ -79,22 +69,18 @@ __device__ __forceinline__ void stage_maps(const SpatialGate& p, const ScaleBloc
 template <class T, class A>
 __device__ __forceinline__ void stage_constants(const SpatialGate& p, const ScaleBlock& block,
                                                 const ScaleShared<A>& shared) {
-  const int taps = p.space.taps();
-  const bool in_storage = p.weight_dtype != DType::kFloat32 && p.weight_dtype != DType::kFloat64;
-  for (int i = threadIdx.x; i <= 2 * taps; i += kThreads) {
-    const void* from = i < 2 * taps ? p.conv_weight : p.conv_bias;
-    const int at = i < 2 * taps ? i : 0;
-    shared.weight[i] = !from        ? A(0)
-                       : in_storage ? A(widen(static_cast<const T*>(from)[at]))
-                                    : static_cast<const A*>(from)[at];
-  }
+  const int weights = 2 * p.space.taps();
+  for (int i = threadIdx.x; i < weights; i += kThreads)
+    shared.weight[i] = conv_weight_at<T>(p.conv_weight, p.weight_dtype, i);
+  if (threadIdx.x == 0)
+    shared.weight[weights] = p.conv_bias ? conv_weight_at<T>(p.conv_bias, p.weight_dtype, 0) : A(0);
   const A* gate =
       static_cast<const A*>(p.channel_gate) + block.sample * p.channels + block.first_channel;
   for (int i = threadIdx.x; i < block.channels; i += kThreads) shared.channel[i] = gate[i];
   for (int i = threadIdx.x; i < block.pixels(); i += kThreads) {
     const int x = i % block.width, y = i / block.width % block.height,
               z = i / block.width / block.height;
-    shared.pixel[i] = ((block.z + z) * p.space.height + block.y + y) * p.space.width + block.x + x;
+    shared.pixel[i] = block.pixel(p.space, z, y, x);
   }
 }
 
@@ -103,14 +89,11 @@ template <class A>
 __device__ __forceinline__ void correlate_run(const SpatialGate& p, const ScaleBlock& block,
                                               const ScaleShared<A>& shared, int z, int y, int x,
                                               A (&sum)[kRun]) {
-  const int box_width = staged_width(block.width, p.space.kernel_width);
-  const int box_height = block.height + p.space.kernel_height - 1;
-  const int count = box_width * box_height * (block.depth + p.space.kernel_depth - 1);
   const A* weight = shared.weight;
   for (int m = 0; m < 2; ++m)
     for (int kz = 0; kz < p.space.kernel_depth; ++kz)
       for (int ky = 0; ky < p.space.kernel_height; ++ky) {
-        const A* row = shared.maps + m * count + ((z + kz) * box_height + y + ky) * box_width;
+        const A* row = shared.maps + m * block.staged + block.at(z + kz, y + ky, 0);
         A window[kRun];
 #pragma unroll
         for (int i = 0; i < kRun - 1; ++i) window[i] = row[x + i];
@@ -150,8 +133,8 @@ __device__ __forceinline__ void gate_pixels(const SpatialGate& p, const ScaleBlo
   }
 }
 
-// The last pass. `tile` threads side by side take the vectors of a row of x's matrix, the others
-// rows below; the gates of a vector's columns stay in registers.
+// The last pass. `threads_along` threads side by side take the vectors of a row of x's matrix, the
+// others rows below; the gates of a vector's columns stay in registers.
 template <Access kAccess, bool kChannelsFirst, class T, class A>
 __device__ __forceinline__ void scale(const SpatialGate& p, const ScaleBlock& block,
                                       const ScaleShared<A>& shared) {
@@ -170,14 +153,10 @@ __device__ __forceinline__ void scale(const SpatialGate& p, const ScaleBlock& bl
   const T* x = static_cast<const T*>(p.x.data) + block.sample * p.x.sample_stride;
   T* out = static_cast<T*>(p.out) + block.sample * p.out_sample_stride;
   for (int v = side; v < vectors; v += p.geometry.threads_along) {
+    const VectorColumns<kPacked> columns(v * kCount, cols, kCount);
     A gate[kCount];
-    int row_of[kCount];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int flat = v * kCount + i;
-      row_of[i] = kPacked ? flat / cols : 0;
-      gate[i] = col_gate[kPacked ? flat % cols : flat];
-    }
+    for (int i = 0; i < kCount; ++i) gate[i] = col_gate[columns.column(i)];
     const int col = kPacked          ? v * kCount
                     : kChannelsFirst ? shared.pixel[v * kCount]
                                      : block.first_channel + v * kCount;
@@ -191,7 +170,7 @@ __device__ __forceinline__ void scale(const SpatialGate& p, const ScaleBlock& bl
           auto pack = widen(raw);
 #pragma unroll
           for (int i = 0; i < kCount; ++i) {
-            const A of_row = row_gate[row + row_of[i]];
+            const A of_row = row_gate[row + columns.row_of(i)];
             // As the plain form does: first the channel's gate, then the pixel's.
             pack.value[i] = pack.value[i] * (kChannelsFirst ? of_row : gate[i]) *
                             (kChannelsFirst ? gate[i] : of_row);
@@ -207,8 +186,7 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::kPacked ? 2 : 3)
   using A = acc_t<T>;
   const ScaleBlock block(p);
   SharedCarver carver(dynamic_shared_memory());
-  const ScaleShared<A> shared(carver, p.geometry, p.space.kernel_depth, p.space.kernel_height,
-                              p.space.kernel_width);
+  const ScaleShared<A> shared(carver, p.geometry, p.space);
   stage_constants<T>(p, block, shared);
   stage_maps<T>(p, block, shared.maps);
   __syncthreads();
@@ -220,15 +198,11 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::kPacked ? 2 : 3)
 }  // namespace
 
 void spatial_gate(DType dtype, const SpatialGate& p, const Grid& grid, Stream stream) {
-  with_storage(dtype, [&](auto storage) {
-    with_bool(p.channels_first, [&](auto channels_first) {
-      using T = typename decltype(storage)::type;
-      constexpr bool kFirst = decltype(channels_first)::value;
-      with_access(p.geometry.access, [&](auto access) {
-        launch("spatial_gate", spatial_gate_kernel<T, access.value, kFirst>, grid, stream, p);
+  with_layout(
+      dtype, p.geometry.access, p.channels_first, [&](auto storage, auto access, auto first) {
+        using T = typename decltype(storage)::type;
+        launch("spatial_gate", spatial_gate_kernel<T, access.value, first.value>, grid, stream, p);
       });
-    });
-  });
 }
 
 }  // namespace cbam::cuda

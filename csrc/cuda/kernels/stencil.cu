@@ -16,40 +16,15 @@
 namespace cbam::cuda {
 namespace {
 
-struct StencilBlock : Box {
-  int staged_height, staged_row, staged;  // of the box with its halo, rows padded
-
-  __device__ __forceinline__ explicit StencilBlock(const Stencil& p)
-      : Box(p.geometry, p.space, blockIdx.x) {
-    staged_height = height + p.space.kernel_height - 1;
-    staged_row = staged_width(width, p.space.kernel_width);
-    staged = staged_row * staged_height * (depth + p.space.kernel_depth - 1);
-  }
-  __device__ __forceinline__ int at(int kz, int ky, int kx) const {
-    return (kz * staged_height + ky) * staged_row + kx;
-  }
-};
-
-// The pixel of the image at a staged position, or -1 outside of image and halo.
-__device__ __forceinline__ int staged_pixel(const Stencil& p, const StencilBlock& block, int i) {
-  const Space& s = p.space;
-  const int x = block.x + i % block.staged_row - s.kernel_width / 2;
-  const int y = block.y + i / block.staged_row % block.staged_height - s.kernel_height / 2;
-  const int z = block.z + i / block.staged_row / block.staged_height - s.kernel_depth / 2;
-  const bool inside = z >= 0 && z < s.depth && y >= 0 && y < s.height && x >= 0 && x < s.width &&
-                      x < block.x + block.width + s.kernel_width / 2;
-  return inside ? (z * s.height + y) * s.width + x : -1;
-}
-
 // dz of the box and its halo, zero outside the image, and the weights.
 template <class T, class A>
-__device__ __forceinline__ void stage(const Stencil& p, const StencilBlock& block,
+__device__ __forceinline__ void stage(const Stencil& p, const Box& block,
                                       const StencilShared<A>& shared) {
   const int64_t pixels = p.space.pixels();
   const A* gate = static_cast<const A*>(p.spatial_gate) + block.sample * pixels;
   const A* more = static_cast<const A*>(p.d_spatial_gate);
   for (int i = threadIdx.x; i < block.staged; i += kThreads) {
-    const int pixel = staged_pixel(p, block, i);
+    const int pixel = StagedPixel(block, p.space, i).pixel;
     A dz = A(0);
     if (pixel >= 0) {
       const A d = total_of<A>(p.d_spatial, block.sample, pixels, pixel) +
@@ -58,26 +33,23 @@ __device__ __forceinline__ void stage(const Stencil& p, const StencilBlock& bloc
     }
     shared.dz[i] = dz;
   }
-  const bool in_storage = p.weight_dtype != DType::kFloat32 && p.weight_dtype != DType::kFloat64;
   for (int i = threadIdx.x; i < 2 * p.space.taps(); i += kThreads)
-    shared.weight[i] = in_storage ? A(widen(static_cast<const T*>(p.conv_weight)[i]))
-                                  : static_cast<const A*>(p.conv_weight)[i];
+    shared.weight[i] = conv_weight_at<T>(p.conv_weight, p.weight_dtype, i);
 }
 
 template <class T, class A>
-__device__ __forceinline__ void stage_map(const Stencil& p, const StencilBlock& block, int m,
-                                          A* staged) {
+__device__ __forceinline__ void stage_map(const Stencil& p, const Box& block, int m, A* staged) {
   const int64_t pixels = p.space.pixels();
   const T* map = static_cast<const T*>(p.maps) + (block.sample * 2 + m) * pixels;
   for (int i = threadIdx.x; i < block.staged; i += kThreads) {
-    const int pixel = staged_pixel(p, block, i);
+    const int pixel = StagedPixel(block, p.space, i).pixel;
     staged[i] = pixel >= 0 ? widen(map[pixel]) : A(0);
   }
 }
 
 // Both maps' gradients of one pixel of the box: the kernel, turned around, over dz.
 template <class A>
-__device__ __forceinline__ void correlate_pixel(const Stencil& p, const StencilBlock& block,
+__device__ __forceinline__ void correlate_pixel(const Stencil& p, const Box& block,
                                                 const StencilShared<A>& shared, int z, int y, int x,
                                                 A& mean, A& max) {
   const int taps = p.space.taps();
@@ -94,7 +66,7 @@ __device__ __forceinline__ void correlate_pixel(const Stencil& p, const StencilB
 }
 
 template <class A>
-__device__ __forceinline__ void write_maps(const Stencil& p, const StencilBlock& block,
+__device__ __forceinline__ void write_maps(const Stencil& p, const Box& block,
                                            const StencilShared<A>& shared) {
   const int64_t pixels = p.space.pixels();
   A* d_maps = static_cast<A*>(p.d_maps) + block.sample * 2 * pixels;
@@ -103,8 +75,7 @@ __device__ __forceinline__ void write_maps(const Stencil& p, const StencilBlock&
               z = q / block.width / block.height;
     A mean = A(0), max = A(0);
     correlate_pixel(p, block, shared, z, y, x, mean, max);
-    const int64_t pixel =
-        (int64_t{block.z + z} * p.space.height + block.y + y) * p.space.width + block.x + x;
+    const int pixel = block.pixel(p.space, z, y, x);
     d_maps[pixel] = mean / static_cast<A>(p.channels);
     d_maps[pixels + pixel] = max;
   }
@@ -112,7 +83,7 @@ __device__ __forceinline__ void write_maps(const Stencil& p, const StencilBlock&
 
 // Sum over the box of dz * value(position), by one warp.
 template <class A, class Value>
-__device__ __forceinline__ A sum_over_box(const Space& s, const StencilBlock& block, const A* dz,
+__device__ __forceinline__ A sum_over_box(const Space& s, const Box& block, const A* dz,
                                           Value value) {
   const int lane = threadIdx.x % 32;
   const int centre = block.at(s.kernel_depth / 2, s.kernel_height / 2, s.kernel_width / 2);
@@ -129,7 +100,7 @@ __device__ __forceinline__ A sum_over_box(const Space& s, const StencilBlock& bl
 // This box's share of the gradients of map m's taps, a warp for each tap; with the first map's also
 // that of the bias.
 template <class A>
-__device__ __forceinline__ void write_conv(const Stencil& p, const StencilBlock& block,
+__device__ __forceinline__ void write_conv(const Stencil& p, const Box& block,
                                            const StencilShared<A>& shared, int m) {
   const Space& s = p.space;
   const int taps = s.taps(), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -149,10 +120,9 @@ __device__ __forceinline__ void write_conv(const Stencil& p, const StencilBlock&
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) stencil_kernel(const Stencil p) {
   using A = acc_t<T>;
-  const StencilBlock block(p);
+  const Box block(p.geometry, p.space, blockIdx.x);
   SharedCarver carver(dynamic_shared_memory());
-  const StencilShared<A> shared(carver, p.geometry, p.space.kernel_depth, p.space.kernel_height,
-                                p.space.kernel_width, p.d_conv != nullptr);
+  const StencilShared<A> shared(carver, p.geometry, p.space, p.d_conv != nullptr);
   stage<T>(p, block, shared);
   __syncthreads();
   write_maps(p, block, shared);

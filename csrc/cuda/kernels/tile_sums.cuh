@@ -81,13 +81,11 @@ static_assert(kTileColumns <= kThreads, "a thread for each column");
 // The column of this thread and its share of the rows.
 struct TileColumn {
   int column, first, step;
-  bool active;
 
   __device__ __forceinline__ explicit TileColumn(int cols) {
     column = threadIdx.x % cols;
     first = threadIdx.x / cols;
     step = kThreads / cols;
-    active = first < step;
   }
 };
 
@@ -95,7 +93,6 @@ struct TileColumn {
 template <class A, class Factor>
 __device__ __forceinline__ void sum_column(const A* staged, int rows, int cols,
                                            const TileColumn& own, Factor factor, A& sum) {
-  if (!own.active) return;
   for (int row = own.first; row < rows; row += own.step)
     sum += staged[row * cols + own.column] * factor(row);
 }

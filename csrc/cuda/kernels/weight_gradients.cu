@@ -13,9 +13,10 @@ constexpr int kDepth = kOuterDepth;
 
 // a[k][first .. first + kSide) for `count` values of k, parts added; zeros outside.
 template <class A>
-__device__ __forceinline__ void stage(const Vectors& from, int first_k, int first, A* to) {
+__device__ __forceinline__ void stage(const Vectors& from, int64_t first_k, int first, A* to) {
   for (int i = threadIdx.x; i < kDepth * kSide; i += kThreads) {
-    const int k = first_k + i / kSide, column = first + i % kSide;
+    const int64_t k = first_k + i / kSide;
+    const int column = first + i % kSide;
     A value = A(0);
     if (k < from.count && column < from.length) {
       const A* at = static_cast<const A*>(from.values) + k * from.pitch + column;
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) outer_sums_kernel(const OuterSums p)
   SharedCarver carver(dynamic_shared_memory());
   const OuterShared<A> shared(carver);
   A sum[kEach] = {};
-  for (int first_k = 0; first_k < p.a.count; first_k += kDepth) {
+  for (int64_t first_k = 0; first_k < p.a.count; first_k += kDepth) {
     stage(p.a, first_k, first_row, shared.a);
     stage(p.b, first_k, first_col, shared.b);
     __syncthreads();
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) vector_sums_kernel(const VectorSums 
   A sum = A(0);
   if (column < p.a.length)
 #pragma unroll 4
-    for (int k = warp; k < p.a.count; k += kThreads / 32)
+    for (int64_t k = warp; k < p.a.count; k += kThreads / 32)
       sum += static_cast<const A*>(p.a.values)[k * p.a.pitch + column];
   shared.sum[threadIdx.x] = sum;
   __syncthreads();

@@ -47,11 +47,11 @@ struct Extremes {
   }
 };
 
-// Merges over groups of kLanes neighbouring lanes; all 32 lanes of the warp take part.
-template <int kLanes, class A, bool kArgmax>
-__device__ __forceinline__ void merge_lanes(Extremes<A, kArgmax>& e) {
-#pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+// Merges over groups of `lanes` neighbours, a power of two; all 32 lanes of the warp take part.
+template <class A, bool kArgmax>
+__device__ __forceinline__ void merge_lanes(Extremes<A, kArgmax>& e, int lanes) {
+#pragma unroll 1
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
     Extremes<A, kArgmax> other;
     other.sum = __shfl_xor_sync(0xffffffffu, e.sum, distance);
     other.max = __shfl_xor_sync(0xffffffffu, e.max, distance);

@@ -97,7 +97,7 @@ struct Emulated {
     watch_weights(watched, p);
     watch_saved(
         p, [&](const char* name, void* data, int64_t size) { watched.write(name, data, size); });
-    cuda::forward(p, plan, memory.mutable_data_ptr(), nullptr);
+    cuda::run(p, plan, memory.mutable_data_ptr(), nullptr);
   }
   static void backward(const BackwardProblem& p, const Tensor& x) {
     const cuda::BackwardPlan plan = cuda::plan(p, device());
@@ -119,7 +119,7 @@ struct Emulated {
     watch_saved(p, [&](const char* name, const void* data, int64_t size) {
       watched.read(name, data, size);
     });
-    cuda::backward(p, plan, memory.mutable_data_ptr(), nullptr);
+    cuda::run(p, plan, memory.mutable_data_ptr(), nullptr);
   }
 };
 

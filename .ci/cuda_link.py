@@ -1,0 +1,83 @@
+"""Links against a CUDA build of torch, in .venv-cuda, without a GPU.
+
+Twice: the extension as it was built beside the CPU torch of .venv, which must load there as it is,
+and built anew with that torch. Each time it must import, have kernels for CPU and CUDA tensors
+registered, and pass the tests of the CPU backend.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+from environment import ROOT, requirements
+
+FOLDER = ROOT / ".venv-cuda"
+PYTHON = FOLDER / "bin/python"
+TORCH = "torch==2.14.1"
+TESTS = ("tests/test_compile.py", "tests/test_modules.py", "tests/test_numerics.py")
+CHECK = """
+import torch, cbam_cuda
+assert torch.version.cuda, torch.__version__
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+for operator in ("forward", "forward_train", "backward"):
+    for key in ("CPU", "CUDA"):
+        assert has(f"cbam_cuda::{operator}", key), (operator, key)
+facts = cbam_cuda.info()
+assert facts["backends"]["cpu"] == "available", facts
+assert facts["build"]["cuda_architectures"], facts
+print(f"{cbam_cuda.__file__} beside torch {torch.__version__}: {facts['backends']}")
+"""
+
+
+def run(*command: str | Path, **options: object) -> None:
+    """A command that must succeed."""
+    subprocess.run([str(part) for part in command], check=True, **options)  # type: ignore[call-overload]
+
+
+def make_environment() -> None:
+    """The environment, kept once it is there: its torch is several gigabytes."""
+    if (FOLDER / ".ready").exists():
+        return
+    venv.create(FOLDER, with_pip=True, clear=True)
+    run(PYTHON, "-m", "pip", "install", "--quiet", *requirements(), TORCH)
+    (FOLDER / ".ready").touch()
+
+
+def check_installed(what: str) -> None:
+    """Import and test what is installed, from a folder where the checkout's package is not seen."""
+    print(f"-- {what}", flush=True)
+    with tempfile.TemporaryDirectory() as elsewhere:
+        run(PYTHON, "-c", CHECK, cwd=elsewhere)
+        tests = [ROOT / name for name in TESTS]
+        options = ["-q", "-n", "auto", "-k", "cpu", "-p", "no:cacheprovider"]
+        run(PYTHON, "-m", "pytest", *options, "--rootdir", elsewhere, *tests, cwd=elsewhere)
+
+
+def install(built_by: str | Path) -> None:
+    """Build a wheel with one interpreter's torch and install it beside the CUDA one."""
+    environment = {**os.environ, "CBAM_CUDA_BUILD": "cuda"}
+    with tempfile.TemporaryDirectory() as wheels:
+        pip = [built_by, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
+        run(*pip, "--wheel-dir", wheels, ROOT, env=environment)
+        (wheel,) = Path(wheels).glob("*.whl")
+        reinstall = ["install", "--quiet", "--no-deps", "--force-reinstall"]
+        run(PYTHON, "-m", "pip", *reinstall, wheel)
+
+
+def main() -> int:
+    """Both builds, one after the other."""
+    make_environment()
+    install(ROOT / ".venv/bin/python")
+    check_installed("built beside the CPU torch")
+    install(PYTHON)
+    check_installed("built beside the CUDA torch")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""What can be broken in the kernels: each barrier, and each comparison with a limit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from emulator.build import CSRC
+
+FOLDERS = ("cuda/kernels", "cuda/primitives")
+# Where a limit that is known to the compiler guards no memory.
+CONSTANT_LIMITS = ("for ", "if constexpr ", "static_assert")
+BARRIERS = ("__syncthreads", "__syncwarp", "__threadfence")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    path: str  # below csrc
+    kind: str  # "barrier" or "bound"
+    line: int
+    key: str  # the same after a change elsewhere in the file
+    text: str  # of the whole file
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.key.partition(': ')[2]}"
+
+
+def sources() -> list[Path]:
+    """The files that are broken."""
+    return [
+        path
+        for folder in FOLDERS
+        for path in sorted((CSRC / folder).iterdir())
+        if path.suffix in (".cu", ".cuh")
+    ]
+
+
+def operand(code: str, start: int) -> str:
+    """What stands right of a comparison, up to the next operator that binds less."""
+    depth = 0
+    for at in range(start, len(code)):
+        depth += (code[at] in "([{") - (code[at] in ")]}")
+        if depth < 0 or (not depth and re.match(r"[;,?:]|&&|\|\|", code[at : at + 2])):
+            return code[start:at]
+    return code[start:]
+
+
+def inside(word: str, code: str, at: int) -> bool:
+    """Whether `at` is inside the parentheses behind the last of these words."""
+    start, depth = code.rfind(word, 0, at), 0
+    for character in code[max(start, 0) + len(word) : at]:
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return False
+    return start >= 0
+
+
+def weakened(code: str) -> Iterator[tuple[int, int, str]]:
+    """Start, end and replacement of every comparison with a limit of the problem."""
+    for found in re.finditer(r" (<|<=|>=)\s", code):
+        start, end, sign = found.start(1), found.end(1), found[1]
+        limit = operand(code, end)
+        names = re.findall(r"[A-Za-z_]\w*", limit)
+        constant = all(re.match(r"k[A-Z]", name) for name in names)
+        if sign == ">=":
+            zero = limit.strip() == "0"
+            yield (start, end + len(limit.rstrip()), ">= -1") if zero else (start, end, ">")
+        elif not (constant and any(inside(word, code, start) for word in CONSTANT_LIMITS)):
+            yield start, end, "<=" if sign == "<" else "<= 1 +"
+
+
+def mutants_of(path: Path) -> Iterator[Mutant]:
+    """All of one file."""
+    text, name = path.read_text(), path.relative_to(CSRC).as_posix()
+    code = re.sub(r"//[^\n]*", lambda comment: " " * len(comment[0]), text)
+
+    def line_at(whole: str, at: int) -> str:
+        return " ".join(whole[whole.rfind("\n", 0, at) + 1 :].partition("\n")[0].split())
+
+    def mutant(kind: str, start: int, what: str, changed: str) -> Mutant:
+        return Mutant(name, kind, text.count("\n", 0, start) + 1, f"{path.name}: {what}", changed)
+
+    calls = re.finditer(rf"({'|'.join(BARRIERS)})\([^;]*\);", code)
+    for number, found in enumerate(calls, 1):
+        start, before = found.start(), code[: found.start()].rstrip()
+        what = f"barrier {number}, {found[1]} after {line_at(before, len(before))}"
+        yield mutant("barrier", start, what, text[:start] + text[found.end() :])
+    for start, end, new in weakened(code):
+        changed = text[:start] + new + text[end:]
+        what = f"{line_at(text, start)} -> {line_at(changed, start)}"
+        yield mutant("bound", start, what, changed)
+
+
+def all_mutants() -> list[Mutant]:
+    return [mutant for path in sources() for mutant in mutants_of(path)]
