@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml cbam_cuda/version.py
 
-.PHONY: demo test bench lint build emulator mutate cuda-link gpu clean
+.PHONY: demo test bench lint build emulator traffic mutate cuda-link gpu clean
 .DELETE_ON_ERROR:
 
 ## Train on real digits with the plain and the fused block, and print the speed of both.
@@ -37,6 +37,10 @@ emulator: build
 	$(BIN)/python tests/emulator/build.py plain
 	ln -sf ../build/emulator/plain/libcbam_emulated.so cbam_cuda/_emulated.so
 
+## The bytes that the CUDA kernels move, counted on the emulator.
+traffic: emulator
+	$(BIN)/python tests/traffic.py $(TRAFFIC_OPTIONS)
+
 ## Breaks the CUDA kernels one line at a time: the emulator must notice every break.
 mutate: emulator
 	$(BIN)/python tests/mutate.py
@@ -45,7 +49,8 @@ mutate: emulator
 cuda-link: build
 	$(BIN)/python .ci/cuda_link.py
 
-## The acceptance run on the GPU of this machine: tests, compute-sanitizer, checks, timings.
+## The acceptance run on the GPU of this machine: tests, compute-sanitizer, checks, timings, and where
+## the resident forward is the faster one.
 gpu: .venv/.ready
 	architectures=$$($(BIN)/python -m benchmarks.gpu.architecture) && \
 		TORCH_CUDA_ARCH_LIST=$$architectures $(MAKE) build

@@ -44,6 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--channels-last", action="store_true")
     command.add_argument("--backward", action="store_true", help="plan the backward")
     command.add_argument("--training", action="store_true", help="keep what backward needs")
+    command.add_argument(
+        "--strategy", default="auto", help="auto, streaming or resident; default: %(default)s"
+    )
+    command.add_argument(
+        "--multiprocessors", type=int, default=0, help="of the device; default: all"
+    )
     return parser
 
 
@@ -64,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             channels_last=given.channels_last,
             training=given.training,
             backward=given.backward,
+            strategy=given.strategy,
+            multiprocessors=given.multiprocessors,
         )
     except (RuntimeError, ValueError) as error:
         print(f"plan: {error}", file=sys.stderr)

@@ -25,6 +25,8 @@ def plan(
     channels_last: bool = False,
     training: bool = False,
     backward: bool = False,
+    strategy: str = "auto",
+    multiprocessors: int = 0,
 ) -> dict[str, Any]:
     """Plan of a forward, or of a backward, for dense x of `shape` [N, C, *space].
 
@@ -37,9 +39,12 @@ def plan(
         channels_last: whether x's channels lie side by side in memory.
         training: whether the forward keeps what backward needs.
         backward: plan the backward instead, with every gradient asked for.
+        strategy: of the forward: "streaming" (x is read three times), "resident" (x stays on the
+            chip and is read once), or "auto" for the one that is predicted to be faster.
+        multiprocessors: plan for a part of the device that has so many; 0 for all of it.
 
     Returns:
-        ``strategy``, ``group`` (samples that take all launches together), ``in_cache`` (whether x
+        ``strategy``, of a forward with its ``reason`` and ``predicted_seconds``; ``group`` (samples that take all launches together), ``in_cache`` (whether x
         of a group stays in the L2 cache), ``stages`` (of a full group: name, blocks, threads,
         shared_bytes, traffic in bytes), ``traffic`` (of all groups), ``device_memory_bytes`` and
         the ``seconds`` that these take at the device's full bandwidth; ``passes``, the geometry of
@@ -47,7 +52,8 @@ def plan(
 
     Raises:
         RuntimeError: the compiled module did not load.
-        ValueError: no such device or dtype, sizes below 1, or a kernel too large for the device.
+        ValueError: no such device, dtype or strategy, sizes below 1, a kernel too large for the
+            device, or a resident strategy where no sample fits on the chip.
     """
     dim = len(shape) - 2
     kernel = [kernel_size] * dim if isinstance(kernel_size, int) else list(kernel_size)
@@ -61,6 +67,8 @@ def plan(
         channels_last=channels_last,
         training=training,
         backward=backward,
+        strategy=strategy,
+        multiprocessors=multiprocessors,
     )
     return found
 
@@ -72,6 +80,7 @@ def render(found: dict[str, Any]) -> str:
     lines = [
         f"{found['strategy']} on {device['name']}: groups of {found['group']} samples, whose x "
         f"{cached}",
+        *_choice(found),
         f"scratch memory {_bytes(found['scratch_bytes'])}",
         "",
         f"{'launches of a group':<22}{'blocks':>9}{'threads':>9}{'shared':>10}{'x read':>11}"
@@ -99,6 +108,12 @@ def render(found: dict[str, Any]) -> str:
         f"{device['bandwidth'] / 1e9:.0f} GB/s {found['seconds'] * 1e6:.1f} us",
     ]
     return "\n".join(lines)
+
+
+def _choice(found: dict[str, Any]) -> list[str]:
+    if "reason" not in found:
+        return []
+    return [f"{found['reason']}; predicted {found['predicted_seconds'] * 1e6:.1f} us"]
 
 
 def _sums(traffic: dict[str, int]) -> list[str]:

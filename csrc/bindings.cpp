@@ -44,11 +44,13 @@ std::string cuda_problem() {
 }
 
 py::dict limits_dict(const cbam::cuda::DeviceLimits& d) {
-  return py::dict("name"_a = d.name, "capability"_a = d.capability,
-                  "multiprocessors"_a = d.multiprocessors,
-                  "threads_per_multiprocessor"_a = d.threads_per_multiprocessor,
-                  "shared_per_block"_a = d.shared_per_block, "l2_bytes"_a = d.l2_bytes,
-                  "bandwidth"_a = d.bandwidth);
+  return py::dict(
+      "name"_a = d.name, "capability"_a = d.capability, "multiprocessors"_a = d.multiprocessors,
+      "threads_per_multiprocessor"_a = d.threads_per_multiprocessor,
+      "shared_per_block"_a = d.shared_per_block,
+      "shared_per_multiprocessor"_a = d.shared_per_multiprocessor, "l2_bytes"_a = d.l2_bytes,
+      "bandwidth"_a = d.bandwidth,
+      "clusters"_a = std::vector<int>(d.clusters, d.clusters + cbam::cuda::kClusterSizes));
 }
 
 py::list known_devices() {
@@ -113,7 +115,27 @@ py::dict tile_dict(const cbam::cuda::TileGeometry& g) {
                   "threads_along"_a = g.threads_along, "reverse"_a = g.reverse);
 }
 
+const char* name_of(cbam::cuda::Copy copy) {
+  switch (copy) {
+    case cbam::cuda::Copy::kPlain: return "plain";
+    case cbam::cuda::Copy::kAsync: return "async";
+    case cbam::cuda::Copy::kBulk: return "bulk";
+  }
+  return "";
+}
+
+py::dict resident_dict(const cbam::cuda::ResidentGeometry& g) {
+  py::dict d("kind"_a = g.cluster ? "cluster" : "grid", "team"_a = g.team, "teams"_a = g.teams,
+             "samples"_a = g.samples, "channels"_a = g.channels, "chunk"_a = g.chunk,
+             "chunks"_a = g.chunks, "copy"_a = name_of(g.copy), "band"_a = g.band,
+             "boxes_each"_a = g.boxes_each, "lanes"_a = g.lanes, "groups"_a = g.groups,
+             "exchange"_a = g.exchange);
+  d.attr("update")(box_dict(g.boxes));
+  return d;
+}
+
 py::dict passes_dict(const cbam::cuda::ForwardPlan& plan) {
+  if (plan.resident) return py::dict("resident"_a = resident_dict(*plan.resident));
   return py::dict("pool"_a = reduction_dict(plan.pool), "maps"_a = reduction_dict(plan.maps),
                   "scale"_a = scale_dict(plan.scale));
 }
@@ -123,34 +145,51 @@ py::dict passes_dict(const cbam::cuda::BackwardPlan& plan) {
                   "terms"_a = tile_dict(plan.terms), "dx"_a = tile_dict(plan.input));
 }
 
-template <class Problem>
-py::dict plan_dict(const Problem& problem, const cbam::cuda::DeviceLimits& limits) {
-  const auto plan = cbam::cuda::plan(problem, limits);
+// Of a plan that knows but one strategy.
+void describe_choice(py::dict&, const cbam::cuda::BackwardPlan&) {}
+
+void describe_choice(py::dict& d, const cbam::cuda::ForwardPlan& plan) {
+  if (plan.resident) d["strategy"] = "resident";
+  d["reason"] = plan.reason;
+  d["predicted_seconds"] = plan.seconds;
+}
+
+template <class Problem, class Plan>
+py::dict plan_dict(const Problem& problem, const Plan& plan,
+                   const cbam::cuda::DeviceLimits& limits) {
   const auto bytes = cbam::cuda::device_memory_bytes(plan, problem);
   py::list stages;
   for (const auto& stage : cbam::cuda::stages(plan, problem, plan.group.samples))
     stages.append(py::dict(
         "name"_a = stage.name, "blocks"_a = stage.grid.blocks, "threads"_a = stage.grid.threads,
         "shared_bytes"_a = stage.grid.shared_bytes, "traffic"_a = traffic_dict(stage.traffic)));
-  return py::dict("device"_a = limits_dict(limits), "strategy"_a = "streaming",
-                  "group"_a = plan.group.samples, "in_cache"_a = plan.group.in_cache,
-                  "scratch_bytes"_a = cbam::cuda::scratch(plan, problem).total(),
-                  "passes"_a = passes_dict(plan), "stages"_a = stages,
-                  "traffic"_a = traffic_dict(cbam::cuda::traffic(plan, problem)),
-                  "device_memory_bytes"_a = bytes,
-                  "seconds"_a = static_cast<double>(bytes) / limits.bandwidth);
+  py::dict d("device"_a = limits_dict(limits), "strategy"_a = "streaming",
+             "group"_a = plan.group.samples, "in_cache"_a = plan.group.in_cache,
+             "scratch_bytes"_a = cbam::cuda::scratch(plan, problem).total(),
+             "passes"_a = passes_dict(plan), "stages"_a = stages,
+             "traffic"_a = traffic_dict(cbam::cuda::traffic(plan, problem)),
+             "device_memory_bytes"_a = bytes,
+             "seconds"_a = static_cast<double>(bytes) / limits.bandwidth);
+  describe_choice(d, plan);
+  return d;
 }
 
 py::dict plan(std::vector<int64_t> shape, int64_t hidden, std::vector<int64_t> kernel,
               const std::string& dtype, const std::string& device, bool channels_last,
               bool training, bool backward, bool aligned, bool bias,
-              const std::string& weight_dtype) {
+              const std::string& weight_dtype, const std::string& strategy, int multiprocessors) {
   const cbam::cuda::Description description{
       std::move(shape), hidden,   std::move(kernel), dtype, weight_dtype,
       channels_last,    training, aligned,           bias};
-  const auto limits = limits_of(device);
-  return backward ? plan_dict(cbam::cuda::describe_backward(description), limits)
-                  : plan_dict(cbam::cuda::describe(description), limits);
+  auto limits = limits_of(device);
+  if (multiprocessors) limits = cbam::cuda::slice_of(limits, multiprocessors);
+  const auto wanted = cbam::cuda::strategy_of(strategy);
+  if (backward) {
+    const auto problem = cbam::cuda::describe_backward(description);
+    return plan_dict(problem, cbam::cuda::plan(problem, limits), limits);
+  }
+  const auto problem = cbam::cuda::describe(description);
+  return plan_dict(problem, cbam::cuda::plan(problem, limits, wanted), limits);
 }
 
 }  // namespace
@@ -165,7 +204,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("known_devices", &known_devices, "Limits of the GPUs that plans can be made for.");
   m.def("plan", &plan, "shape"_a, "hidden"_a, "kernel"_a, "dtype"_a, "device"_a, py::kw_only(),
         "channels_last"_a = false, "training"_a = false, "backward"_a = false, "aligned"_a = true,
-        "bias"_a = true, "weight_dtype"_a = "",
+        "bias"_a = true, "weight_dtype"_a = "", "strategy"_a = "auto", "multiprocessors"_a = 0,
         "How the CUDA backend would run dense tensors of these sizes on `device`, a known one or "
         "\"cuda:INDEX\": launches of a full group, bytes by what they belong to, and the seconds "
         "that device memory needs. ValueError where there is no such plan.");

@@ -10,7 +10,7 @@ namespace cbam {
 
 enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
-constexpr int64_t bytes_of(DType dtype) {
+CBAM_INLINE constexpr int64_t bytes_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 // Of what a storage type is computed in.

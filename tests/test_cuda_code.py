@@ -26,7 +26,11 @@ PASSES = (
 
 REGISTERS_OF_SM = 65536
 WRITES = ("spatial_gate", "input_gradient")  # and those that write one
-THREADS = {"gate_layer": 128, "hidden_layer_backward": 128}  # of a block; 256 for the other kernels
+THREADS = {
+    "gate_layer": 128,
+    "hidden_layer_backward": 128,
+    "resident_forward": 512,
+}  # of a block; 256 for the other kernels
 
 UNDER_WAY = 3  # 16-byte loads of a thread at a time, at least
 
@@ -82,10 +86,10 @@ def matching(opcodes, pattern):
 
 
 def is_compiled(words: tuple[str, ...]) -> bool:
-    """What dispatch.cuh leaves out: vectors of float64, packed rows where channels come last."""
+    """Not vectors and resident samples of float64, nor packed rows where channels come last."""
     if "packed" in words and not {"channels last", ""}.isdisjoint(words[2:3]):
         return False
-    return "float64" not in words or {"vector", "packed"}.isdisjoint(words)
+    return "float64" not in words or {"vector", "packed", "inference", "training"}.isdisjoint(words)
 
 
 @each_architecture
@@ -123,6 +127,8 @@ def test_no_atomics_on_floats(sass, kind, architecture):
 @each_kernel
 def test_every_address_space_is_known(sass, kind, architecture):
     """A generic access to shared memory is slower than one that says so, and costs registers."""
+    if kind == "resident_forward":
+        pytest.skip("what a team exchanges is in shared memory or in global memory, by the plan")
     code = kernels_of(sass, architecture, kind)
     none_of({k: found for k, c in code.items() if (found := matching(c.opcodes, r"(LD|ST)(\.|$)"))})
 
@@ -178,6 +184,26 @@ def test_several_loads_are_under_way(sass, kind, architecture):
             if flying < floor:
                 wrong[kernel] = f"{flying} 16-byte loads at a time, {floor} expected"
     none_of(wrong)
+
+
+def copies_of(architecture: str) -> str:
+    """The instruction that brings x to shared memory."""
+    major = int(architecture.split(".")[0])
+    return r"UBLKCP" if major >= 9 else r"LDGSTS.*\.128" if major == 8 else r"LDG\.E\.128"
+
+
+@each_architecture
+def test_samples_come_to_the_chip_by_copies(sass, architecture):
+    code = kernels_of(sass, architecture, "resident_forward")
+    wanted = (copies_of(architecture), r"LDS\.128", r"STG.*\.128")
+    none_of(
+        {
+            kernel: f"no {pattern}"
+            for kernel, c in code.items()
+            for pattern in wanted
+            if not matching(c.opcodes, pattern)
+        }
+    )
 
 
 BLOCKS = {

@@ -1,17 +1,19 @@
-"""Checks and timings of ``python -m benchmarks.gpu``, as far as a CPU can run them."""
+"""Checks of ``python -m benchmarks.gpu``, as far as a CPU can run them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import time
+import os
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from benchmarks.gpu import capture, checks, inputs, measure, problems, report, timings, values
+from benchmarks.gpu import capture, checks, inputs, launches, report, strategies, values
 from benchmarks.gpu.commands import Finished
-from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Folder, SkippedError
-from cbam_cuda import plan as planning
+from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, SkippedError
 
 TINY = (8, 6, 5)
 
@@ -30,7 +32,7 @@ def test_what_a_check_printed():
 
 
 def raising(error):
-    def check():
+    def check(*_):
         raise error
 
     return check
@@ -117,137 +119,116 @@ def test_replays_are_compared_with_calls(monkeypatch, work, message):
             capture._check("", lambda: [2 * x], x, grad)
 
 
-def test_rows_cover_what_is_asked_for():
-    rows = list(timings.problems())
-    assert len(rows) == len(set(rows)) == 48
-    assert {row.shape[0] for row in rows} == {1, 8, 32, 256}
-    assert {str(row) for row in rows} >= {"32x2048x7x7 bfloat16 channels_last"}
+def test_every_check_is_made_under_each_strategy(monkeypatch):
+    names = list(checks.CHECKS)
+    assert "forward in a CUDA graph, streaming" in names[: len(names) // 2]
+    assert "forward in a CUDA graph, resident" in names[len(names) // 2 :]
+    monkeypatch.setattr(values, "train", lambda *_: [torch.tensor(0)])
+    monkeypatch.setattr(values, "draw", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(values, "draw_weights", lambda *_: None)
+    monkeypatch.setattr(values, "_disturb", lambda: seen.add(os.environ[strategies.VARIABLE]))
+    for strategy in strategies.STRATEGIES:
+        seen = set()
+        assert checks.make(f"100 runs, equal to the bit, {strategy}")["state"] == PASSED
+        assert seen == {strategy}
 
 
-def test_inputs_of_a_sample_are_larger_than_the_cache():
-    cache = 50 * 2**20
-    for row in timings.problems():
-        count = problems.buffers(row, cache)
-        assert 1 <= count <= problems.GRAPH_CALLS
-        assert count == problems.GRAPH_CALLS or count * row.bytes >= 2 * cache
+def test_a_strategy_is_forced_for_a_while(monkeypatch):
+    monkeypatch.setenv(strategies.VARIABLE, "auto")
+    with contextlib.suppress(KeyError), strategies.forced("resident"):
+        assert os.environ[strategies.VARIABLE] == "resident"
+        raise KeyError
+    assert os.environ[strategies.VARIABLE] == "auto"
+    monkeypatch.delenv(strategies.VARIABLE)
+    with strategies.forced("streaming"):
+        assert os.environ[strategies.VARIABLE] == "streaming"
+    assert strategies.VARIABLE not in os.environ
 
 
-def test_contestants_compute_the_same():
-    problem = problems.Problem((2, 32, 6, 5), torch.float32, "channels_last")
-    contestants = problems.Contestants(problem, 3, False, device="cpu")
-    forward, step = contestants.calls["forward"], contestants.calls["step"]
-    assert set(forward) == set(step) == {"copy", "eager", "fused"}
-    for i in range(3):
-        with torch.no_grad():
-            torch.testing.assert_close(forward["fused"](i), forward["eager"](i))
-        torch.testing.assert_close(step["fused"](i), step["eager"](i))
-    assert not torch.equal(forward["copy"](0), forward["copy"](1))
+IMPOSSIBLE = RuntimeError("strategy: expected one that is possible, got resident: too large")
 
 
-class Ticks:
-    """Stands for the device's clock."""
-
-    def sample(self, work, calls):
-        work()
-        return 1.0
-
-
-@pytest.mark.parametrize("graphs", [True, False])
-def test_short_calls_are_also_timed_in_graphs(monkeypatch, graphs):
-    def graph(call, count):
-        if not graphs:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return lambda: call(count - 1)
-
-    monkeypatch.setattr(measure, "_graph", graph)
-    seen = []
-    found = measure.measure({"copy": seen.append, "fused": seen.append}, 4, Ticks(), False)
-    assert set(seen) == {0, 1, 2, 3}
-    assert found["fused"]["launched"]["samples"] >= 20
-    assert ("graph" in found["copy"], "no_graph" in found["copy"]) == (graphs, not graphs)
+def test_problems_without_a_plan_are_named(monkeypatch):
+    run = values.run
+    no_plan = raising(IMPOSSIBLE)
+    monkeypatch.setattr(values, "run", lambda x, w: (no_plan if len(x) == 2 else run)(x, w))
+    said = values.network_shapes((TINY,), (1, 2), "cpu")
+    assert said.startswith("6 problems, no resident plan for 6: (2, 8, 6, 5), torch.float32, cont")
+    with pytest.raises(SkippedError, match=r"no resident plan for 6: \(2, 8"):
+        values.network_shapes((TINY,), (2,), "cpu")
+    monkeypatch.setattr(values, "run", raising(RuntimeError("CUDA error")))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        values.network_shapes((TINY,), (2,), "cpu")
 
 
-def test_slow_contestants_get_fewer_rounds():
-    class Slow:
-        def sample(self, work, calls):
-            return 1e6 * measure.MOST_SECONDS
-
-    found = measure.measure({"copy": lambda i: None}, 1, Slow(), False)
-    assert found["copy"]["launched"]["samples"] == measure.SAMPLES_A_ROUND
-
-
-def one_row(problem, with_compile=False):
-    found = {
-        name: {"launched": {"median": 40.0, "raw": []}, "graph": {"median": m, "raw": []}}
-        for name, m in {"copy": 10.0, "eager": 200.0, "fused": 20.0}.items()
-    }
-    missing = {"compile": "RuntimeError: no compiler"} if with_compile else {}
-    return [timings.describe(problem, "forward", found, 4, missing)]
+def test_long_reasons_are_in_the_report_in_full():
+    reason = "6 problems, no resident plan for 6: " + "; ".join(f"shape {i}" for i in range(40))
+    found = {"checks": {"it": {"state": PASSED, "reason": reason, "seconds": 1.0}}}
+    lines = list(report.SECTIONS["checks"](found))
+    assert f"- it: {reason}" in lines
+    assert reason not in lines[2]
 
 
-@pytest.fixture
-def planned(monkeypatch):
-    """Plans for a device on record, as there is none here."""
-    monkeypatch.setattr(
-        timings, "plan", lambda shape, dtype, device, **k: planning.plan(shape, dtype, "H200", **k)
-    )
+STREAMED = ["pool", "hidden", "gate", "maps", "scale"]
 
 
-ROWS = [problems.Problem((n, *TINY), torch.float16, "contiguous") for n in (32, 1, 8)]
+@pytest.mark.parametrize(
+    ("ran", "message"),
+    [
+        ({"streaming": STREAMED, "resident": ["resident_forward_kernel"]}, None),
+        ({"streaming": STREAMED, "resident": STREAMED}, "resident: ran pool"),
+        ({"streaming": STREAMED[1:]}, "streaming: 4 kernels, 5 planned"),
+        ({"streaming": ["resident_forward_kernel"] * 5}, "streaming: ran resident_forward_kernel"),
+    ],
+)
+def test_kernels_that_ran_are_compared_with_the_plan(monkeypatch, ran, message):
+    def plan(shape, dtype, device, strategy):
+        return {"stages": STREAMED if strategy == "streaming" else ["resident"], "group": 8}
+
+    monkeypatch.setattr(launches, "plan", plan)
+    monkeypatch.setattr(launches, "kernels", lambda call: ran[os.environ[strategies.VARIABLE]])
+    if message is None:
+        assert launches.as_planned((TINY,), (1, 8), "cpu") == "8 forwards"
+    else:
+        with pytest.raises(AssertionError, match=message):
+            launches.as_planned((TINY,), (1,), "cpu")
 
 
-def test_rows_that_do_not_fit_or_fail_are_said(planned):
-    kept = []
-
-    def time_row(problem, with_compile):
-        assert with_compile == (problem.shape[0] == 32)
-        if problem.shape[0] == 1:
-            raise RuntimeError("CUDA error: out of memory\nmore")
-        return one_row(problem, with_compile)
-
-    def why_not(problem):
-        return "does not fit into memory" if problem.shape[0] == 8 else None
-
-    timings.take(ROWS, 100, time_row, why_not, lambda found: kept.append(json.dumps(found)))
-    assert not json.loads(kept[0])["ended"]
-    outcome = timings.judge(json.loads(kept[-1]), "exit code 0", "")
-    assert outcome.state == FAILED
-    assert outcome.problems == [
-        "1x8x6x5 float16 contiguous: RuntimeError: CUDA error: out of memory"
-    ]
-    assert outcome.summary == "2 rows, 1 skipped (does not fit into memory)"
+def test_kernels_of_every_group_are_counted(monkeypatch):
+    monkeypatch.setattr(launches, "plan", lambda *_, **__: {"stages": STREAMED, "group": 8})
+    x = torch.zeros(17, 1)
+    launches._check("", STREAMED * 3, x, "streaming")
+    with pytest.raises(AssertionError, match="10 kernels, 15 planned"):
+        launches._check("", STREAMED * 2, x, "streaming")
 
 
-def test_rows_after_the_deadline_are_skipped(planned):
-    kept = []
-    timings.take(ROWS, 1, one_row, lambda problem: None, kept.append)
-    outcome = timings.judge(kept[-1], "exit code 0", "")
-    assert (outcome.state, outcome.summary) == (PASSED, "0 rows, 3 skipped (no time left)")
+class Event(NamedTuple):
+    """What the profiler has seen."""
+
+    name: str
+    device_type: DeviceType = DeviceType.CUDA
 
 
-def test_rows_of_a_run_that_crashed_are_kept(monkeypatch, tmp_path, planned):
-    folder = Folder(tmp_path)
+class Profiler(contextlib.nullcontext):
+    """Stands for torch's."""
 
-    def crash(command, seconds):
-        folder.write("timings", {"rows": one_row(ROWS[0]), "skipped": [], "ended": False})
-        return finished("CUDA error", code=-6)
+    def __init__(self, activities):
+        super().__init__(self)
 
-    monkeypatch.setattr(timings, "run", crash)
-    outcome = timings.step(100, folder)
-    assert (outcome.state, outcome.problems) == (FAILED, ["exit code -6: CUDA error"])
-    assert len(outcome.details["rows"]) == 1
+    def events(self):
+        host = Event("cudaLaunchKernel", DeviceType.CPU)
+        return [host, Event("pool_kernel"), Event("Memcpy DtoD"), Event("Memset (Device)")]
 
 
-def test_compilation_is_ended():
-    begin = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"took more than 0.1 s"), problems.at_most(0.1):
-        time.sleep(60)
-    assert time.monotonic() - begin < 30
+def test_kernels_are_told_from_what_else_the_profiler_sees(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(launches, "profile", Profiler)
+    calls = []
+    assert launches.kernels(lambda: calls.append(1)) == ["pool_kernel"]
+    assert calls == [1]
 
 
-def test_table_of_timings(planned):
-    lines = report.timing_table(one_row(ROWS[0])).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert cells[:4] == ["32x8x6x5", "float16", "contiguous", "graph"]
-    assert cells[4:11] == ["10.0", "200.0", "-", "20.0", "10.00", "-", "0.50"]
+def test_where_no_kernels_are_seen_none_are_compared(monkeypatch):
+    monkeypatch.setattr(launches, "kernels", lambda call: [])
+    with pytest.raises(SkippedError, match="the profiler sees no kernels"):
+        launches.as_planned((TINY,), (1,), "cpu")

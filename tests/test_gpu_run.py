@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import architecture, commands, facts, sanitizers, small, steps, suite
+from benchmarks.gpu import architecture, commands, facts, sanitizers, small, strategies, suite
 from benchmarks.gpu.commands import Finished
-from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Folder, Outcome
+from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Folder
 
 CLEAN = f"""\
 ========= COMPUTE-SANITIZER
@@ -131,12 +131,21 @@ def test_every_tool_is_run_over_the_small_program(monkeypatch, tmp_path):
     assert set(outcome.details["tools"]) == set(sanitizers.TOOLS)
 
 
-def test_what_the_tools_watch_reaches_every_call():
-    small_cases, small.CASES = small.CASES, small.CASES[:2]
-    try:
-        assert small.run("cpu") == 2 * len(small.DTYPES) * 2 * 3
-    finally:
-        small.CASES = small_cases
+def test_what_the_tools_watch_reaches_every_call(monkeypatch):
+    seen, plain = [], small.cbam_cuda.cbam
+
+    def watched(*arguments, **options):
+        seen.append(os.environ.get(strategies.VARIABLE, "auto"))
+        return plain(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(small, "CASES", small.CASES[:2])
+        patched.setattr(small.cbam_cuda, "cbam", watched)
+        assert small.run("cpu") == 2 * len(small.DTYPES) * 2 * 5
+    assert {strategy: seen.count(strategy) for strategy in strategies.STRATEGIES} == {
+        "streaming": 2 * len(small.DTYPES) * 2 * 2,
+        "resident": 2 * len(small.DTYPES) * 2 * 2,
+    }
     assert {len(case.shape) for case in small.CASES} == {3, 4, 5}
 
 
@@ -219,88 +228,6 @@ def test_a_program_that_is_asked_to_end_may_still_write():
 def test_programs_that_do_not_get_their_turn():
     done = commands.run_all({"long": shell("sleep 60"), "short": shell("")}, 0.4, at_once=1)
     assert done["short"] == Finished(-1, "not begun", 0.0, True)
-
-
-def passing(seconds, folder):
-    return Outcome(PASSED, "fine")
-
-
-def failing(seconds, folder):
-    return Outcome(FAILED, "1 failed", ["it broke | badly"])
-
-
-def broken(seconds, folder):
-    raise OSError("no such thing")
-
-
-def run_all(tmp_path, *works, minutes=1.0):
-    named = zip(steps.NAMES[1:], works, strict=False)
-    some = [steps.Step(name, 30, work) for name, work in named]
-    lines = []
-    folder = Folder(tmp_path / "results", {"commit": "abc", "date": "2026-01-01"})
-    return steps.run_steps(some, folder, steps.Deadline(minutes), lines.append), folder, lines
-
-
-def test_later_steps_run_after_a_failure(tmp_path):
-    outcomes, folder, lines = run_all(tmp_path, failing, broken, passing)
-    assert [outcome.state for outcome in outcomes.values()] == [FAILED, FAILED, PASSED]
-    assert outcomes["sanitizers"].summary == "OSError: no such thing"
-    assert steps.exit_code(outcomes) == 1
-    assert folder.read("checks") == {
-        "commit": "abc",
-        "date": "2026-01-01",
-        "state": "passed",
-        "summary": "fine",
-        "problems": [],
-        "seconds": 0.0,
-    }
-    assert "it broke \\| badly" in (folder.path / "report.md").read_text()
-    assert lines[0] == "[1/3] tests, at most 30 s"
-    assert not list(folder.path.glob("*.partial"))
-
-
-def test_exit_code_of_what_passed_or_was_skipped(tmp_path):
-    skipping = lambda seconds, folder: Outcome(SKIPPED, "not here")  # noqa: E731
-    assert steps.exit_code(run_all(tmp_path, passing, skipping)[0]) == 0
-
-
-def test_steps_after_the_deadline_are_skipped(tmp_path):
-    outcomes, _, _ = run_all(tmp_path, passing, minutes=0.01)
-    assert outcomes["tests"] == Outcome(SKIPPED, "no time left")
-
-
-def test_files_of_an_earlier_run_are_not_taken_for_this_one(tmp_path):
-    folder = Folder(tmp_path / "results")
-    folder.write("tests", {"old": True})
-    (seen, _, _) = run_all(tmp_path, lambda s, f: Outcome(PASSED, str(f.read("tests"))))
-    assert seen["tests"].summary == "None"
-
-
-def test_time_of_all_steps():
-    before_timings = sum(step.seconds for step in steps.STEPS[:-1])
-    assert steps.STEPS[-1].name == "timings"
-    assert before_timings + 150 <= 8 * 60
-
-
-def test_options():
-    assert program.parse(["--only", "tests,checks"]).only == ("tests", "checks")
-    assert program.parse([]).minutes == 8
-    with pytest.raises(SystemExit):
-        program.parse(["--only", "dance"])
-
-
-def test_whole_program(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(program, "why_not", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(program, "STEPS", [steps.Step("checks", 30, passing)])
-    monkeypatch.setattr(program, "RESULTS", tmp_path)
-    assert program.main(["--only", "checks"]) == 0
-    assert (tmp_path / "nvidia-h200/checks.json").exists()
-    printed = capsys.readouterr().out
-    assert "| checks | passed |" in printed
-    monkeypatch.setattr(program, "STEPS", [steps.Step("checks", 30, failing)])
-    assert program.main(["--out", str(tmp_path / "here")]) == 1
-    assert (tmp_path / "here/report.md").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

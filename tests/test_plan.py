@@ -115,8 +115,8 @@ def test_plans_of_any_problem_keep_the_limits_and_leave_nothing_out(device):
     rng = random.Random(device)
     for _ in range(600):
         problem = drawn(rng)
-        found = ops.compiled().plan(**problem, device=device)
-        assert found == ops.compiled().plan(**problem, device=device)
+        found = ops.compiled().plan(**problem, device=device, strategy="streaming")
+        assert found == ops.compiled().plan(**problem, device=device, strategy="streaming")
         limits = found["device"]
         samples, channels, *extents = problem["shape"]
         space = [1] * (3 - len(extents)) + extents
@@ -196,7 +196,7 @@ def test_the_devices_are_on_record():
 
 
 def test_passes_alternate_their_direction():
-    found = plan([8, 64, 56, 56])
+    found = plan([8, 64, 56, 56], strategy="streaming")
     assert [found["passes"][name]["reverse"] for name in ("pool", "maps")] == [
         False,
         True,
@@ -206,29 +206,33 @@ def test_passes_alternate_their_direction():
 def test_large_images_do_not_use_narrow_boxes():
     for dtype in BYTES:
         for shape in ([8, 256, 56, 56], [2, 64, 512, 512], [1, 16, 2048, 2048]):
-            box = plan(shape, dtype)["passes"]["scale"]["box"]
+            box = plan(shape, dtype, strategy="streaming")["passes"]["scale"]["box"]
             assert box[2] == shape[3] or box[2] * BYTES[dtype] >= 256
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_long_rows_are_split_over_blocks(dtype):
     for shape in ([1, 4, 10**6], [1, 8, 512, 512]):
-        found = plan(shape, dtype)
+        found = plan(shape, dtype, strategy="streaming")
         assert found["passes"]["pool"]["splits"] > 1
         assert found["stages"][0]["blocks"] >= 132
 
 
 def test_groups_where_memory_is_slow_beside_the_cache():
     """An RTX 4090 reads a group again from its large cache; a T4's is too small for one sample."""
-    assert plan([256, 256, 56, 56], "float16", "RTX 4090")["group"] < 256
-    assert plan([256, 256, 56, 56], "float16", "RTX 4090")["in_cache"]
-    assert plan([32, 256, 56, 56], "float16", "T4")["group"] == 32
-    assert plan([2, 64, 14, 14], "float16", "T4")["in_cache"]
+
+    def streamed(*arguments):
+        return plan(*arguments, strategy="streaming")
+
+    assert streamed([256, 256, 56, 56], "float16", "RTX 4090")["group"] < 256
+    assert streamed([256, 256, 56, 56], "float16", "RTX 4090")["in_cache"]
+    assert streamed([32, 256, 56, 56], "float16", "T4")["group"] == 32
+    assert streamed([2, 64, 14, 14], "float16", "T4")["in_cache"]
 
 
 def test_shared_memory_is_asked_for_only_where_a_kernel_is_large():
     def most(kernel_size):
-        stages = plan([1, 8, 64, 64], kernel_size=kernel_size)["stages"]
+        stages = plan([1, 8, 64, 64], kernel_size=kernel_size, strategy="streaming")["stages"]
         return max(stage["shared_bytes"] for stage in stages)
 
     assert most(7) <= 48 * 1024
@@ -272,16 +276,18 @@ def test_bad_descriptions(arguments, message):
 @pytest.mark.parametrize("device", ["T4", "A100", "H100"])
 def test_command(device, capsys):
     arguments = ["plan", "--shape", "8,256,56,56", "--dtype", "float16", "--device", device]
-    assert main(arguments) == 0
+    assert main([*arguments, "--strategy", "streaming"]) == 0
     shown = capsys.readouterr().out
-    assert shown == render(plan([8, 256, 56, 56], "float16", device)) + "\n"
+    found = plan([8, 256, 56, 56], "float16", device, strategy="streaming")
+    assert shown == render(found) + "\n"
     assert shown.startswith(f"streaming on {device}: groups of 8 samples")
     assert "x 38.5 MB, out 12.8 MB" in shown
 
 
 def test_command_with_every_option(capsys):
     options = ["--hidden", "3", "--kernel-size", "3,5", "--channels-last", "--training"]
-    assert main(["plan", "--shape", "1,8,9,9", *options]) == 0
+    streaming = ["--strategy", "streaming"]
+    assert main(["plan", "--shape", "1,8,9,9", *options, *streaming]) == 0
     assert "scale" in capsys.readouterr().out
 
 

@@ -11,6 +11,7 @@ import cbam_cuda
 from cbam_cuda.arguments import Weights
 
 from .inputs import DTYPES, assert_same, draw, draw_weights, run, train
+from .strategies import Tally
 
 SHAPES = ((1, 256, 56, 56), (8, 512, 28, 28), (8, 2048, 7, 7))
 LAYOUTS = ("contiguous", "channels_last")
@@ -41,15 +42,16 @@ def _for_all(
     make: Callable[[Tensor, Weights, Tensor], Callable[[], Sequence[Tensor]]],
 ) -> str:
     """Check the call that `make` gives for x, weights and a gradient; says over how many."""
-    checked = 0
+    tally = Tally()
     for shape in SHAPES:
         for dtype in DTYPES:
             for layout in LAYOUTS:
                 x, grad = (draw(shape, dtype, layout, seed=seed) for seed in (0, 1))
                 call = make(x, draw_weights(shape[1], dtype), grad)
-                _check(f"{shape}, {dtype}, {layout}", call, x, grad)
-                checked += 1
-    return f"{checked} graphs, {REPLAYS} replays each"
+                name = f"{shape}, {dtype}, {layout}"
+                with tally.problem(name):
+                    _check(name, call, x, grad)
+    return tally.said(f"graphs with {REPLAYS} replays each")
 
 
 def _check(name: str, call: Callable[[], Sequence[Tensor]], x: Tensor, grad: Tensor) -> None:

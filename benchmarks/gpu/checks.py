@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from ..contestants import first_line
-from . import capture, placement, values
+from . import capture, launches, placement, values
 from .commands import Finished, run_all, tail
 from .results import FAILED, PASSED, SKIPPED, Folder, Outcome, SkippedError
+from .strategies import STRATEGIES, forced
 
 # Those that take longest first.
-CHECKS = {
+_OF_EACH_STRATEGY = {
     "shapes of networks against float64": values.network_shapes,
     "their gradients against float64": values.network_gradients,
     "more than 2^31 elements": values.more_than_31_bits,
@@ -30,7 +31,13 @@ CHECKS = {
     "another stream": placement.another_stream,
     "another device": placement.another_device,
 }
-AT_ONCE = 4  # they share the memory of the device
+# In processes apart, streaming first: where the other hangs or crashes, this one is still judged.
+CHECKS = {
+    f"{name}, {strategy}": forced(strategy)(check)
+    for strategy in STRATEGIES
+    for name, check in _OF_EACH_STRATEGY.items()
+} | {"kernels that each strategy launches": launches.as_planned}
+AT_ONCE = 6  # they share the memory of the device
 _PREFIX = "check: "
 
 

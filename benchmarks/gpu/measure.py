@@ -39,14 +39,17 @@ class Clock:
 
 
 def measure(
-    calls: dict[str, Call], count: int, clock: Clock, training: bool
+    calls: dict[str, Call], count: int, clock: Clock, training: bool, rounds: int = ROUNDS
 ) -> dict[str, dict[str, Any]]:
     """By name: "launched" call by call and, where it is short for anyone, "graph" for all."""
     with torch.set_grad_enabled(training):
         found = {
             name: {"launched": timing}
             for name, timing in _take_turns(
-                {name: _launched(call, count) for name, call in calls.items()}, clock, count
+                {name: _launched(call, count) for name, call in calls.items()},
+                clock,
+                count,
+                rounds,
             ).items()
         }
         if min(result["launched"]["median"] for result in found.values()) >= GRAPH_BELOW:
@@ -57,16 +60,16 @@ def measure(
                 graphs[name] = _graph(call, count)
             except RuntimeError as error:
                 found[name]["no_graph"] = first_line(error)
-        for name, timing in _take_turns(graphs, clock, GRAPH_CALLS).items():
+        for name, timing in _take_turns(graphs, clock, GRAPH_CALLS, rounds).items():
             found[name]["graph"] = timing
     return found
 
 
 def _take_turns(
-    works: dict[str, Callable[[], object]], clock: Clock, calls: int
+    works: dict[str, Callable[[], object]], clock: Clock, calls: int, rounds: int
 ) -> dict[str, dict[str, Any]]:
     samples: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, work in works.items():
             if calls * sum(samples[name]) < 1e6 * MOST_SECONDS:
                 work()

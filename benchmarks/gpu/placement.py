@@ -12,6 +12,7 @@ from cbam_cuda.arguments import Weights
 
 from .inputs import DTYPES, assert_right, assert_same, draw, draw_weights, run, train
 from .results import SkippedError
+from .strategies import Tally
 
 SHAPE = (8, 256, 56, 56)
 CYCLES = 200_000_000  # about a tenth of a second
@@ -26,15 +27,17 @@ CALLS: dict[str, Call] = {
 
 def another_stream(shape: tuple[int, ...] = SHAPE, device: str = "cuda") -> str:
     """Work follows what its own stream does, however late that is."""
+    tally = Tally()
     for dtype, (direction, call) in itertools.product(DTYPES, CALLS.items()):
         name = f"{dtype}, {direction}"
         weights = draw_weights(shape[1], dtype, device)
         x, grad = (draw(shape, dtype, device=device, seed=seed) for seed in (0, 1))
-        expected = call(x, weights, grad)
-        found, queued = _late(call, x, weights, grad)
-        assert_same(name, found, expected)
-        assert queued, f"{name}: the call waited for the device"
-    return "results follow the stream, and calls do not wait for it"
+        with tally.problem(name):
+            expected = call(x, weights, grad)
+            found, queued = _late(call, x, weights, grad)
+            assert_same(name, found, expected)
+            assert queued, f"{name}: the call waited for the device"
+    return tally.said("calls follow the stream and do not wait for it")
 
 
 def _late(call: Call, x: Tensor, weights: Weights, grad: Tensor) -> tuple[Sequence[Tensor], bool]:
@@ -65,17 +68,19 @@ def another_device(
     models = [torch.cuda.get_device_name(device) for device in (first, second)]
     # Another model cuts the work in another way: only where it is current has it the same bits.
     other = first if models[0] == models[1] else second
+    tally = Tally()
     for dtype, (direction, call) in itertools.product(DTYPES, CALLS.items()):
         name = f"{dtype}, {direction}"
         x, grad = (draw(shape, dtype, device=second, seed=seed) for seed in (0, 1))
         weights = draw_weights(shape[1], dtype, second)
-        found = call(x, weights, grad)
-        assert torch.cuda.current_device() == 0, f"{name}: the current device was changed"
-        assert all(t.device == x.device for t in found), [t.device for t in found]
-        with torch.cuda.device(other):
-            there = Weights(*(w.to(other) for w in weights))
-            expected = call(x.to(other), there, grad.to(other))
-            assert_same(name, [t.to(other) for t in found], expected)
-        with torch.cuda.device(second):
-            assert_right(name, found[0], x, weights)
-    return f"{models[1]}, the same bits as on {other}"
+        with tally.problem(name):
+            found = call(x, weights, grad)
+            assert torch.cuda.current_device() == 0, f"{name}: the current device was changed"
+            assert all(t.device == x.device for t in found), [t.device for t in found]
+            with torch.cuda.device(other):
+                there = Weights(*(w.to(other) for w in weights))
+                expected = call(x.to(other), there, grad.to(other))
+                assert_same(name, [t.to(other) for t in found], expected)
+            with torch.cuda.device(second):
+                assert_right(name, found[0], x, weights)
+    return tally.said(f"calls on {models[1]}, the same bits as on {other}")

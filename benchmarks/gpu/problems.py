@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..contestants import blocks, first_line
 from .inputs import draw
+from .strategies import STRATEGIES, contestant, forced, is_impossible
 
 GRAPH_CALLS = 20
 FOOTPRINT = 4  # inputs together, in sizes of the L2 cache
@@ -74,8 +75,12 @@ class Contestants:
             calls = {"forward": _forward(block, xs), "step": _step(block, xs, grads)}
             if name == "compile" and not self._compiles(calls):
                 continue
-            for direction, call in calls.items():
-                self.calls[direction][name] = call
+            self.calls["step"][name] = calls["step"]
+            self.calls["forward"] |= (
+                _by_strategy(calls["forward"], self.missing)
+                if name == "fused"
+                else {name: calls["forward"]}
+            )
 
     def _compiles(self, calls: dict[str, Call]) -> bool:
         try:
@@ -87,6 +92,34 @@ class Contestants:
             self.missing["compile"] = first_line(error)
             return False
         return True
+
+
+def forwards(
+    problem: Problem, count: int, device: str = "cuda"
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """The copy and the fused forward under each strategy; and which one is missing, with why."""
+    shape, dtype, layout = problem
+    xs = [draw(shape, dtype, layout, device, seed) for seed in range(count)]
+    outs = [torch.empty_like(x) for x in xs]
+    block = blocks(shape[1], dtype, xs[0].device, with_compile=False)["fused"]
+    missing: dict[str, str] = {}
+    return {"copy": _copy(xs, outs), **_by_strategy(_forward(block, xs), missing)}, missing
+
+
+def _by_strategy(call: Call, missing: dict[str, str]) -> dict[str, Call]:
+    found = {}
+    for strategy in STRATEGIES:
+        name, forced_call = contestant(strategy), forced(strategy)(call)
+        try:
+            with torch.no_grad():
+                forced_call(0)
+        except RuntimeError as error:
+            if not is_impossible(error):
+                raise
+            missing[name] = first_line(error)
+        else:
+            found[name] = forced_call
+    return found
 
 
 def _copy(xs: list[Tensor], outs: list[Tensor]) -> Call:

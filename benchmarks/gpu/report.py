@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..report import markdown, shape_name
+from ..report import markdown
+from .tables import SWEEP_NOTE, TIMINGS_NOTE, sweep_table, timing_table
 
 Found = Mapping[str, Any]
+CELL = 160  # characters
 HIDDEN = ("state", "summary", "problems", "seconds", "command", "nvidia_smi")
 TITLES = {"forward": "Forward", "step": "Forward + backward"}
 
@@ -42,6 +44,8 @@ def _checks(found: Found) -> Iterator[str]:
     if checks := found.get("checks"):
         body = [[n, c["state"], one_line(c["reason"])] for n, c in checks.items()]
         yield from ("## Checks", "", markdown(["check", "result", "about"], body, left=3), "")
+        if long := [f"- {n}: {c['reason']}" for n, c in checks.items() if len(c["reason"]) > CELL]:
+            yield from (*long, "")
 
 
 def _timings(found: Found) -> Iterator[str]:
@@ -49,44 +53,27 @@ def _timings(found: Found) -> Iterator[str]:
         rows = [row for row in found.get("rows", ()) if row.get("direction") == direction]
         if not rows:
             continue
-        yield from (f"## {title}", "", timing_table(rows), "")
+        yield from (f"## {title}", "", timing_table(rows, direction), "")
+    yield from _left_out(found)
+    if found.get("rows"):
+        yield from (TIMINGS_NOTE, "")
+
+
+def _sweep(found: Found) -> Iterator[str]:
+    yield from ("## Streaming or resident", "")
+    if rows := [row for row in found.get("rows", ()) if "faster" in row]:
+        yield from (sweep_table(rows), "")
+    yield from _left_out(found)
+    if rows:
+        yield from (SWEEP_NOTE, "")
+
+
+def _left_out(found: Found) -> Iterator[str]:
     if missing := _reasons(found.get("rows", ())):
         yield from (*(f"- {line}" for line in missing), "")
     if skipped := found.get("skipped"):
         yield from ("Skipped:", "")
         yield from (*(f"- {skip['name']}: {skip['reason']}" for skip in skipped), "")
-    if found.get("rows"):
-        yield from (NOTE, "")
-
-
-NOTE = """\
-Medians in microseconds a call. "graph": 20 calls inside of a replayed CUDA graph; "launched": calls
-one after another from Python. Every sample begins with a cold L2 cache and goes through several
-inputs and outputs. The copy is the memory limit: read x, write out; with backward also read x, read
-out's gradient, write x's gradient; "of copy" is its time over the fused block's. GB/s counts what
-the plan says the device's memory must move. torch.compile runs at one batch size only."""
-
-
-def timing_table(rows: list[Found]) -> str:
-    """Rows of one direction."""
-    header = ["NxCxHxW", "dtype", "layout", "by", "copy", "eager", "compile", "fused"]
-    header += ["eager/fused", "compile/fused", "of copy", "GB/s"]
-    return markdown(header, [_cells(row) for row in rows], left=4)
-
-
-def _cells(row: Found) -> list[str]:
-    method = row["method"]
-    times = {n: t[method]["median"] for n, t in row["contestants"].items() if method in t}
-    cells = [shape_name(row["shape"]), row["dtype"], row["layout"], method]
-    cells += [_number(times.get(name), 1) for name in ("copy", "eager", "compile", "fused")]
-    for rival in ("eager", "compile"):
-        cells.append(_number(times[rival] / times["fused"] if rival in times else None, 2))
-    cells.append(_number(row["fraction_of_copy"], 2))
-    return [*cells, _number(row.get("gigabytes_per_second"), 0)]
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _reasons(rows: Any) -> list[str]:
@@ -121,6 +108,7 @@ SECTIONS = {
     "sanitizers": _sanitizers,
     "checks": _checks,
     "timings": _timings,
+    "sweep": _sweep,
     "environment": _environment,
 }
 
@@ -128,4 +116,4 @@ SECTIONS = {
 def one_line(text: str) -> str:
     """As a cell of a table."""
     short = " ".join(text.split()).replace("|", "\\|")
-    return short if len(short) <= 160 else f"{short[:157]}..."
+    return short if len(short) <= CELL else f"{short[: CELL - 3]}..."

@@ -8,6 +8,7 @@ import cbam_cuda
 from cbam_cuda.arguments import Weights
 
 from .inputs import cases, train
+from .strategies import STRATEGIES, Tally, forced
 
 FINISHED = "small: reached the end"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,9 +44,11 @@ def _calls(case: cases.Case, dtype: torch.dtype, layout: str, device: str) -> in
     x = cases.LAYOUTS[layout](cases.make_x(case, dtype)).to(device)
     weights = Weights(*(w.to(device) for w in cases.make_weights(case, dtype)))
     results = []
-    with torch.no_grad():
-        results.append([cbam_cuda.cbam(x, *weights, backend=device)])
-        results.append(cbam_cuda.cbam(x, *weights, backend=device, return_attention=True))
+    tally = Tally()
+    for strategy in STRATEGIES:
+        with tally.problem(strategy), forced(strategy), torch.no_grad():
+            results.append([cbam_cuda.cbam(x, *weights, backend=device)])
+            results.append(cbam_cuda.cbam(x, *weights, backend=device, return_attention=True))
     grad = cases.LAYOUTS[layout](cases.make_x(case, dtype, seed=2)).to(device)
     results.append(train(x, weights, grad))
     # The copies wait for the kernels, and an error of theirs is raised here.

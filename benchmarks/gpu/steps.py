@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from . import checks, facts, sanitizers, suite, timings
+from . import checks, facts, sanitizers, suite, sweep, timings
 from .report import one_line, render
 from .results import FAILED, SKIPPED, Folder, Outcome
 
@@ -20,15 +20,17 @@ class Step(NamedTuple):
     name: str
     seconds: float  # at most
     work: Callable[[float, Folder], Outcome]
+    share: float = 1.0  # at most this part of all that is left; the rest is for those after it
 
 
-# Together 8 minutes. What one leaves of its time goes to the timings at the end.
+# Together 8 minutes. What one leaves of its time goes to the timings and the sweep at the end.
 STEPS = (
     Step("environment", 10, facts.step),
     Step("tests", 120, suite.step),
     Step("sanitizers", 120, sanitizers.step),
     Step("checks", 80, checks.step),
-    Step("timings", 200, timings.step),
+    Step("timings", 200, timings.step, share=0.6),
+    Step("sweep", 120, sweep.step),
 )
 NAMES = tuple(step.name for step in STEPS)
 
@@ -52,7 +54,7 @@ def run_steps(
     for step in steps:
         folder.forget(step.name)
     for number, step in enumerate(steps, 1):
-        seconds = min(step.seconds, deadline.left())
+        seconds = min(step.seconds, step.share * deadline.left())
         say(f"[{number}/{len(steps)}] {step.name}, at most {max(seconds, 0):.0f} s")
         begin = time.monotonic()
         outcome = outcomes[step.name] = _run(step, seconds, folder)

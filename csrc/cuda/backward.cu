@@ -133,6 +133,10 @@ void weight_gradients(const BackwardProblem& p, const BackwardPlan& plan, const 
 
 }  // namespace
 
+BackwardPlan plan_to_run(const BackwardProblem& p, const DeviceLimits& device) {
+  return plan(p, device);
+}
+
 void run(const BackwardProblem& problem, const BackwardPlan& plan, void* memory, Stream stream) {
   const Shape& s = problem.shape;
   const BackwardScratch bytes = scratch(plan, problem);

@@ -6,6 +6,9 @@
 
 namespace cbam::cuda {
 
+// The plan for the current device.
+BackwardPlan plan_to_run(const BackwardProblem& problem, const DeviceLimits& device);
+
 // `scratch` holds scratch(plan, problem).total() bytes of device memory, on a multiple of 16.
 // Writes the gradients that are asked for; launches as forward.
 void run(const BackwardProblem& problem, const BackwardPlan& plan, void* scratch, Stream stream);

@@ -10,6 +10,25 @@ namespace {
 // Compiled for the same architectures as every other kernel.
 __global__ void probe() {}
 
+// How many clusters of each size run at once, of blocks that take all of a multiprocessor's shared
+// memory; 0 for sizes that the device does not take.
+void count_clusters(int index, DeviceLimits& limits) {
+  const CurrentDevice current(index);
+  Grid grid;
+  grid.threads = 512;
+  grid.shared_bytes = grid.shared_limit = limits.shared_per_block;
+  for (int size = 0; size < kClusterSizes; ++size) {
+    grid.blocks = grid.cluster = 1 << size;
+    opt_in("probe", reinterpret_cast<const void*>(&probe), grid);
+    const LaunchConfig launch(grid, nullptr);
+    if (cudaOccupancyMaxActiveClusters(&limits.clusters[size], &probe, &launch.config) ==
+        cudaSuccess)
+      continue;
+    cudaGetLastError();  // a size that the device does not take
+    limits.clusters[size] = 0;
+  }
+}
+
 }  // namespace
 
 std::vector<Device> visible_devices() {
@@ -54,13 +73,18 @@ const DeviceLimits& limits_of_device(int index) {
   check(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, index), "memory clock");
   check(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, index), "memory bus");
   const double bandwidth = 2.0 * 1e3 * kilohertz * bits / 8;  // two transfers a cycle
-  return known[index] = {p.name,
-                         10 * p.major + p.minor,
-                         p.multiProcessorCount,
-                         p.maxThreadsPerMultiProcessor,
-                         static_cast<int64_t>(p.sharedMemPerBlockOptin),
-                         static_cast<int64_t>(p.l2CacheSize),
-                         bandwidth};
+  DeviceLimits& limits = known[index];
+  limits = {p.name,
+            10 * p.major + p.minor,
+            p.multiProcessorCount,
+            p.maxThreadsPerMultiProcessor,
+            static_cast<int64_t>(p.sharedMemPerBlockOptin),
+            static_cast<int64_t>(p.sharedMemPerMultiprocessor),
+            static_cast<int64_t>(p.l2CacheSize),
+            bandwidth,
+            {}};
+  if (p.major >= 9) count_clusters(index, limits);
+  return limits;
 }
 
 CurrentDevice::CurrentDevice(int index) {

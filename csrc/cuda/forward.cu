@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <stdexcept>
 
 #include "forward.h"
 #include "samples.h"
@@ -79,9 +80,8 @@ void reduce(DType dtype, const Reduction& r, const Grid& grid, Stream stream) {
     reduce_columns(dtype, r, grid, stream);
 }
 
-}  // namespace
-
-void run(const ForwardProblem& problem, const ForwardPlan& plan, void* memory, Stream stream) {
+void run_streaming(const ForwardProblem& problem, const ForwardPlan& plan, void* memory,
+                   Stream stream) {
   const ForwardScratch bytes = scratch(plan, problem);
   for (int64_t first = 0; first < problem.shape.samples; first += plan.group.samples) {
     const int64_t count = std::min(plan.group.samples, problem.shape.samples - first);
@@ -95,6 +95,48 @@ void run(const ForwardProblem& problem, const ForwardPlan& plan, void* memory, S
     reduce(part.dtype, group.maps(), grid.maps, stream);
     spatial_gate(part.dtype, group.spatial_gate(), grid.scale, stream);
   }
+}
+
+void run_resident(const ForwardProblem& p, const ForwardPlan& plan, void* memory, Stream stream) {
+  const bool first = p.strides.channels_first();
+  Resident r{};
+  r.samples = p.shape.samples;
+  r.channels = static_cast<int>(p.shape.channels);
+  r.hidden = static_cast<int>(p.shape.hidden);
+  r.space = space_of(p.shape);
+  r.x = p.x;
+  r.x_sample_stride = p.strides.sample;
+  r.x_row_stride = first ? p.strides.channel : p.strides.pixel;
+  r.out = p.out;
+  r.out_sample_stride = p.out_strides.sample;
+  r.out_row_stride = first ? p.out_strides.channel : p.out_strides.pixel;
+  r.weights = p.weights;
+  if (p.training()) r.saved = p.saved;
+  r.exchange = memory;
+  r.geometry = *plan.resident;
+  resident_forward(p.dtype, first, r, resident_grid(plan, p), stream);
+}
+
+}  // namespace
+
+ForwardPlan plan_to_run(const ForwardProblem& p, const DeviceLimits& device) {
+  const Strategy strategy = strategy_asked_for();
+  const ForwardPlan found = plan(p, device, strategy);
+  if (!found.resident ||
+      can_run_resident(p.dtype, p.strides.channels_first(), p.training(), resident_grid(found, p)))
+    return found;
+  if (strategy == Strategy::kResident)
+    throw std::invalid_argument(
+        "strategy: expected one that is possible, got resident: this process may not use enough of "
+        "the device for a team");
+  return plan(p, device, Strategy::kStreaming);
+}
+
+void run(const ForwardProblem& problem, const ForwardPlan& plan, void* memory, Stream stream) {
+  if (plan.resident)
+    run_resident(problem, plan, memory, stream);
+  else
+    run_streaming(problem, plan, memory, stream);
 }
 
 }  // namespace cbam::cuda

@@ -2,7 +2,11 @@
 
 #include <algorithm>
 #include <climits>
+#include <cmath>
+#include <cstdlib>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 
 #include "plan_parts.h"
 
@@ -15,6 +19,8 @@ namespace {
 constexpr int64_t kShortestRowPart = 4096;
 constexpr int64_t kLongestPart = 4096;
 constexpr int64_t kLongestUnscaledRowPart = 1 << 16;
+// A resident plan is chosen where it is predicted to take less than this share of streaming's time.
+constexpr double kWorthwhile = 0.9;
 // Vectors side by side in a block that reduces down columns: 512 bytes of a row, or 256.
 constexpr int kMostAlong = 32, kFewestAlong = 16;
 
@@ -24,6 +30,9 @@ constexpr int kMostAlong = 32, kFewestAlong = 16;
 constexpr double kLaunchSeconds = 1.3e-6;
 constexpr double kCacheSpeed = 1.8;
 constexpr double kCacheShare = 0.4;
+constexpr double kStartSeconds = 2e-6;  // of the first launch, until bytes arrive
+// What a pass takes of the memory's bandwidth, at best.
+constexpr double kStreamedShare = 0.9;
 
 ReductionGeometry along_rows(const ForwardProblem& p, int64_t samples, bool scaled,
                              int64_t wanted) {
@@ -71,6 +80,24 @@ ReductionGeometry down_columns(const ForwardProblem& p, int64_t samples, bool sc
     set();
   }
   return g;
+}
+
+// The first group's reads come from memory, later ones of a cached group from the cache.
+double streaming_seconds(const ForwardProblem& p, const DeviceLimits& device) {
+  const Group group = group_samples(p, device, 1, 2, 5);
+  const double pass = static_cast<double>(p.shape.samples * p.shape.channels * p.shape.pixels() *
+                                          bytes_of(p.dtype)) /
+                      (kStreamedShare * device.bandwidth);
+  const auto groups = static_cast<double>(ceil_div(p.shape.samples, group.samples));
+  const double passes = group.in_cache ? 2 + 2 / kCacheSpeed : 4;
+  return kStartSeconds + passes * pass + 5 * groups * kLaunchSeconds;
+}
+
+// The power of two next to a batch, by which strategies are chosen: neighbouring batches get the
+// same one, wherever their last rounds end.
+int64_t typical_batch(int64_t samples) {
+  const double octaves = std::round(std::log2(static_cast<double>(samples)));
+  return int64_t{1} << static_cast<int>(octaves);
 }
 
 template <class A>
@@ -178,9 +205,13 @@ int64_t wanted_blocks(const DeviceLimits& device) {
   return int64_t{device.multiprocessors} * device.threads_per_multiprocessor / kThreads / 4;
 }
 
-ForwardPlan plan(const ForwardProblem& p, const DeviceLimits& device) {
+namespace {
+
+ForwardPlan plan_streaming(const ForwardProblem& p, const DeviceLimits& device,
+                           const char* reason) {
   const int64_t wanted = wanted_blocks(device);
   ForwardPlan plan{};
+  plan.reason = reason;
   plan.group = group_samples(p, device, 1, 2, 5);
   const int64_t samples = plan.group.samples;
   if (p.strides.channels_first()) {
@@ -198,7 +229,48 @@ ForwardPlan plan(const ForwardProblem& p, const DeviceLimits& device) {
   const int64_t blocks = std::max({plan.pool.blocks_per_sample(), plan.maps.blocks_per_sample(),
                                    plan.scale.boxes() * plan.scale.chunks, int64_t{1}});
   plan.group.samples = std::min(samples, most_samples(blocks));
+  plan.seconds = streaming_seconds(p, device);
   return plan;
+}
+
+}  // namespace
+
+Strategy strategy_of(const std::string& name) {
+  if (name == "auto") return Strategy::kAuto;
+  if (name == "streaming") return Strategy::kStreaming;
+  if (name == "resident") return Strategy::kResident;
+  throw std::invalid_argument("strategy: expected auto, streaming or resident, got " + name);
+}
+
+Strategy strategy_asked_for() {
+  const char* name = std::getenv("CBAM_CUDA_STRATEGY");
+  return name && *name ? strategy_of(name) : Strategy::kAuto;
+}
+
+ForwardPlan plan(const ForwardProblem& p, const DeviceLimits& device, Strategy strategy) {
+  ForwardPlan plan{};
+  plan.reason = "asked for";
+  if (strategy != Strategy::kStreaming) {
+    const bool forced = strategy == Strategy::kResident;
+    ForwardProblem typical = p;
+    typical.shape.samples = typical_batch(p.shape.samples);
+    const ResidentPlan held = plan_resident(typical, device);
+    if (forced && !held.geometry)
+      throw std::invalid_argument(
+          std::string("strategy: expected one that is possible, got resident: ") + held.reason);
+    if (!forced) plan.reason = held.reason;
+    if (held.geometry &&
+        (forced || held.seconds < kWorthwhile * streaming_seconds(typical, device))) {
+      const ResidentPlan resident = for_batch(held, p, device);
+      plan.resident = resident.geometry;
+      plan.seconds = resident.seconds;
+      plan.group = {p.shape.samples, false};
+      plan.shared_limit = device.shared_per_block;
+      return plan;
+    }
+    if (held.geometry) plan.reason = "a resident plan is predicted not to be faster";
+  }
+  return plan_streaming(p, device, plan.reason);
 }
 
 ForwardGrids grids(const ForwardPlan& plan, const ForwardProblem& p, int64_t samples) {
@@ -207,6 +279,7 @@ ForwardGrids grids(const ForwardPlan& plan, const ForwardProblem& p, int64_t sam
 }
 
 ForwardScratch scratch(const ForwardPlan& plan, const ForwardProblem& p) {
+  if (const auto& r = plan.resident) return {r->teams * r->team * r->exchange, 0, 0, 0};
   const int64_t acc = bytes_of_accumulator(p.dtype), samples = plan.group.samples;
   const int64_t pooled = samples * plan.pool.splits * p.shape.channels;
   const int64_t mapped = samples * plan.maps.splits * p.shape.pixels();

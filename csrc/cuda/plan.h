@@ -2,8 +2,12 @@
 // function: no CUDA calls, and the same answer for GPUs that are not here.
 #pragma once
 
+#include <optional>
+#include <string>
+
 #include "../problem.h"
 #include "kernels/backward.h"
+#include "kernels/resident.h"
 #include "limits.h"
 
 namespace cbam::cuda {
@@ -15,9 +19,19 @@ struct Group {
   bool in_cache;  // x of one group stays in the L2 cache
 };
 
-// The streaming strategy: x is read three times, out written once, in five launches for each group
-// of samples.
+enum class Strategy { kAuto, kStreaming, kResident };
+
+// By its name: "auto", "streaming" or "resident"; else throws std::invalid_argument.
+Strategy strategy_of(const std::string& name);
+// The one that the environment asks for, in CBAM_CUDA_STRATEGY.
+Strategy strategy_asked_for();
+
+// Streaming: x is read three times, out written once, in five launches for each group of samples.
+// Resident, where `resident` is set: x is read once, in one launch; what follows it is not used.
 struct ForwardPlan {
+  std::optional<ResidentGeometry> resident;
+  const char* reason;  // for this strategy
+  double seconds;      // predicted
   Group group;
   ReductionGeometry pool;  // over space
   int hidden_threads;
@@ -27,13 +41,15 @@ struct ForwardPlan {
 };
 
 // Throws std::invalid_argument where no plan exists: a convolution so large that no box of pixels
-// fits into shared memory with its halo.
-ForwardPlan plan(const ForwardProblem& problem, const DeviceLimits& device);
+// fits into shared memory with its halo, or a resident strategy where no sample fits on the chip.
+ForwardPlan plan(const ForwardProblem& problem, const DeviceLimits& device,
+                 Strategy strategy = Strategy::kAuto);
 
 // The launches for a group of `samples`, in their order.
 struct ForwardGrids {
   Grid pool, hidden, gate, maps, scale;
 };
+Grid resident_grid(const ForwardPlan& plan, const ForwardProblem& problem);
 ForwardGrids grids(const ForwardPlan& plan, const ForwardProblem& problem, int64_t samples);
 
 // Bytes of scratch memory of a group, each part a multiple of 16. A part is 0 where its result goes

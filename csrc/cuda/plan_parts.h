@@ -105,6 +105,18 @@ void split(Geometry& g, int64_t count, int64_t blocks, int64_t wanted, int64_t s
 
 inline int64_t padded(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
 
+// plan_resident.cpp: the geometry that is predicted to be the fastest, and the seconds; none, and
+// why, where no sample fits.
+struct ResidentPlan {
+  std::optional<ResidentGeometry> geometry;
+  double seconds = 0;
+  const char* reason = "";
+};
+ResidentPlan plan_resident(const ForwardProblem& p, const DeviceLimits& device);
+// The same way to hold a sample, for a batch of another size.
+ResidentPlan for_batch(ResidentPlan plan, const ForwardProblem& p, const DeviceLimits& device);
+int64_t resident_shared_bytes(const ForwardProblem& p, const ResidentGeometry& g);
+
 // plan_last_pass.cpp
 ScaleGeometry plan_last_pass(const ForwardProblem& p, int64_t samples, int map_splits,
                              const DeviceLimits& device);

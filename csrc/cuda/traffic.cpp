@@ -17,6 +17,13 @@ int64_t read_with_halo(int64_t extent, int64_t box, int64_t kernel) {
   return total;
 }
 
+// How many pixels all boxes of an image read, each with its halo.
+int64_t read_by_boxes(const BoxGeometry& g, const Shape& s) {
+  return read_with_halo(s.depth, g.box_depth, s.kernel_depth) *
+         read_with_halo(s.height, g.box_height, s.kernel_height) *
+         read_with_halo(s.width, g.box_width, s.kernel_width);
+}
+
 struct Sizes {
   int64_t samples, channels, pixels, hidden;
   int64_t x, acc, weight, index;  // bytes: of all of x; of an element
@@ -69,9 +76,7 @@ Traffic of_scale(const ForwardPlan& plan, const ForwardProblem& p, const Sizes& 
   const Shape& s = p.shape;
   const int64_t boxes = n.samples * g.boxes();
   const bool merges_argmax = plan.maps.splits > 1;
-  const int64_t maps = read_with_halo(s.depth, g.box_depth, s.kernel_depth) *
-                       read_with_halo(s.height, g.box_height, s.kernel_height) *
-                       read_with_halo(s.width, g.box_width, s.kernel_width);
+  const int64_t maps = read_by_boxes(g, s);
   Traffic t;
   t.x_read = n.x;
   t.out_written = n.x;
@@ -109,9 +114,7 @@ Traffic of_stencil(const BackwardPlan& plan, const BackwardProblem& p, const Siz
   const BoxGeometry& g = plan.stencil;
   const Shape& s = p.shape;
   const int64_t parts = p.strides.channels_first() ? plan.cross.splits : plan.cross.tiles;
-  const int64_t staged = read_with_halo(s.depth, g.box_depth, s.kernel_depth) *
-                         read_with_halo(s.height, g.box_height, s.kernel_height) *
-                         read_with_halo(s.width, g.box_width, s.kernel_width);
+  const int64_t staged = read_by_boxes(g, s);
   const int64_t boxes = n.samples * g.boxes();
   const bool conv = p.gradients.conv();
   Traffic t;
@@ -199,6 +202,37 @@ Traffic of_weights(const BackwardPlan& plan, const BackwardProblem& p) {
   return t;
 }
 
+// What the blocks of a team that is no cluster tell each other.
+Traffic of_exchange(const ResidentGeometry& g, const ForwardProblem& p, const Sizes& n) {
+  const int64_t visits = ceil_div(n.samples, g.samples), each_map = 2 * n.acc + n.index;
+  const int64_t hidden = visits * n.hidden * g.vectors() * n.acc;
+  Traffic t;
+  t.small_written =
+      g.team * (hidden + n.samples * n.pixels * each_map) + n.samples * n.pixels * n.acc;
+  t.small_read = g.team * (g.team * hidden + n.samples * n.pixels * n.acc +
+                           n.samples * read_by_boxes(g.boxes, p.shape) * each_map);
+  return t;
+}
+
+Traffic of_resident(const ForwardPlan& plan, const ForwardProblem& p, const Sizes& n) {
+  const ResidentGeometry& g = *plan.resident;
+  const int64_t visits = ceil_div(n.samples, g.samples);
+  Traffic t;
+  if (n.samples == 0) return t;
+  if (!g.cluster) t = of_exchange(g, p, n);
+  t.x_read = t.out_written = n.x;
+  t.weights_read =
+      n.weight *
+      (visits * n.hidden * (2 * n.channels + (p.weights.fc1_bias ? g.team * g.vectors() / 2 : 0)) +
+       (p.weights.fc2_bias ? n.samples * n.channels : 0));
+  t.small_read +=
+      g.teams * g.team * n.weight * (2 * p.shape.taps() + (p.weights.conv_bias ? 1 : 0));
+  if (p.training())
+    t.small_written += n.samples * (n.channels * (3 * n.acc + 4) + 2 * n.hidden * n.acc +
+                                    n.pixels * (n.acc + 4 + 2 * bytes_of(p.dtype)));
+  return t;
+}
+
 template <class Plan, class Problem>
 Traffic of_all_groups(const Plan& plan, const Problem& p) {
   Traffic full, rest;
@@ -230,6 +264,7 @@ Traffic& Traffic::operator+=(const Traffic& other) {
 
 std::vector<Stage> stages(const ForwardPlan& plan, const ForwardProblem& p, int64_t samples) {
   const Sizes n(p, samples);
+  if (plan.resident) return {{"resident", resident_grid(plan, p), of_resident(plan, p, n)}};
   const ForwardGrids g = grids(plan, p, samples);
   return {
       {"channel pool", g.pool, of_reduction(plan.pool, n, n.channels, false)},

@@ -2,153 +2,19 @@
 // here are the functions called. Checks bounds, counts bytes, hands on to the race detector.
 #include "access.h"
 
-#include <link.h>
-
-#include <algorithm>
-#include <deque>
 #include <string>
 #include <vector>
 
 #include "clocks.h"
 #include "races.h"
 #include "scheduler.h"
+#include "spans.h"
 
 namespace emulator {
 
 namespace {
 
-// Addresses of this library as it is loaded: constants, and globals like threadIdx.
-struct Library {
-  uintptr_t begin, end;
-};
-
-Library find_library() {
-  Library library{0, 0};
-  const auto visit = [](dl_phdr_info* info, size_t, void* result) {
-    uintptr_t begin = UINTPTR_MAX, end = 0;
-    for (int i = 0; i < info->dlpi_phnum; ++i) {
-      const auto& segment = info->dlpi_phdr[i];
-      if (segment.p_type != PT_LOAD) continue;
-      begin = std::min(begin, info->dlpi_addr + segment.p_vaddr);
-      end = std::max(end, info->dlpi_addr + segment.p_vaddr + segment.p_memsz);
-    }
-    const uintptr_t inside = reinterpret_cast<uintptr_t>(&find_library);
-    if (inside < begin || inside >= end) return 0;
-    *static_cast<Library*>(result) = {begin, end};
-    return 1;
-  };
-  dl_iterate_phdr(visit, &library);
-  return library;
-}
-
-const Library library = find_library();
-
-std::vector<Span> global_spans;  // sorted; no two overlap
-std::deque<Span> shared_spans;
 std::vector<uint32_t> executed;  // numbers of blocks, in the order in which they run
-
-// The span found last for each page's hash: kernels walk several arrays at once.
-constexpr size_t kCachedSpans = 64;
-Span no_span = {};
-Span* cached_spans[kCachedSpans];
-
-void merge_regions_into_spans() {
-  std::vector<Region*> regions;
-  for (Region& region : watched_regions()) regions.push_back(&region);
-  std::stable_sort(regions.begin(), regions.end(),
-                   [](const Region* a, const Region* b) { return a->begin < b->begin; });
-  global_spans.clear();
-  for (Region* region : regions) {
-    if (global_spans.empty() || region->begin >= global_spans.back().end) {
-      global_spans.emplace_back();
-      global_spans.back().begin = region->begin;
-      global_spans.back().name = region->count->name;
-      global_spans.back().granule_shift = kCoarsestGranuleShift;
-    }
-    Span& span = global_spans.back();
-    span.end = std::max(span.end, region->end);
-    span.granule_shift = std::min(span.granule_shift, region->granule_shift);
-  }
-  // Of overlapping regions, those that were watched first come first.
-  for (Span& span : global_spans)
-    for (Region& region : watched_regions())
-      if (region.begin >= span.begin && region.end <= span.end) span.regions.push_back(&region);
-}
-
-bool inside(uintptr_t begin, uintptr_t end, const Access& access) {
-  return begin <= access.address && access.address + access.bytes <= end;
-}
-
-bool inside(const void* begin, size_t bytes, const Access& access) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(begin);
-  return inside(address, address + bytes, access);
-}
-
-// The thread's own stack, and for reading the kernel's parameters and the library's constants.
-bool is_private(const Access& access) {
-  const Context& stack = machine.current->fiber->context;
-  if (inside(stack.begin, stack.bytes, access)) return true;
-  if (access.kind != Access::kRead) return false;
-  return inside(library.begin, library.end, access) ||
-         inside(machine.launch->arguments, machine.launch->argument_bytes, access);
-}
-
-const char* verb(const Access& access) {
-  constexpr const char* kVerbs[] = {"read", "write", "atomic"};
-  return kVerbs[access.kind];
-}
-
-uintptr_t distance(uintptr_t begin, uintptr_t end, uintptr_t address) {
-  return address < begin ? begin - address : address >= end ? address - end : 0;
-}
-
-[[noreturn]] void report_out_of_bounds(const Access& access) {
-  std::string text = std::string("out of bounds: ") + verb(access) + " of " +
-                     std::to_string(access.bytes) + " bytes";
-  struct Neighbour {
-    std::string name;
-    uintptr_t begin, end;
-  };
-  std::vector<Neighbour> neighbours;
-  for (const Span& span : shared_spans) neighbours.push_back({span.name, span.begin, span.end});
-  for (const Region& region : watched_regions())
-    neighbours.push_back({region.count->name, region.begin, region.end});
-  const auto nearest = std::min_element(
-      neighbours.begin(), neighbours.end(), [&](const Neighbour& a, const Neighbour& b) {
-        return distance(a.begin, a.end, access.address) < distance(b.begin, b.end, access.address);
-      });
-  if (nearest == neighbours.end()) {
-    text += ", and no memory is watched";
-  } else if (access.address < nearest->begin) {
-    text += ", " + std::to_string(nearest->begin - access.address) + " before the start of `" +
-            nearest->name + "`";
-  } else {
-    text += " at `" + nearest->name + "` + " + std::to_string(access.address - nearest->begin) +
-            ", which has " + std::to_string(nearest->end - nearest->begin);
-  }
-  fail({text, code_address(access.code)});
-}
-
-Span* search_span(const Access& access) {
-  const auto behind =
-      std::upper_bound(global_spans.begin(), global_spans.end(), access.address,
-                       [](uintptr_t address, const Span& span) { return address < span.begin; });
-  if (behind != global_spans.begin() && inside(behind[-1].begin, behind[-1].end, access))
-    return &behind[-1];
-  for (Span& span : shared_spans)
-    if (inside(span.begin, span.end, access)) return &span;
-  return nullptr;
-}
-
-// Null where there is nothing to check.
-Span* find_span(const Access& access) {
-  Span*& cached = cached_spans[access.address / 4096 % kCachedSpans];
-  if (inside(cached->begin, cached->end, access)) return cached;
-  if (is_private(access)) return nullptr;
-  Span* const span = search_span(access);
-  if (!span) report_out_of_bounds(access);
-  return cached = span;
-}
 
 bool allows(const Region& region, const Access& access) {
   return access.kind == Access::kRead || region.writable;
@@ -165,13 +31,32 @@ void count_bytes(const Span& span, const Access& access) {
   if (access.kind != Access::kRead) region->count->written += access.bytes;
 }
 
+// Shared memory of another block.
+void check_elsewhere(Span& span, const Access& access) {
+  const auto refuse = [&](const char* why) {
+    fail({std::string(verb(access)) + " of `" + span.name + "` of block " +
+              describe_index(span.block->index) + why,
+          code_address(access.code)});
+  };
+  if (span.block->cluster != machine.block->cluster)
+    refuse(", which is in no cluster with this one");
+  if (!span.block->live) refuse(": the shared memory of an exited block");
+  span.read_elsewhere = true;
+}
+
+Access access_of(const void* p, size_t bytes, Access::Kind kind, const void* code) {
+  return {reinterpret_cast<uintptr_t>(p), bytes, kind, code_offset(code)};
+}
+
 void check_access(const void* p, size_t bytes, Access::Kind kind, const void* code) {
   if (!machine.current) return;  // the host's own
-  const Access access{reinterpret_cast<uintptr_t>(p), bytes, kind,
-                      static_cast<uint32_t>(reinterpret_cast<uintptr_t>(code) - library.begin)};
+  const Access access = access_of(p, bytes, kind, code);
   Span* const span = find_span(access);
   if (!span) return;
-  if (!span->shared) count_bytes(*span, access);
+  if (!span->shared)
+    count_bytes(*span, access);
+  else if (span->block != machine.block)
+    check_elsewhere(*span, access);
   check_races(*span, access);
 }
 
@@ -196,10 +81,6 @@ Region* region_of(const Span& span, const Access& access) {
   return found;
 }
 
-const void* code_address(uint32_t code) {
-  return reinterpret_cast<const void*>(library.begin + code);
-}
-
 uint64_t executed_block(uint64_t position) { return executed[position]; }
 
 namespace races {
@@ -207,42 +88,71 @@ namespace races {
 void start_launch(const Launch& launch) {
   restart_shadow();
   forget_reported_races();
-  merge_regions_into_spans();
-  const uint32_t floor = start_launch_clocks(launch);
-  for (Span& span : global_spans) {
-    span.floor = floor;
-    allocate_cells(&span);
-  }
-  shared_spans.clear();
+  start_launch_spans(start_launch_clocks(launch));
   executed.clear();
-  std::fill(std::begin(cached_spans), std::end(cached_spans), &no_span);
 }
 
-void start_block(uint64_t number) {
-  start_block_clocks(executed.size());
-  executed.push_back(static_cast<uint32_t>(number));
-  for (Span& span : shared_spans) span.floor = block_time.first_thread - 1;
+void start_gang(int blocks, uint64_t first) {
+  start_gang_spans(start_gang_clocks(blocks, executed.size()));
+  for (uint64_t number = first; number < first + static_cast<uint64_t>(blocks); ++number)
+    executed.push_back(static_cast<uint32_t>(number));
 }
 
-void add_shared_array(const void* begin, size_t bytes, const char* name) {
-  if (!bytes) return;
-  Span& span = shared_spans.emplace_back();
-  span.begin = reinterpret_cast<uintptr_t>(begin);
-  span.end = span.begin + bytes;
-  span.name = name;
-  span.shared = true;
-  span.floor = block_time.first_thread - 1;
-  span.granule_shift = kCoarsestGranuleShift;
-  allocate_cells(&span);
+void enter_block(int slot) { enter_block_clocks(slot); }
+
+void end_block(const Block& block) {
+  block_barrier_clocks();
+  for (const Span& span : all_shared_spans())
+    if (span.block == &block && span.read_elsewhere) check_exit(span);
+}
+
+void add_shared_array(const Block& block, const void* begin, size_t bytes, const char* name) {
+  if (bytes) add_shared_span(block, begin, bytes, name);
 }
 
 void block_barrier() { block_barrier_clocks(); }
+void team_barrier(int first_slot, int blocks) { team_barrier_clocks(first_slot, blocks); }
 void warp_barrier(int warp, unsigned lanes) { warp_barrier_clocks(warp, lanes); }
 void fence() { fence_clocks(); }
 
 void atomic(const void* p, size_t bytes, const void* code) {
   atomic_clocks(p);
   check_access(p, bytes, Access::kAtomic, code);
+}
+
+void init_barrier(const void* object, const void* code) {
+  check_access(object, sizeof(uint64_t), Access::kWrite, code);
+}
+// Only its initialisation has to come before; uses may come in any order.
+void use_barrier(const void* object, const void* code) {
+  check_access(object, sizeof(uint64_t), Access::kRead, code);
+}
+
+void arrive(const CopyBarrier& barrier) { arrive_clocks(barrier); }
+void end_phase(const CopyBarrier& barrier) { end_phase_clocks(barrier); }
+void wait(const CopyBarrier& barrier) { wait_clocks(barrier); }
+
+// The thread that starts it must be allowed to do what it does; who else may follow only behind it.
+void copy(const void* to, const void* from, size_t bytes, const CopyBarrier* barrier,
+          const void* code) {
+  const Access read = access_of(from, bytes, Access::kRead, code);
+  const Access write = access_of(to, bytes, Access::kWrite, code);
+  Span* const source = find_source(read);
+  count_bytes(*source, read);
+  const Moment moment = moment_of_copy(barrier, read.code);
+  check_races(*source, read);
+  replace_moments(*source, read, {current_serial(), current_epoch(), 0, 0}, moment);
+  Span* const target = find_span(write);
+  check_races(*target, write);
+  replace_moments(*target, write, {current_serial(), current_epoch(), 0, 0}, moment);
+}
+
+void bind_copy(const void* to, const void* from, size_t bytes, const CopyBarrier& barrier) {
+  const Access read = access_of(from, bytes, Access::kRead, nullptr);
+  const Access write = access_of(to, bytes, Access::kWrite, nullptr);
+  const Moment before = moment_of_copy(nullptr, 0), moment = moment_of_copy(&barrier, 0);
+  replace_moments(*find_span(read), read, before, moment);
+  replace_moments(*find_span(write), write, before, moment);
 }
 
 }  // namespace races

@@ -19,6 +19,10 @@ struct Access {
 
 // races.cpp
 void check_races(Span& span, const Access& access);
+// A block's exit must come after all that others read of this array of it.
+void check_exit(const Span& span);
+// The last access to these bytes becomes that of another thread and epoch, where it was `before`'s.
+void replace_moments(Span& span, const Access& access, const Moment& before, const Moment& moment);
 void forget_reported_races();
 
 // access.cpp: the region that allows it, else one that holds it, else null.

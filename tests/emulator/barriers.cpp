@@ -1,4 +1,4 @@
-// Barriers of a block and of a warp, votes and shuffles, and what is wrong with how they are used.
+// Barriers of a block, a cluster and a grid, and what is wrong with how they are used.
 #include <cstring>
 #include <map>
 #include <string>
@@ -10,33 +10,29 @@ namespace emulator {
 
 namespace {
 
-// As a thread's source lane, where it is in no shuffle. A barrier alone orders memory.
-constexpr int kVote = -1;
-constexpr int kBarrier = -2;
+constexpr const char kOfBlock[] = "__syncthreads";
+constexpr const char kOfCluster[] = "cluster_barrier";
+constexpr const char kOfGrid[] = "grid_barrier";
 
-bool same(Place a, Place b) {
-  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+std::string waiting_in(const Barrier& barrier, const char* operation) {
+  return threads_that(barrier.arrived, "wait in ") + operation + " at " + describe(barrier.place);
 }
-
-std::string threads_that(size_t count, const char* verb) {
-  return std::to_string(count) + (count == 1 ? " thread " : " threads ") + verb;
-}
-
-size_t exited_threads() { return machine.threads.size() - static_cast<size_t>(machine.live); }
 
 // Counts this thread in, with what that may prove wrong.
-void arrive_at_block_barrier(Place place) {
-  BlockBarrier& barrier = machine.barrier;
-  if (exited_threads())
-    fail({"__syncthreads at " + describe(place) + " after " +
-          threads_that(exited_threads(), "exited")});
+void arrive(Barrier& barrier, const char* operation, int exited, Place place) {
+  Thread& thread = *machine.current;
+  thread.operation = operation;
+  thread.place = place;
+  if (exited)
+    fail({std::string(operation) + " at " + describe(place) + " after " +
+          threads_that(exited, "exited")});
   if (barrier.arrived == 0) {
     barrier.place = place;
-    barrier.first_thread = machine.current->number;
+    barrier.first = &thread;
   } else if (!same(place, barrier.place)) {
-    fail({"divergent barrier: " + threads_that(barrier.arrived, "wait in __syncthreads at ") +
-          describe(barrier.place) + " (the first is thread " +
-          std::to_string(barrier.first_thread) + "), and this one came to " + describe(place)});
+    fail({"divergent barrier: " + waiting_in(barrier, operation) + " (the first is " +
+          describe_thread(barrier.first->block->index, barrier.first->index) +
+          "), and this one came to " + describe(place)});
   }
   ++barrier.arrived;
 }
@@ -51,136 +47,113 @@ int count_votes(Vote vote, int votes, int voters) {
   return 0;
 }
 
+void let_go_on(Block& block) {
+  const int warps = (block.live + kWarpLanes - 1) / kWarpLanes;
+  for (int warp = 0; warp < warps; ++warp) make_ready(block, warp, block.warps[warp].lanes);
+}
+
 void release_block(Vote vote) {
-  BlockBarrier& barrier = machine.barrier;
-  barrier.result = count_votes(vote, barrier.votes, machine.live);
-  barrier.arrived = barrier.votes = 0;
+  Block& block = *machine.block;
+  block.barrier.result = count_votes(vote, block.barrier.votes, block.live);
+  block.barrier.arrived = block.barrier.votes = 0;
   races::block_barrier();
-  const int warps = (machine.live + kWarpLanes - 1) / kWarpLanes;
-  for (int warp = 0; warp < warps; ++warp) machine.ready.add(warp, machine.warps[warp].lanes);
+  let_go_on(block);
 }
 
-Thread& lane_of(int warp, int lane) { return machine.threads[warp * kWarpLanes + lane]; }
-
-template <class Body>
-void for_each_lane(unsigned lanes, Body body) {
-  for (; lanes; lanes &= lanes - 1) body(__builtin_ctz(lanes));
+void team_barrier(Team& team, const char* operation, Place place) {
+  arrive(team.barrier, operation, team.threads - team.live, place);
+  if (team.barrier.arrived == team.live) {
+    team.barrier.arrived = 0;
+    races::team_barrier(team.first, team.blocks);
+    for (int slot = team.first; slot < team.first + team.blocks; ++slot)
+      let_go_on(*machine.slots[static_cast<size_t>(slot)]);
+  }
+  wait_for_others();
 }
 
-std::string describe_lanes(unsigned lanes) {
-  std::string text = lanes & (lanes - 1) ? "lanes" : "lane";
-  for_each_lane(lanes, [&](int lane) { text += " " + std::to_string(lane); });
-  return text;
+void leave(const Barrier& barrier, const char* operation) {
+  if (barrier.arrived) fail({"exits while " + waiting_in(barrier, operation)});
 }
 
-// A shuffle or ballot's results, where all of `lanes` have come.
-void exchange(const Thread& asking, unsigned lanes) {
-  uint64_t ballot = 0;
-  for_each_lane(lanes, [&](int lane) { ballot |= (lane_of(asking.warp, lane).given & 1) << lane; });
-  unsigned missing = 0;
-  for_each_lane(lanes, [&](int lane) {
-    Thread& thread = lane_of(asking.warp, lane);
-    if (thread.source_lane < 0) {
-      thread.received = ballot;
-    } else if (lanes >> thread.source_lane & 1) {
-      thread.received = lane_of(asking.warp, thread.source_lane).given;
-    } else {
-      thread.received = ~0ull;
-      missing |= 1u << thread.source_lane;
-    }
-  });
-  if (missing)
-    report({std::string(asking.operation) + " at " + describe(asking.place) + " reads from " +
-            describe_lanes(missing) + " of warp " + std::to_string(asking.warp) +
-            ", not taking part"});
+// The last thread of a block has left.
+void end_block(Block& block) {
+  leave_copies(block);
+  if (block.cluster->blocks == 1) return;
+  races::end_block(block);
+  hide_shared_memory(block.shared);
 }
 
-// Lets a warp operation happen if all lanes named in `asking`'s mask have come; those that have
-// exited are not waited for.
-void try_warp_operation(const Thread& asking) {
-  Warp& warp = machine.warps[asking.warp];
-  const unsigned lanes = asking.mask & warp.lanes;
-  if ((warp.waiting & lanes) != lanes) return;
-  for_each_lane(lanes, [&](int lane) {
-    const Thread& other = lane_of(asking.warp, lane);
-    if ((other.mask & warp.lanes) != lanes || !same(other.place, asking.place))
-      fail({"divergent warp operation: lane " + std::to_string(asking.lane) + " is in " +
-            asking.operation + " at " + describe(asking.place) + ", lane " + std::to_string(lane) +
-            " in " + other.operation + " at " + describe(other.place)});
-  });
-  exchange(asking, lanes);
-  if (asking.source_lane == kBarrier) races::warp_barrier(asking.warp, lanes);
-  warp.waiting &= ~lanes;
-  machine.ready.add(asking.warp, lanes);
+// Threads that wait at the same place, and in how many blocks.
+struct Waiting {
+  int threads = 0, blocks = 0;
+  const Block* last = nullptr;
+};
+
+std::string describe(const Waiting& waiting, const std::string& where) {
+  const std::string threads = threads_that(waiting.threads, "");
+  if (machine.gang == 1) return threads + where;
+  if (waiting.blocks > 1)
+    return threads + "of " + std::to_string(waiting.blocks) + " blocks " + where;
+  return threads + "of block " + describe_index(waiting.last->index) + " " + where;
 }
 
 }  // namespace
+
+bool same(Place a, Place b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
+
+std::string threads_that(int count, const char* verb) {
+  return std::to_string(count) + (count == 1 ? " thread " : " threads ") + verb;
+}
 
 int block_barrier(Vote vote, bool predicate, Place place) {
-  Thread& thread = *machine.current;
-  thread.operation = "__syncthreads";
-  thread.place = place;
-  arrive_at_block_barrier(place);
-  machine.barrier.votes += predicate;
-  if (machine.barrier.arrived == machine.live) release_block(vote);
+  Block& block = *machine.block;
+  const int exited = static_cast<int>(block.threads.size()) - block.live;
+  arrive(block.barrier, kOfBlock, exited, place);
+  block.barrier.votes += predicate;
+  if (block.barrier.arrived == block.live) release_block(vote);
   wait_for_others();
-  return machine.barrier.result;
+  return block.barrier.result;
 }
 
-namespace {
+void cluster_barrier(Place place) { team_barrier(*machine.block->cluster, kOfCluster, place); }
 
-uint64_t warp_operation(const char* operation, unsigned mask, uint64_t given, int source_lane,
-                        Place place) {
-  Thread& thread = *machine.current;
-  thread.operation = operation;
-  thread.place = place;
-  thread.mask = mask;
-  thread.given = given;
-  thread.source_lane = source_lane;
-  if (!(mask >> thread.lane & 1))
-    fail({std::string(operation) + " at " + describe(place) + ": lane " +
-          std::to_string(thread.lane) + " is not in its own mask"});
-  machine.warps[thread.warp].waiting |= 1u << thread.lane;
-  try_warp_operation(thread);
-  wait_for_others();
-  return thread.received;
+void grid_barrier(Place place) {
+  if (!machine.launch->cooperative)
+    fail({"grid_barrier at " + describe(place) + " in a launch that is not cooperative"});
+  team_barrier(machine.grid, kOfGrid, place);
 }
-
-}  // namespace
-
-void warp_barrier(unsigned mask, Place place) {
-  warp_operation("__syncwarp", mask, 0, kBarrier, place);
-}
-
-unsigned warp_ballot(unsigned mask, bool predicate, Place place) {
-  return static_cast<unsigned>(warp_operation("vote", mask, predicate, kVote, place));
-}
-
-uint64_t warp_shuffle(unsigned mask, uint64_t value, int source_lane, Place place) {
-  return warp_operation("shuffle", mask, value, source_lane, place);
-}
-
-int lane_number() { return machine.current->lane; }
 
 void leave_barriers(Thread& thread) {
+  Block& block = *machine.block;
   thread.exited = true;
-  --machine.live;
-  if (machine.barrier.arrived)
-    fail({"exits while " + threads_that(machine.barrier.arrived, "wait in __syncthreads at ") +
-          describe(machine.barrier.place)});
-  Warp& warp = machine.warps[thread.warp];
-  warp.lanes &= ~(1u << thread.lane);
-  for_each_lane(warp.waiting, [&](int lane) { try_warp_operation(lane_of(thread.warp, lane)); });
+  --block.live;
+  --block.cluster->live;
+  --machine.grid.live;
+  leave(block.barrier, kOfBlock);
+  leave(block.cluster->barrier, kOfCluster);
+  leave(machine.grid.barrier, kOfGrid);
+  leave_warp(thread);
+  if (!block.live) end_block(block);
 }
 
 void report_deadlock() {
-  std::map<std::string, size_t> waiting;
-  for (const Thread& thread : machine.threads)
-    if (!thread.exited)
-      ++waiting[std::string("wait in ") + thread.operation + " at " + describe(thread.place)];
+  std::map<std::string, Waiting> waiting;
+  for (int slot = 0; slot < machine.gang; ++slot) {
+    const Block& block = *machine.slots[static_cast<size_t>(slot)];
+    for (const Thread& thread : block.threads) {
+      const std::string where = thread.exited ? "have exited"
+                                              : std::string("wait in ") + thread.operation +
+                                                    " at " + describe(thread.place);
+      Waiting& there = waiting[where];
+      ++there.threads;
+      there.blocks += there.last != &block;
+      there.last = &block;
+    }
+  }
   std::string text = "deadlock:";
-  for (const auto& [where, count] : waiting) text += "\n    " + threads_that(count, where.c_str());
-  if (exited_threads()) text += "\n    " + threads_that(exited_threads(), "have exited");
+  for (const auto& [where, there] : waiting) text += "\n    " + describe(there, where);
   fail({text});
 }
 

@@ -20,7 +20,14 @@ CSRC = ROOT / "csrc"
 OUTPUT = ROOT / "build/emulator"
 
 KINDS = ("plain", "asan", "race")
-RACE_SOURCES = ("access.cpp", "clocks.cpp", "races.cpp", "shadow.cpp")
+RACE_SOURCES = (
+    "access.cpp",
+    "clocks.cpp",
+    "races.cpp",
+    "shadow.cpp",
+    "spans.cpp",
+    "vector_clock.cpp",
+)
 
 SANITIZERS = "-fsanitize=address,undefined"
 KERNEL_FLAGS = {
@@ -126,7 +133,8 @@ class NinjaFile:
 
     def catalogue(self) -> None:
         """Kernels with known mistakes; needs no torch."""
-        self.link(CATALOGUE, [self.compile("kernel", EMULATOR / "catalogue.cu")])
+        sources = sorted(EMULATOR.glob("catalogue*.cu"))
+        self.link(CATALOGUE, [self.compile("kernel", path) for path in sources])
 
     def run(self, name: str, jobs: int) -> None:
         """Build the library, or say what the compiler said."""

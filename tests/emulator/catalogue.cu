@@ -1,24 +1,12 @@
 // Kernels with one mistake each, and their right twins: what the emulator must find, and must not.
 // Variant 0 is right; the others are wrong. Entries return null, or the report of what was found.
-#include <cuda_runtime.h>
-
-#include <string>
-
-#include "cuda/launch.cuh"
-#include "cuda/primitives/shared_storage.cuh"
+#include "catalogue.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
-#include "emulator.h"
 
 namespace {
 
-using cbam::cuda::dynamic_shared_memory;
-using cbam::cuda::SharedCarver;
-
 constexpr unsigned kAllLanes = 0xffffffffu;
-
-// Eight warps, so that some are far from done while another waits.
-constexpr int kThreads = 256;
 
 // out[i] = in[n - 1 - i] within each block, through shared memory.
 // 1: no barrier between writing and reading it.
@@ -200,33 +188,6 @@ __global__ void walk(float* data, int n, int rounds) {
   for (int round = 0; round < rounds; ++round)
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) data[i] += 1.0f;
 }
-
-std::string report;
-
-// Launches kernels over a few ints with `in` and `out` watched; the report, or null.
-template <class... Parameters, class... Arguments>
-const char* try_launch(void (*kernel)(Parameters...), int blocks, size_t shared_bytes,
-                       Arguments... arguments) {
-  try {
-    cbam::cuda::launch("catalogue", kernel, {blocks, kThreads, static_cast<int64_t>(shared_bytes)},
-                       nullptr, arguments...);
-  } catch (const std::exception& error) {
-    report = error.what();
-    return report.c_str();
-  }
-  return nullptr;
-}
-
-// What entries below are given: `in` is read, `out` written, both of `n` ints.
-struct Arrays {
-  Arrays(int* in, int* out, int n) {
-    emulator::unwatch_all();
-    emulator::watch(in, n * sizeof(int), "in", false);
-    emulator::watch(out, n * sizeof(int), "out", true);
-  }
-};
-
-constexpr size_t kTileBytes = kThreads * sizeof(int);
 
 }  // namespace
 

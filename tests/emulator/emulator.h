@@ -37,6 +37,10 @@ const char* emulator_counts();
 unsigned long long emulator_launches();
 void emulator_reset_counts();
 
+// Of the emulated device, 132 to begin with: 16 of them form a group, of at most 8, that a cluster
+// must fit in; how many blocks they hold limits cooperative launches. 0, or -1 for less than one.
+int emulator_set_multiprocessors(int count);
+
 // "plain", "asan" or "race".
 const char* emulator_kind();
 }

@@ -19,6 +19,12 @@ constexpr size_t kStackBytes = 256 * 1024;  // red zones around every local
 #else
 constexpr size_t kStackBytes = 64 * 1024;
 #endif
+constexpr size_t kSlotBytes = kGuardBytes + kStackBytes;
+
+// Stacks are mapped many at a time. Each guard makes two mappings more, of which Linux allows 65530
+// a process, and a process may hold several such libraries: in a large grid the last do without.
+constexpr size_t kSlabStacks = 64;
+constexpr size_t kMostGuards = 8192;
 
 #if defined(__SANITIZE_ADDRESS__)
 // Of the switch under way: only the arriving side learns the bounds of the stack that it came from,
@@ -92,18 +98,11 @@ void first_entry() {
 }  // namespace
 #endif
 
-Fiber::Fiber(void (*entry)()) : entry_(entry) {
-  void* mapping = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (mapping == MAP_FAILED) throw std::bad_alloc();
-  mapping_ = static_cast<char*>(mapping);
-  mprotect(mapping_, kGuardBytes, PROT_NONE);  // a stack that overflows must not hit another
-  context.begin = mapping_ + kGuardBytes;
+Fiber::Fiber(void (*entry)(), char* stack) : entry_(entry), stack_(stack) {
+  context.begin = stack_;
   context.bytes = kStackBytes;
   restart();
 }
-
-Fiber::~Fiber() { munmap(mapping_, kGuardBytes + kStackBytes); }
 
 void Fiber::restart() {
   void (*entry)() = entry_;
@@ -113,35 +112,60 @@ void Fiber::restart() {
   entry = first_entry;
 #endif
 #if defined(__x86_64__)
-  void** top = reinterpret_cast<void**>(mapping_ + kGuardBytes + kStackBytes);
+  void** top = reinterpret_cast<void**>(stack_ + kStackBytes);
   *--top = nullptr;  // where a caller's return address would be, which aligns the stack
   *--top = reinterpret_cast<void*>(entry);
   for (int saved_register = 0; saved_register < 6; ++saved_register) *--top = nullptr;
   context.stack_pointer = top;
 #else
   getcontext(&context.registers);
-  context.registers.uc_stack.ss_sp = mapping_ + kGuardBytes;
+  context.registers.uc_stack.ss_sp = stack_;
   context.registers.uc_stack.ss_size = kStackBytes;
   context.registers.uc_link = nullptr;
   makecontext(&context.registers, entry, 0);
 #endif
 }
 
+FiberPool::~FiberPool() {
+  for (void* slab : slabs_) munmap(slab, kSlabStacks * kSlotBytes);
+}
+
+char* FiberPool::next_stack() {
+  const size_t number = all_.size();
+  if (number % kSlabStacks == 0) {
+    void* mapping = mmap(nullptr, kSlabStacks * kSlotBytes, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapping == MAP_FAILED) throw std::bad_alloc();
+    slabs_.push_back(mapping);
+  }
+  char* const slot = static_cast<char*>(slabs_.back()) + number % kSlabStacks * kSlotBytes;
+  // A stack that overflows must not hit another.
+  if (number < kMostGuards) mprotect(slot, kGuardBytes, PROT_NONE);
+  return slot + kGuardBytes;
+}
+
 Fiber* FiberPool::take() {
   if (idle_.empty()) {
-    all_.push_back(std::make_unique<Fiber>(entry_));
-    return all_.back().get();
+    char* const stack = next_stack();
+    all_.push_back(std::make_unique<Fiber>(entry_, stack));
+    idle_.push_back(all_.back().get());
   }
   Fiber* fiber = idle_.back();
   idle_.pop_back();
+  fiber->running = true;
   return fiber;
 }
 
+void FiberPool::give_back(Fiber* fiber) {
+  fiber->running = false;
+  idle_.push_back(fiber);
+}
+
 void FiberPool::restart_all() {
-  idle_.clear();
   for (const auto& fiber : all_) {
+    if (!fiber->running) continue;
     fiber->restart();
-    idle_.push_back(fiber.get());
+    give_back(fiber.get());
   }
 }
 

@@ -30,8 +30,8 @@ void switch_context(Context& from, Context& to);
 
 class Fiber {
  public:
-  explicit Fiber(void (*entry)());
-  ~Fiber();
+  // On a stack of kStackBytes whose lowest byte is `stack`.
+  Fiber(void (*entry)(), char* stack);
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
@@ -39,24 +39,29 @@ class Fiber {
   void restart();
 
   Context context;
+  bool running = false;  // a thread, from its start to its end
 
  private:
   void (*entry_)();
-  char* mapping_;
+  char* stack_;
 };
 
 // Fibers that wait at the top of their entry's loop.
 class FiberPool {
  public:
   explicit FiberPool(void (*entry)()) : entry_(entry) {}
+  ~FiberPool();
 
   Fiber* take();
-  void give_back(Fiber* fiber) { idle_.push_back(fiber); }
+  void give_back(Fiber* fiber);
   // After a launch that ended early: takes back every fiber, wherever it stopped.
   void restart_all();
 
  private:
+  char* next_stack();
+
   void (*entry_)();
+  std::vector<void*> slabs_;  // of memory for stacks
   std::vector<std::unique_ptr<Fiber>> all_;
   std::vector<Fiber*> idle_;
 };

@@ -27,8 +27,14 @@ std::string read_line(FILE* stream) {
 
 struct SourceLine {
   std::string function;  // the outermost, into which the others were inlined
-  std::string place;     // the innermost
+  std::string place;     // the innermost that is no mere name for an operation
 };
+
+bool is_wrapper(const std::string& place) {
+  return place.find("/emulator/include/") != std::string::npos ||
+         place.find("/primitives/async_copy.cuh:") != std::string::npos ||
+         place.find("/primitives/team.cuh:") != std::string::npos;
+}
 
 // Asks addr2line, which stands beside every assembler; without it gives file and offset.
 SourceLine source_line(const void* code) {
@@ -42,13 +48,14 @@ SourceLine source_line(const void* code) {
       "addr2line -C -f -i -e '" + std::string(object.dli_fname) + "' " + position + " 2>/dev/null";
   FILE* answer = popen(command.c_str(), "r");
   if (!answer) return found;
-  bool innermost = true;
+  bool found_place = false;
   for (;;) {
     const std::string function = read_line(answer), place = read_line(answer);
     if (place.empty()) break;
     found.function = function;
-    if (innermost && place[0] != '?') found.place = place.substr(0, place.find(" (discriminator"));
-    innermost = false;
+    if (found_place || place[0] == '?') continue;
+    found.place = place.substr(0, place.find(" (discriminator"));
+    found_place = !is_wrapper(place);
   }
   pclose(answer);
   return found;

@@ -29,16 +29,24 @@ std::string describe(const Span& span, const Cell& cell, const Access& access) {
   const Region* region = span.shared ? nullptr : region_of(span, access);
   const std::string& name = region ? region->count->name : span.name;
   const uintptr_t begin = region ? region->begin : span.begin;
-  return "`" + name + "` + " + std::to_string(std::max(address, begin) - begin);
+  std::string text = "`" + name + "` + " + std::to_string(std::max(address, begin) - begin);
+  if (span.shared && span.block != machine.block)
+    text += " in block " + describe_index(span.block->index);
+  return text;
+}
+
+std::string describe_actor(const Moment& moment) {
+  const uint3 block = block_index(executed_block(position_of(moment.thread)));
+  if (is_thread(moment.thread))
+    return describe_thread(block, thread_index(number_of(moment.thread)));
+  return "the copy that block " + describe_index(block) + " started";
 }
 
 void report_race(const char* kind, const Span& span, const Cell& cell, const Access& access,
                  const Moment& other) {
   if (!first_report(access.code, other.code)) return;
-  const uint3 block = block_index(executed_block(position_of(other.thread)));
-  const uint3 thread = machine.threads[number_of(other.thread)].index;
   report({std::string("race: ") + kind + " of " + describe(span, cell, access),
-          code_address(access.code), "nothing orders it after " + describe_thread(block, thread),
+          code_address(access.code), "nothing orders it after " + describe_actor(other),
           code_address(other.code)});
 }
 
@@ -95,6 +103,36 @@ void check_write(Span& span, Cell& cell, const Access& access, const Moment& now
 }  // namespace
 
 void forget_reported_races() { reported.clear(); }
+
+void check_exit(const Span& span) {
+  const Moment now{current_serial(), current_epoch(), 0, 0};
+  for (size_t i = 0; i < span.cell_count(); ++i)
+    for (const Moment& read : span.cells[i].reads) {
+      if (read.thread <= span.floor || happened_before(read, now)) continue;
+      report({"race: the block exits after a read of `" + span.name + "`", nullptr,
+              "nothing orders it after " + describe_actor(read), code_address(read.code)});
+      return;
+    }
+}
+
+void replace_moments(Span& span, const Access& access, const Moment& before, const Moment& moment) {
+  const auto replace = [&](Moment& found) {
+    if (!is_now(found, before)) return;
+    found.thread = moment.thread;
+    found.epoch = moment.epoch;
+  };
+  const uintptr_t offset = access.address - span.origin();
+  Cell* cell = span.cells + (offset >> span.granule_shift);
+  Cell* const last = span.cells + ((offset + access.bytes - 1) >> span.granule_shift);
+  for (; cell <= last; ++cell) {
+    if (access.kind == Access::kWrite) {
+      replace(cell->write);
+    } else {
+      replace(cell->reads[0]);
+      replace(cell->reads[1]);
+    }
+  }
+}
 
 void check_races(Span& span, const Access& access) {
   const size_t granule = size_t{1} << span.granule_shift;

@@ -3,27 +3,22 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <stdexcept>
 #include <string>
-#include <unordered_map>
 #include <utility>
 
+#include "device.h"
 #include "emulator.h"
 #include "findings.h"
 #include "races.h"
 #include "regions.h"
 #include "scheduler.h"
+#include "status.h"
 
 namespace emulator {
 
 namespace {
 
-constexpr size_t kSharedWithoutOptIn = 48 * 1024;
-constexpr size_t kMostShared = 227 * 1024;
-constexpr unsigned kMostBlocksYZ = 65535;
-
 std::mutex one_launch;
-std::unordered_map<const void*, size_t> shared_opt_in;
 unsigned long long launches = 0;
 
 // The launch that failed last, and why; CUDA keeps the status until it is asked for.
@@ -49,27 +44,6 @@ bool parse_schedule(const char* text, Schedule* schedule) {
   return true;
 }
 
-// What a launch must keep to on any device; empty where it does.
-std::string limit_broken(const Launch& launch) {
-  const dim3 &grid = launch.grid, &block = launch.block;
-  const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
-  if (threads < 1 || threads > kMostThreads || block.z > 64)
-    return std::to_string(threads) + " threads in a block, of 1 to 1024";
-  if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > kMostBlocksYZ ||
-      grid.z > kMostBlocksYZ)
-    return "grid of (" + std::to_string(grid.x) + "," + std::to_string(grid.y) + "," +
-           std::to_string(grid.z) + ") blocks, of 1 to (2147483647,65535,65535)";
-  if (launch.shared_bytes > kMostShared)
-    return std::to_string(launch.shared_bytes) + " bytes of shared memory, of at most " +
-           std::to_string(kMostShared);
-  if (launch.shared_bytes > kSharedWithoutOptIn &&
-      launch.shared_bytes > shared_opt_in[launch.kernel])
-    return std::to_string(launch.shared_bytes) +
-           " bytes of shared memory; above 49152 a kernel needs "
-           "cudaFuncAttributeMaxDynamicSharedMemorySize";
-  return "";
-}
-
 // A wrong text in the environment fails the first launch.
 std::string read_environment() {
   const char* text = std::getenv("CBAM_CUDA_EMULATOR_SCHEDULE");
@@ -85,12 +59,12 @@ std::string& environment_error() {
   return error;
 }
 
+}  // namespace
+
 cudaError_t failure(cudaError_t status, std::string report) {
   last_report = std::move(report);
   return last_status = status;
 }
-
-}  // namespace
 
 void set_schedule(const Schedule& schedule) {
   environment_error().clear();
@@ -100,8 +74,8 @@ void set_schedule(const Schedule& schedule) {
 cudaError_t run(const Launch& launch) {
   const std::lock_guard<std::mutex> lock(one_launch);
   if (!environment_error().empty()) return failure(cudaErrorInvalidValue, environment_error());
-  const std::string broken = limit_broken(launch);
-  if (!broken.empty()) return failure(cudaErrorInvalidConfiguration, "cannot launch: " + broken);
+  const BrokenLimit broken = limit_broken(launch);
+  if (broken.status != cudaSuccess) return failure(broken.status, "cannot launch: " + broken.text);
   ++launches;
   clear_findings();
   run_blocks(launch);
@@ -138,21 +112,14 @@ const char* cudaGetErrorName(cudaError_t status) {
     case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
     case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
     case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
+    case cudaErrorCooperativeLaunchTooLarge: return "cudaErrorCooperativeLaunchTooLarge";
+    case cudaErrorInvalidClusterSize: return "cudaErrorInvalidClusterSize";
   }
   return "unknown error";
 }
 
 const char* cudaGetErrorString(cudaError_t status) {
   return status == cudaSuccess ? "no error" : emulator::last_report.c_str();
-}
-
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
-  if (value < 0 || static_cast<size_t>(value) > emulator::kMostShared)
-    return emulator::failure(cudaErrorInvalidValue, "cannot opt in to " + std::to_string(value) +
-                                                        " bytes of shared memory, of at most " +
-                                                        std::to_string(emulator::kMostShared));
-  emulator::shared_opt_in[kernel] = static_cast<size_t>(value);
-  return cudaSuccess;
 }
 
 extern "C" {

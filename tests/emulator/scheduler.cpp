@@ -12,56 +12,45 @@ namespace emulator {
 
 Machine machine;
 
-void ReadySet::add(int warp, unsigned lanes) {
-  if (!(warps_ >> warp & 1)) lanes_[warp] = 0;
-  lanes_[warp] |= lanes;
-  warps_ |= 1u << warp;
-}
-
-void ReadySet::seed(uint64_t value) {
-  random_.seed(static_cast<unsigned>(value * 104729 + 1));
-  last_warp_ = 0;
-}
-
-int ReadySet::choose_warp(Order order) {
-  if (order == Order::kAscending) return __builtin_ctz(warps_);
-  if (order == Order::kDescending) return 31 - __builtin_clz(warps_);
-  // Mostly goes on with the same warp, so that warps drift apart.
-  if (warps_ >> last_warp_ & 1 && random_() % 8) return last_warp_;
-  const uint32_t from = warps_ & ~0u << random_() % kMostWarps;
-  return __builtin_ctz(from ? from : warps_);
-}
-
-int ReadySet::choose_lane(Order order, unsigned lanes) {
-  if (order == Order::kAscending) return __builtin_ctz(lanes);
-  if (order == Order::kDescending) return 31 - __builtin_clz(lanes);
-  const unsigned from = lanes & ~0u << random_() % kWarpLanes;
-  return __builtin_ctz(from ? from : lanes);
-}
-
-int ReadySet::take(Order order) {
-  if (!warps_) return -1;
-  const int warp = last_warp_ = choose_warp(order);
-  const int lane = choose_lane(order, lanes_[warp]);
-  lanes_[warp] &= ~(1u << lane);
-  if (!lanes_[warp]) warps_ &= ~(1u << warp);
-  return warp * kWarpLanes + lane;
-}
-
 namespace {
 
 void run_threads();
 
 FiberPool fibers(run_threads);
 
+Thread* take_ready_of(Block& block) {
+  return &block.threads[static_cast<size_t>(block.ready.take(machine.schedule.order))];
+}
+
+Thread* take_ready_of_gang() {
+  const int slot = machine.ready.choose(machine.schedule.order);
+  if (slot < 0) return nullptr;
+  Block& block = *machine.slots[static_cast<size_t>(slot)];
+  Thread* const thread = take_ready_of(block);
+  if (block.ready.empty()) machine.ready.remove(slot);
+  return thread;
+}
+
+// Null where no thread can run, and no copy under way can change that.
 Thread* take_ready() {
-  const int number = machine.ready.take(machine.schedule.order);
-  return number < 0 ? nullptr : &machine.threads[number];
+  if (copies_under_way) maybe_end_copy();
+  do {
+    if (machine.gang > 1) {
+      if (Thread* const thread = take_ready_of_gang()) return thread;
+    } else if (!machine.only->ready.empty()) {
+      return take_ready_of(*machine.only);
+    }
+  } while (end_oldest_copy());
+  return nullptr;
 }
 
 void make_current(Thread* thread) {
   machine.current = thread;
   threadIdx = thread->index;
+  if (machine.block == thread->block) return;
+  machine.block = thread->block;
+  blockIdx = thread->block->index;
+  races::enter_block(thread->block->slot);
 }
 
 Context& start_or_resume(Thread* thread) {
@@ -85,7 +74,7 @@ void run_threads() {
     Fiber* const fiber = done.fiber;
     leave_barriers(done);
     Thread* const next = take_ready();
-    if (!next && machine.live) report_deadlock();
+    if (!next && machine.grid.live) report_deadlock();
     done.fiber = nullptr;
     if (next && !next->fiber) {
       next->fiber = fiber;
@@ -97,42 +86,81 @@ void run_threads() {
   }
 }
 
-void number_threads(const dim3& extent) {
-  machine.threads.resize(static_cast<size_t>(extent.x) * extent.y * extent.z);
+void number_threads(Block& block, const dim3& extent) {
+  block.threads.assign(static_cast<size_t>(extent.x) * extent.y * extent.z, {});
   int number = 0;
-  for (Thread& thread : machine.threads) {
-    const unsigned n = static_cast<unsigned>(number);
-    thread = {};
-    thread.index = {n % extent.x, n / extent.x % extent.y, n / extent.x / extent.y};
+  for (Thread& thread : block.threads) {
+    thread.index = thread_index(static_cast<uint32_t>(number));
     thread.number = number;
     thread.warp = number / kWarpLanes;
     thread.lane = number % kWarpLanes;
+    thread.block = &block;
     ++number;
   }
 }
 
-void start_block(uint64_t number) {
-  blockIdx = block_index(number);
-  machine.live = static_cast<int>(machine.threads.size());
-  machine.barrier = {};
-  machine.ready.clear();
-  for (Thread& thread : machine.threads) thread.exited = false;
-  for (int first = 0; first < machine.live; first += kWarpLanes) {
-    const int lanes = std::min(kWarpLanes, machine.live - first);
-    Warp& warp = machine.warps[first / kWarpLanes];
-    warp = {lanes == kWarpLanes ? ~0u : (1u << lanes) - 1, 0};
-    machine.ready.add(first / kWarpLanes, warp.lanes);
+// Blocks that run at the same time, and how they form clusters.
+void form_gang(const Launch& launch, uint64_t blocks) {
+  const auto cluster = static_cast<int>(launch.cluster.x);
+  machine.gang = launch.cooperative ? static_cast<int>(blocks) : cluster;
+  const auto gang = static_cast<size_t>(machine.gang);
+  while (machine.slots.size() < gang) machine.slots.push_back(std::make_unique<Block>());
+  machine.grid = {0, machine.gang};
+  machine.clusters.clear();
+  for (int first = 0; first < machine.gang; first += cluster)
+    machine.clusters.push_back({first, cluster});
+  for (int slot = 0; slot < machine.gang; ++slot) {
+    Block& block = *machine.slots[static_cast<size_t>(slot)];
+    block.slot = slot;
+    block.cluster = &machine.clusters[static_cast<size_t>(slot / cluster)];
+    block.copies = {};
+    block.ready.seed(machine.schedule.seed + static_cast<uint64_t>(slot));
+    number_threads(block, launch.block);
   }
-  poison_shared_memory();
-  races::start_block(number);
+  machine.only = machine.slots.front().get();
+  machine.ready.restart(machine.gang);
+  machine.ready.seed(machine.schedule.seed);
 }
 
-std::vector<uint32_t> shuffled_blocks(uint64_t count, uint64_t seed) {
-  std::vector<uint32_t> blocks(count);
-  std::iota(blocks.begin(), blocks.end(), 0);
+void start_block(Block& block, uint64_t number) {
+  block.index = block_index(number);
+  block.live = static_cast<int>(block.threads.size());
+  block.barrier = {};
+  block.copies.barriers.clear();
+  block.ready.clear();
+  for (Thread& thread : block.threads) thread.exited = false;
+  for (int first = 0; first < block.live; first += kWarpLanes) {
+    const int lanes = std::min(kWarpLanes, block.live - first);
+    Warp& warp = block.warps[first / kWarpLanes];
+    warp = {lanes == kWarpLanes ? ~0u : (1u << lanes) - 1, 0};
+    make_ready(block, first / kWarpLanes, warp.lanes);
+  }
+  restart_shared_memory(block.shared);
+}
+
+void start_team(Team& team) {
+  const size_t threads = machine.slots[0]->threads.size();
+  team.threads = team.live = team.blocks * static_cast<int>(threads);
+  team.barrier = {};
+}
+
+// The blocks from number `first` on.
+void run_gang(uint64_t first) {
+  races::start_gang(machine.gang, first);
+  for (int slot = 0; slot < machine.gang; ++slot)
+    start_block(*machine.slots[static_cast<size_t>(slot)], first + static_cast<uint64_t>(slot));
+  for (Team& cluster : machine.clusters) start_team(cluster);
+  start_team(machine.grid);
+  machine.block = nullptr;
+  switch_context(machine.host, start_or_resume(take_ready()));
+}
+
+std::vector<uint32_t> shuffled(uint64_t count, uint64_t seed) {
+  std::vector<uint32_t> numbers(count);
+  std::iota(numbers.begin(), numbers.end(), 0);
   std::minstd_rand random(static_cast<unsigned>(seed * 7919 + 1));
-  for (uint64_t i = count; i > 1; --i) std::swap(blocks[i - 1], blocks[random() % i]);
-  return blocks;
+  for (uint64_t i = count; i > 1; --i) std::swap(numbers[i - 1], numbers[random() % i]);
+  return numbers;
 }
 
 }  // namespace
@@ -141,6 +169,11 @@ uint3 block_index(uint64_t number) {
   const dim3& grid = machine.launch->grid;
   return {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
           static_cast<unsigned>(number / grid.x / grid.y)};
+}
+
+uint3 thread_index(uint32_t number) {
+  const dim3& block = machine.launch->block;
+  return {number % block.x, number / block.x % block.y, number / block.x / block.y};
 }
 
 void wait_for_others() {
@@ -160,25 +193,24 @@ void abandon_launch() {
 void run_blocks(const Launch& launch) {
   machine.launch = &launch;
   machine.failed = false;
-  machine.ready.seed(machine.schedule.seed);
   blockDim = launch.block;
   gridDim = launch.grid;
-  number_threads(launch.block);
+  const uint64_t blocks = static_cast<uint64_t>(launch.grid.x) * launch.grid.y * launch.grid.z;
+  form_gang(launch, blocks);
   races::start_launch(launch);
 
   const Order order = machine.schedule.order;
-  const uint64_t count = static_cast<uint64_t>(launch.grid.x) * launch.grid.y * launch.grid.z;
-  std::vector<uint32_t> shuffled;
-  if (order == Order::kRandom) shuffled = shuffled_blocks(count, machine.schedule.seed);
-  for (uint64_t i = 0; i < count && !machine.failed; ++i) {
-    start_block(order == Order::kAscending    ? i
-                : order == Order::kDescending ? count - 1 - i
-                                              : shuffled[i]);
-    switch_context(machine.host, start_or_resume(take_ready()));
-  }
+  const uint64_t size = static_cast<uint64_t>(machine.gang), gangs = blocks / size;
+  std::vector<uint32_t> numbers;
+  if (order == Order::kRandom) numbers = shuffled(gangs, machine.schedule.seed);
+  for (uint64_t i = 0; i < gangs && !machine.failed; ++i)
+    run_gang(size * (order == Order::kAscending    ? i
+                     : order == Order::kDescending ? gangs - 1 - i
+                                                   : numbers[i]));
 
   if (machine.failed) fibers.restart_all();
-  end_shared_memory();
+  forget_copies();
+  for (const auto& block : machine.slots) free_shared_memory(block->shared);
   machine.launch = nullptr;
 }
 

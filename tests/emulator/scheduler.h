@@ -1,25 +1,28 @@
-// The emulated machine: one block at a time, its threads, and who of them runs next.
+// The emulated machine: the blocks that run at the same time, their threads, and who runs next.
 #pragma once
 
 #include <cstdint>
-#include <random>
+#include <deque>
+#include <memory>
 #include <vector>
 
+#include "copies.h"
 #include "emulator.h"
 #include "fibers.h"
 #include "findings.h"
 #include "include/cuda_runtime.h"
+#include "ready.h"
+#include "shared_memory.h"
 
 namespace emulator {
 
-constexpr int kWarpLanes = 32;
-constexpr int kMostThreads = 1024;
-constexpr int kMostWarps = kMostThreads / kWarpLanes;
+struct Block;
 
 struct Thread {
   uint3 index;
   int number;  // in its block
   int warp, lane;
+  Block* block;
   Fiber* fiber;  // null before it starts and after it exits
   bool exited;
 
@@ -36,45 +39,51 @@ struct Warp {
   unsigned waiting;  // those in a warp operation
 };
 
-// Threads that can run: which warps, and of each which lanes.
-class ReadySet {
- public:
-  void clear() { warps_ = 0; }
-  void add(int warp, unsigned lanes);
-  // So that a launch depends on nothing before it.
-  void seed(uint64_t value);
-  // The next thread's number as the order wants it, or -1; takes it out.
-  int take(Order order);
-
- private:
-  int choose_warp(Order order);
-  int choose_lane(Order order, unsigned lanes);
-
-  uint32_t warps_ = 0;
-  uint32_t lanes_[kMostWarps] = {};
-  int last_warp_ = 0;
-  std::minstd_rand random_;
-};
-
-// A barrier of the block that some threads may have reached.
-struct BlockBarrier {
+// A barrier that some threads may have reached.
+struct Barrier {
   int arrived;
   int votes;
   int result;  // of the barrier before
   Place place;
-  int first_thread;
+  const Thread* first;
 };
 
+// Blocks that follow each other and have a barrier together: a cluster, or a cooperative grid.
+struct Team {
+  int first, blocks;  // slots of the gang
+  int threads = 0;
+  int live = 0;  // threads that have not exited
+  Barrier barrier = {};
+};
+
+struct Block {
+  int slot;  // in the gang
+  uint3 index;
+  Team* cluster;  // often of this block alone
+  std::vector<Thread> threads;
+  Warp warps[kMostWarps];
+  int live = 0;  // threads that have not exited
+  Barrier barrier;
+  ReadySet ready;
+  SharedMemory shared;
+  CopyState copies;
+};
+
+// The blocks that run at the same time, the gang, are one block of an ordinary launch, a cluster,
+// or all blocks of a cooperative launch. Each takes a slot, whose memory serves the next gang
+// again.
 struct Machine {
   const Launch* launch = nullptr;
   Schedule schedule;
   Context host;
   Thread* current = nullptr;  // null while the host runs
-  std::vector<Thread> threads;
-  Warp warps[kMostWarps];
-  int live = 0;  // threads of the block that have not exited
-  BlockBarrier barrier;
-  ReadySet ready;
+  Block* block = nullptr;     // of the current thread
+  std::vector<std::unique_ptr<Block>> slots;
+  int gang = 1;           // how many slots this launch uses
+  Block* only = nullptr;  // the first, often the only one
+  std::vector<Team> clusters;
+  Team grid = {};  // all of the gang
+  ReadyBlocks ready;
   bool failed = false;
 };
 
@@ -84,6 +93,12 @@ extern Machine machine;
 void run_blocks(const Launch& launch);
 
 uint3 block_index(uint64_t number);
+uint3 thread_index(uint32_t number);
+
+inline void make_ready(Block& block, int warp, unsigned lanes) {
+  block.ready.add(warp, lanes);
+  machine.ready.add(block.slot);
+}
 
 // Lets other threads run until something makes the current one ready again.
 void wait_for_others();
@@ -95,8 +110,11 @@ void wait_for_others();
 void leave_barriers(Thread& thread);
 [[noreturn]] void report_deadlock();
 
-// shared_memory.cpp
-void poison_shared_memory();
-void end_shared_memory();
+// warps.cpp
+void leave_warp(Thread& thread);
+
+// "3 threads wait"
+std::string threads_that(int count, const char* verb);
+bool same(Place a, Place b);
 
 }  // namespace emulator

@@ -10,8 +10,10 @@
 
 namespace emulator {
 
-// An access in the past. Threads have serial numbers in the order in which their blocks run, over
-// all launches; 0 is nobody.
+struct Block;
+
+// An access in the past. Threads, and mbarriers for the copies that end in them, have serial
+// numbers in the order in which their blocks run, over all launches; 0 is nobody.
 struct Moment {
   uint32_t thread;
   uint32_t epoch;      // see clocks.h
@@ -34,8 +36,10 @@ struct Span {
   uintptr_t begin, end;
   std::string name;
   bool shared;
+  const Block* block;            // of a shared array
+  bool read_elsewhere;           // by other blocks
   std::vector<Region*> regions;  // of global memory
-  uint32_t floor;  // moments of threads up to this one are of an earlier launch or block
+  uint32_t floor;  // moments of threads up to this one are of an earlier launch or gang
   int granule_shift;
   bool touched;
   Cell* cells;

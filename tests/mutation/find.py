@@ -12,7 +12,14 @@ from emulator.build import CSRC
 FOLDERS = ("cuda/kernels", "cuda/primitives")
 # Where a limit that is known to the compiler guards no memory.
 CONSTANT_LIMITS = ("for ", "if constexpr ", "static_assert")
-BARRIERS = ("__syncthreads", "__syncwarp", "__threadfence")
+BARRIERS = (
+    "__syncthreads",
+    "__syncwarp",
+    "__threadfence",
+    "block.team.barrier",
+    "wait_for_chunk",
+    "publish_inits",
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
     for number, found in enumerate(calls, 1):
         start, before = found.start(), code[: found.start()].rstrip()
         what = f"barrier {number}, {found[1]} after {line_at(before, len(before))}"
-        yield mutant("barrier", start, what, text[:start] + text[found.end() :])
+        yield mutant("barrier", start, what, f"{text[:start]};{text[found.end() :]}")
     for start, end, new in weakened(code):
         changed = text[:start] + new + text[end:]
         what = f"{line_at(text, start)} -> {line_at(changed, start)}"

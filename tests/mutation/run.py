@@ -31,38 +31,71 @@ RUNS = (
     (Case("volume", (2, 10, 4, 6, 9), 2, (3, 3, 3)), SHORT[:1], BOTH),
     (Case("boxes along the depth", (1, 3, 400, 2, 3), 1, (5, 1, 3)), SHORT[:1], BOTH),
 )
+# The resident forward: cases, and the slices of GPUs whose teams take them.
+RESIDENT = (
+    (Case("teams come back", (7, 32, 8, 8), 3, (5, 5)), SHORT, (("H100", 2), ("T4", 2))),
+    (Case("visits of several samples", (11, 64, 6, 4), 64, (3, 3)), SHORT[:1], (("H100", 4),)),
+    (Case("a block with fewer channels", (2, 30, 16, 16), 6, (7, 7)), SHORT[1:], (("H100", 16),)),
+    (Case("7x7", (9, 64, 7, 7), 4, (7, 7)), SHORT[1:], (("H100", 4), ("A100", 8))),
+    (Case("bands of maps", (1, 32, 112, 112), 2, (7, 7)), SHORT[:1], (("H100", 8),)),
+    (Case("several boxes a block", (1, 48, 80, 80), 3, (7, 7)), SHORT[:1], (("T4", 40),)),
+    (Case("resident volume", (2, 32, 4, 6, 8), 2, (3, 3, 3)), SHORT[:1], (("A100", 8),)),
+)
 SCHEDULES = ("ascending", "descending")
 
 
 @dataclass(frozen=True)
 class Run:
+    """A forward and a backward that stream x, or a forward that holds it on a slice of a GPU."""
+
     name: str
     tensors: tuple[torch.Tensor, torch.Tensor]  # x and the gradient of the output
     weights: tuple[torch.Tensor, ...]
+    resident_on: tuple[str, int] | None = None
+
+    def results(self) -> tuple[torch.Tensor, ...]:
+        backend, (x, grad) = operators("emulated"), self.tensors
+        saved = backend.forward_train(x, *self.weights)
+        if self.resident_on:
+            return (backend.forward(x, *self.weights), *saved)
+        mask = [True] * 7
+        return (*saved, *backend.backward(grad, *saved[1:3], x, *self.weights, *saved[1:], mask))
 
     def digest(self, emulator: ctypes.CDLL) -> str:
-        """Of all that comes out of forward and backward, and of the bytes that were moved."""
-        backend, (x, grad) = operators("emulated"), self.tensors
+        """Of all that comes out, and of the bytes that were moved."""
+        os.environ["CBAM_CUDA_STRATEGY"] = "resident" if self.resident_on else "streaming"
+        name, multiprocessors = self.resident_on or ("H100", 0)
+        nothing = ctypes.c_longlong(0)
+        emulator.emulated_device(name.encode(), nothing, nothing, multiprocessors)
         emulator.emulator_reset_counts()
-        saved = backend.forward_train(x, *self.weights)
-        grads = backend.backward(grad, *saved[1:3], x, *self.weights, *saved[1:], [True] * 7)
+        results = self.results()
         digest = hashlib.sha256(emulator.emulator_counts())
-        for t in (*saved, *grads):
+        for t in results:
             digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
+def make_run(case: Case, dtype: torch.dtype, layout: str, *resident_on: tuple[str, int]) -> Run:
+    words = (str(case), str(dtype).removeprefix("torch."), layout, *map(str, resident_on))
+    x, grad = (LAYOUTS[layout](make_x(case, dtype, seed=seed)) for seed in (1, 2))
+    return Run(", ".join(words), (x, grad), make_weights(case, dtype), *resident_on)
+
+
 def make_runs() -> list[Run]:
-    return [
-        Run(
-            f"{case}, {str(dtype).removeprefix('torch.')}, {layout}",
-            (LAYOUTS[layout](make_x(case, dtype)), LAYOUTS[layout](make_x(case, dtype, seed=2))),
-            make_weights(case, dtype),
-        )
+    streaming = [
+        make_run(case, dtype, layout)
         for case, dtypes, layouts in RUNS
         for dtype in dtypes
         for layout in layouts
     ]
+    resident = [
+        make_run(case, dtype, layout, device)
+        for case, dtypes, devices in RESIDENT
+        for dtype in dtypes
+        for layout in BOTH
+        for device in devices
+    ]
+    return streaming + resident
 
 
 def load(path: Path) -> ctypes.CDLL:

@@ -65,9 +65,9 @@ struct StagedPixel {
   }
 };
 
-// Weight i of the convolution, which is stored as x is or in what x is computed in.
+// One of the weights, which are stored as x is or in what x is computed in.
 template <class T>
-__device__ __forceinline__ acc_t<T> conv_weight_at(const void* weights, DType dtype, int i) {
+__device__ __forceinline__ acc_t<T> weight_at(const void* weights, DType dtype, int64_t i) {
   const bool wide = dtype == DType::kFloat32 || dtype == DType::kFloat64;
   return wide ? static_cast<const acc_t<T>*>(weights)[i]
               : acc_t<T>(widen(static_cast<const T*>(weights)[i]));

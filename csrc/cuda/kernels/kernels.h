@@ -26,12 +26,17 @@ using Stream = void*;  // cudaStream_t
 // A launch may use this much shared memory without asking for more.
 constexpr int64_t kSharedWithoutOptIn = 48 * 1024;
 
+// Blocks of a cluster that every device with clusters takes.
+constexpr int kPortableCluster = 8;
+
 // The grid of one launch.
 struct Grid {
   int64_t blocks = 0;
   int threads = 0;
   int64_t shared_bytes = 0;
   int64_t shared_limit = kSharedWithoutOptIn;  // of a block of the device
+  int cluster = 1;                             // blocks of a cluster
+  bool cooperative = false;                    // all blocks run at once
 };
 
 struct Matrix {

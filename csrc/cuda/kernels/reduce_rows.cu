@@ -9,44 +9,12 @@
 // bytes   reads x once, the factor once a block; writes 2 * acc (and 4 with argmax) a row and split
 #include "../dispatch.cuh"
 #include "../launch.cuh"
-#include "../primitives/reduce.cuh"
-#include "../primitives/vector_io.cuh"
 #include "blocks.cuh"
+#include "gather_row.cuh"
 #include "kernels.h"
 
 namespace cbam::cuda {
 namespace {
-
-// The elements of row[0 .. count) that this of `lanes` threads takes: up to the first multiple of
-// 16 bytes and behind the last one by one, between them vectors.
-template <bool kScaled, bool kArgmax, class T>
-__device__ __forceinline__ void gather_row(const T* row, int count, int first,
-                                           const acc_t<T>* factor, int lane, int lanes,
-                                           Extremes<acc_t<T>, kArgmax>& e) {
-  constexpr int kCount = kVector<T>;
-  using A = acc_t<T>;
-  const auto add = [&](A v, int c) { e.add(kScaled ? v * factor[c] : v, first + c); };
-  const int to_boundary = elements_to_boundary(row);
-  const int head = to_boundary < count ? to_boundary : count;
-  const int vectors = (count - head) / kCount;
-  if (lane < head) add(widen(row[lane]), lane);
-  for_batches(
-      lane, vectors, lanes, [&](int v) { return load<kCount>(row + head + v * kCount); },
-      [&](int v, const Raw<T, kCount>& raw) {
-        const int c = head + v * kCount;
-        auto pack = widen(raw);
-        if constexpr (kScaled) {
-          A own[kCount];
-          load_shared(factor + c, head == 0, own);
-#pragma unroll
-          for (int i = 0; i < kCount; ++i) pack.value[i] *= own[i];
-        }
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) e.add(pack.value[i], first + c + i);
-      });
-  const int tail = head + vectors * kCount + lane;
-  if (tail < count) add(widen(row[tail]), tail);
-}
 
 // Merges what all warps of the block hold of one row; warp 0 returns with the result.
 template <class A, bool kArgmax>
@@ -94,7 +62,9 @@ __global__ void __launch_bounds__(kThreads, 3) reduce_rows_kernel(const Reductio
     if (within < rows) {
       const T* x = static_cast<const T*>(r.x.data) + block.sample * r.x.sample_stride +
                    row * r.x.row_stride + first_col;
-      gather_row<kScaled>(x, count, first_col, shared.factor, lane, g.lanes, e);
+      gather_row<kScaled>(
+          x, count, first_col, shared.factor, lane, g.lanes,
+          [](const T* at) { return load<kVector<T>>(at); }, e);
     }
     if (g.lanes <= 32)
       merge_lanes(e, g.lanes);

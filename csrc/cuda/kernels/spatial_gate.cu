@@ -12,7 +12,7 @@
 #include "../dispatch.cuh"
 #include "../launch.cuh"
 #include "../primitives/vector_io.cuh"
-#include "blocks.cuh"
+#include "convolution.cuh"
 #include "kernels.h"
 
 namespace cbam::cuda {
@@ -32,36 +32,30 @@ struct ScaleBlock : Box {
   }
 };
 
-// The maps of the box and its halo, zero outside the image; kept for backward where asked for.
+// The maps of the box and its halo; kept for backward where asked for.
 template <class T, class A>
-__device__ __forceinline__ void stage_maps(const SpatialGate& p, const ScaleBlock& block,
-                                           A* staged) {
+__device__ __forceinline__ void stage_block(const SpatialGate& p, const ScaleBlock& block,
+                                            A* staged) {
   const int pixels = p.space.pixels();
-  for (int i = threadIdx.x; i < block.staged; i += kThreads) {
-    const StagedPixel at(block, p.space, i);
-    const int pixel = at.pixel;
-    A mean = A(0), max = A(0);
-    if (pixel >= 0) {
-      const bool saves = at.inside && block.saves;
-      if (saves && p.saved_argmax) {
-        const auto e = merge_parts<true, A>(p.maps, block.sample, pixels, pixel);
-        p.saved_argmax[block.sample * pixels + pixel] = e.argmax;
-        mean = e.sum;
-        max = e.max;
-      } else {
-        const auto e = merge_parts<false, A>(p.maps, block.sample, pixels, pixel);
-        mean = e.sum;
-        max = e.max;
-      }
-      if (saves) {
-        T* saved = static_cast<T*>(p.saved_maps) + block.sample * 2 * pixels + pixel;
-        saved[0] = narrow<T>(mean);
-        saved[pixels] = narrow<T>(max);
-      }
+  const auto maps_at = [&](int pixel, bool inside, A& mean, A& max) {
+    const bool saves = inside && block.saves;
+    if (saves && p.saved_argmax) {
+      const auto e = merge_parts<true, A>(p.maps, block.sample, pixels, pixel);
+      p.saved_argmax[block.sample * pixels + pixel] = e.argmax;
+      mean = e.sum;
+      max = e.max;
+    } else {
+      const auto e = merge_parts<false, A>(p.maps, block.sample, pixels, pixel);
+      mean = e.sum;
+      max = e.max;
     }
-    staged[i] = mean;
-    staged[block.staged + i] = max;
-  }
+    if (saves) {
+      T* saved = static_cast<T*>(p.saved_maps) + block.sample * 2 * pixels + pixel;
+      saved[0] = narrow<T>(mean);
+      saved[pixels] = narrow<T>(max);
+    }
+  };
+  stage_maps(block, p.space, 0, pixels, staged, maps_at);
 }
 
 // Weights and bias of the convolution, the gates of the chunk's channels, the numbers of the box's
@@ -69,11 +63,7 @@ __device__ __forceinline__ void stage_maps(const SpatialGate& p, const ScaleBloc
 template <class T, class A>
 __device__ __forceinline__ void stage_constants(const SpatialGate& p, const ScaleBlock& block,
                                                 const ScaleShared<A>& shared) {
-  const int weights = 2 * p.space.taps();
-  for (int i = threadIdx.x; i < weights; i += kThreads)
-    shared.weight[i] = conv_weight_at<T>(p.conv_weight, p.weight_dtype, i);
-  if (threadIdx.x == 0)
-    shared.weight[weights] = p.conv_bias ? conv_weight_at<T>(p.conv_bias, p.weight_dtype, 0) : A(0);
+  stage_conv_weights<T>(p.conv_weight, p.conv_bias, p.weight_dtype, p.space, shared.weight);
   const A* gate =
       static_cast<const A*>(p.channel_gate) + block.sample * p.channels + block.first_channel;
   for (int i = threadIdx.x; i < block.channels; i += kThreads) shared.channel[i] = gate[i];
@@ -84,53 +74,16 @@ __device__ __forceinline__ void stage_constants(const SpatialGate& p, const Scal
   }
 }
 
-// kRun neighbours of a row of the box, from x on: every value of the maps is read once for all.
-template <class A>
-__device__ __forceinline__ void correlate_run(const SpatialGate& p, const ScaleBlock& block,
-                                              const ScaleShared<A>& shared, int z, int y, int x,
-                                              A (&sum)[kRun]) {
-  const A* weight = shared.weight;
-  for (int m = 0; m < 2; ++m)
-    for (int kz = 0; kz < p.space.kernel_depth; ++kz)
-      for (int ky = 0; ky < p.space.kernel_height; ++ky) {
-        const A* row = shared.maps + m * block.staged + block.at(z + kz, y + ky, 0);
-        A window[kRun];
-#pragma unroll
-        for (int i = 0; i < kRun - 1; ++i) window[i] = row[x + i];
-#pragma unroll 4
-        for (int kx = 0; kx < p.space.kernel_width; ++kx) {
-          window[kRun - 1] = row[x + kx + kRun - 1];
-          const A w = *weight++;
-#pragma unroll
-          for (int i = 0; i < kRun; ++i) sum[i] += w * window[i];
-#pragma unroll
-          for (int i = 0; i < kRun - 1; ++i) window[i] = window[i + 1];
-        }
-      }
-}
-
 // The gate of every pixel of the box, from the staged maps.
-template <class T, class A>
+template <class A>
 __device__ __forceinline__ void gate_pixels(const SpatialGate& p, const ScaleBlock& block,
                                             const ScaleShared<A>& shared) {
-  const A bias = shared.weight[2 * p.space.taps()];
-  const int runs = (block.width + kRun - 1) / kRun;
-  for (int i = threadIdx.x; i < runs * block.height * block.depth; i += kThreads) {
-    const int x = i % runs * kRun, y = i / runs % block.height, z = i / runs / block.height;
-    A sum[kRun];
-#pragma unroll
-    for (int k = 0; k < kRun; ++k) sum[k] = bias;
-    correlate_run(p, block, shared, z, y, x, sum);
-#pragma unroll
-    for (int k = 0; k < kRun; ++k)
-      if (x + k < block.width) {
-        const int q = (z * block.height + y) * block.width + x + k;
-        const A gate = sigmoid(sum[k]);
-        shared.spatial[q] = gate;
-        if (block.saves)
-          static_cast<A*>(p.saved_gate)[block.sample * p.space.pixels() + shared.pixel[q]] = gate;
-      }
-  }
+  const int64_t first = block.sample * p.space.pixels();
+  // The pixel's number as it was staged: computed anew it costs registers.
+  gate_box(block, p.space, shared.maps, shared.weight, [&](int at, int, A gate) {
+    shared.spatial[at] = gate;
+    if (block.saves) static_cast<A*>(p.saved_gate)[first + shared.pixel[at]] = gate;
+  });
 }
 
 // The last pass. `threads_along` threads side by side take the vectors of a row of x's matrix, the
@@ -188,9 +141,9 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::kPacked ? 2 : 3)
   SharedCarver carver(dynamic_shared_memory());
   const ScaleShared<A> shared(carver, p.geometry, p.space);
   stage_constants<T>(p, block, shared);
-  stage_maps<T>(p, block, shared.maps);
+  stage_block<T>(p, block, shared.maps);
   __syncthreads();
-  gate_pixels<T>(p, block, shared);
+  gate_pixels(p, block, shared);
   __syncthreads();
   scale<kAccess, kChannelsFirst, T>(p, block, shared);
 }

@@ -34,7 +34,7 @@ __device__ __forceinline__ void stage(const Stencil& p, const Box& block,
     shared.dz[i] = dz;
   }
   for (int i = threadIdx.x; i < 2 * p.space.taps(); i += kThreads)
-    shared.weight[i] = conv_weight_at<T>(p.conv_weight, p.weight_dtype, i);
+    shared.weight[i] = weight_at<T>(p.conv_weight, p.weight_dtype, i);
 }
 
 template <class T, class A>

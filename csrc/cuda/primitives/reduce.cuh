@@ -60,6 +60,25 @@ __device__ __forceinline__ void merge_lanes(Extremes<A, kArgmax>& e, int lanes) 
   }
 }
 
+// The sum over the warp of each lane's v[i], 32 of them, for lane i: a lane gives away half of what
+// it holds in each of five steps, where summing one after another would take five steps for each.
+template <int kCount, class A>
+__device__ __forceinline__ A sums_of_warp(const A (&v)[kCount]) {
+  if constexpr (kCount == 1) {
+    return v[0];
+  } else {
+    constexpr int kHalf = kCount / 2;
+    const bool upper = threadIdx.x & kHalf;
+    A kept[kHalf];
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const A given = __shfl_xor_sync(0xffffffffu, upper ? v[i] : v[i + kHalf], kHalf);
+      kept[i] = (upper ? v[i + kHalf] : v[i]) + given;
+    }
+    return sums_of_warp(kept);
+  }
+}
+
 template <class A>
 __device__ __forceinline__ A sum_of_warp(A v) {
 #pragma unroll

@@ -42,6 +42,15 @@ __device__ __forceinline__ Raw<T, kCount> load(const T* p) {
   return raw;
 }
 
+// From shared memory, on a multiple of 16 bytes.
+template <int kCount, class T>
+__device__ __forceinline__ Raw<T, kCount> load_staged(const T* p) {
+  static_assert(kCount == kVector<T>);
+  Raw<T, kCount> raw;
+  raw.words = *reinterpret_cast<const uint4*>(p);
+  return raw;
+}
+
 template <class T, int kCount>
 __device__ __forceinline__ Pack<T, kCount> widen(const Raw<T, kCount>& raw) {
   Pack<T, kCount> pack;
@@ -71,6 +80,16 @@ __device__ __forceinline__ void for_batches(int first, int end, int step, Load l
 #pragma unroll
   for (int b = 0; b < kBatch - 1; ++b)
     if (index + b * step < end) body(index + b * step, rest[b]);
+}
+
+// Bytes that the cache fetches together.
+constexpr int kLineBytes = 128;
+
+// Brings a line of global memory to the second-level cache.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* p) {
+#if !defined(CBAM_EMULATED)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+#endif
 }
 
 // Marked as the first to leave the cache: nothing here reads what was written.

@@ -3,6 +3,7 @@
 // and what they have to write starts as NaN.
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 
 #include "../emulator.h"
@@ -13,11 +14,18 @@
 namespace cbam {
 namespace {
 
+cuda::DeviceLimits limits_of(const std::string& name, int multiprocessors) {
+  const cuda::DeviceLimits& whole = cuda::known_device(name);
+  return multiprocessors ? cuda::slice_of(whole, multiprocessors) : whole;
+}
+
 // The GPU that plans are made for.
 cuda::DeviceLimits& device() {
   static cuda::DeviceLimits limits = [] {
     const char* name = std::getenv("CBAM_CUDA_EMULATED_DEVICE");
-    return cuda::known_device(name && *name ? name : "H100");
+    const char* multiprocessors = std::getenv("CBAM_CUDA_EMULATED_MULTIPROCESSORS");
+    return limits_of(name && *name ? name : "H100",
+                     multiprocessors ? std::atoi(multiprocessors) : 0);
   }();
   return limits;
 }
@@ -87,7 +95,7 @@ struct Emulated {
     return w.fc1_weight.scalar_type();
   }
   static void forward(const ForwardProblem& p, const Tensor& x) {
-    const cuda::ForwardPlan plan = cuda::plan(p, device());
+    const cuda::ForwardPlan plan = cuda::plan_to_run(p, device());
     const int64_t bytes = cuda::scratch(plan, p).total();
     const Tensor memory = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
     const Watched watched;
@@ -100,7 +108,7 @@ struct Emulated {
     cuda::run(p, plan, memory.mutable_data_ptr(), nullptr);
   }
   static void backward(const BackwardProblem& p, const Tensor& x) {
-    const cuda::BackwardPlan plan = cuda::plan(p, device());
+    const cuda::BackwardPlan plan = cuda::plan_to_run(p, device());
     const int64_t bytes = cuda::scratch(plan, p).total();
     const Tensor memory = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
     const Watched watched;
@@ -135,16 +143,18 @@ STABLE_TORCH_LIBRARY_IMPL(cbam_cuda_emulated, CPU, m) {
 }
 
 #pragma GCC visibility push(default)
-// For tests: plans are made for this GPU; where they are not 0, with a cache of that many bytes and
-// a memory of that many bytes a second. Returns 0, or -1 for a name that is not known.
-extern "C" int emulated_device(const char* name, long long l2_bytes, long long bandwidth) {
-  for (const auto& known : cbam::cuda::known_devices())
-    if (known.name == name) {
-      cbam::device() = known;
-      if (l2_bytes) cbam::device().l2_bytes = l2_bytes;
-      if (bandwidth) cbam::device().bandwidth = static_cast<double>(bandwidth);
-      return 0;
-    }
-  return -1;
+// For tests: plans are made for this GPU; where they are not 0, with a cache of that many bytes, a
+// memory of that many bytes a second and that many multiprocessors. Returns 0, or -1 for a name
+// that is not known.
+extern "C" int emulated_device(const char* name, long long l2_bytes, long long bandwidth,
+                               int multiprocessors) {
+  try {
+    cbam::device() = cbam::limits_of(name, multiprocessors);
+  } catch (const std::invalid_argument&) {
+    return -1;
+  }
+  if (l2_bytes) cbam::device().l2_bytes = l2_bytes;
+  if (bandwidth) cbam::device().bandwidth = static_cast<double>(bandwidth);
+  return 0;
 }
 #pragma GCC visibility pop

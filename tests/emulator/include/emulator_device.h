@@ -31,7 +31,28 @@ unsigned warp_ballot(unsigned mask, bool predicate, Place place);
 uint64_t warp_shuffle(unsigned mask, uint64_t value, int source_lane, Place place);
 int lane_number();
 
+// The blocks of a cluster, and of a cooperative launch.
+void cluster_barrier(Place place);
+void grid_barrier(Place place);
+// Where the shared array that `shared` points into has the same place in block `rank` of the
+// cluster.
+const void* in_block(const void* shared, unsigned rank);
+
 void fence();
+
+// mbarriers. One that copies end in must be published before the first.
+void mbarrier_init(uint64_t* b, unsigned arrivals, Place place);
+void mbarrier_publish_inits();
+void mbarrier_arrive_expect(uint64_t* b, unsigned bytes, Place place);
+// This thread's arrival, once all its copies so far have arrived; orders nothing else.
+void mbarrier_arrive_after_copies(uint64_t* b, Place place);
+// Waits while the phase that has not ended yet has this parity.
+void mbarrier_wait(uint64_t* b, unsigned parity, Place place);
+
+// Copies from global to shared memory of the own block. The target is filled with 0xff at once; the
+// source is read when the bytes arrive, which is up to the schedule.
+void bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* b, Place place);
+void async_copy(void* to, const void* from, unsigned bytes, Place place);
 
 // An atomic operation: what is there, and what it becomes.
 uint64_t begin_atomic(const void* p, size_t bytes, Place place);

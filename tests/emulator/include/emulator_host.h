@@ -15,14 +15,41 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorLaunchFailure = 719,
+  cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorInvalidClusterSize = 912,
 };
 
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 14,
+};
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeClusterDimension = 4,
+};
+
+union cudaLaunchAttributeValue {
+  char pad[64];
+  int cooperative;
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
+};
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 cudaError_t cudaGetLastError();
@@ -31,17 +58,49 @@ const char* cudaGetErrorName(cudaError_t status);
 const char* cudaGetErrorString(cudaError_t status);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 
+// There is one device, a model of an H100 but for the number of its multiprocessors, which
+// emulator_set_multiprocessors sets.
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel,
+                                                          int threads, size_t shared_bytes);
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
+                                           const cudaLaunchConfig_t* config);
+
+template <class Result, class... Parameters>
+cudaError_t cudaFuncSetAttribute(Result (*kernel)(Parameters...), cudaFuncAttribute attribute,
+                                 int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+template <class Result, class... Parameters>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks,
+                                                          Result (*kernel)(Parameters...),
+                                                          int threads, size_t shared_bytes) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+      blocks, reinterpret_cast<const void*>(kernel), threads, shared_bytes);
+}
+template <class Result, class... Parameters>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Result (*kernel)(Parameters...),
+                                           const cudaLaunchConfig_t* config) {
+  return cudaOccupancyMaxActiveClusters(clusters, reinterpret_cast<const void*>(kernel), config);
+}
+
 namespace emulator {
 
 struct Launch {
   dim3 grid, block;
   size_t shared_bytes;
+  dim3 cluster;
+  bool cooperative;
+  bool known_attributes;  // no others than these two
   const void* kernel;
   void (*thread)(const void* arguments);  // runs one thread of the kernel
   const void* arguments;
   size_t argument_bytes;
 };
 
+// Of one thread there is nothing in it yet.
+Launch launch_of(const cudaLaunchConfig_t& config, const void* kernel);
 cudaError_t run(const Launch& launch);
 
 }  // namespace emulator
@@ -55,6 +114,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const Call& call = *static_cast<const Call*>(p);
     std::apply(call.first, call.second);
   };
-  return emulator::run({config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                        reinterpret_cast<const void*>(kernel), thread, &call, sizeof call});
+  emulator::Launch launch = emulator::launch_of(*config, reinterpret_cast<const void*>(kernel));
+  launch.thread = thread;
+  launch.arguments = &call;
+  launch.argument_bytes = sizeof call;
+  return emulator::run(launch);
 }

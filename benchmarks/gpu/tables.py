@@ -1,0 +1,101 @@
+"""Timings as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..report import markdown, shape_name
+from .strategies import STRATEGIES, contestant
+
+Found = Mapping[str, Any]
+
+TIMINGS_NOTE = """\
+Medians in microseconds a call. "graph": 20 calls inside of a replayed CUDA graph; "launched": calls
+one after another from Python. Every sample begins with a cold L2 cache and goes through several
+inputs and outputs. The copy is the memory limit: read x, write out; with backward also read x, read
+out's gradient, write x's gradient; "of copy" is its time over the fused block's. The forward is
+timed under each strategy; ratios and GB/s are those of the one that "auto" picks. GB/s counts what
+the plan says the device's memory must move. torch.compile runs at one batch size only."""
+
+SWEEP_NOTE = """\
+Microseconds, measured as above, of inference on contiguous tensors; "auto/faster" is what the
+strategy that "auto" picks takes over the faster one."""
+
+
+def timing_table(rows: Sequence[Found], direction: str) -> str:
+    """Rows of one direction."""
+    header = ["NxCxHxW", "dtype", "layout", "by", "copy", "eager", "compile"]
+    if direction == "forward":
+        header += [*STRATEGIES, "auto", "eager/auto", "compile/auto"]
+        header += [*(f"{strategy} of copy" for strategy in STRATEGIES), "GB/s"]
+        return markdown(header, [_forward_cells(row) for row in rows], left=4)
+    header += ["fused", "eager/fused", "compile/fused", "of copy"]
+    return markdown(header, [_step_cells(row) for row in rows], left=4)
+
+
+def _forward_cells(row: Found) -> list[str]:
+    auto, names = contestant(row.get("auto", "")), list(map(contestant, STRATEGIES))
+    speed = row.get("plans", {}).get(auto, {}).get("gigabytes_per_second")
+    return [
+        *_times(row, names),
+        row.get("auto", "-"),
+        *_ratios(row, auto),
+        *(number(row["fraction_of_copy"].get(name), 2) for name in names),
+        number(speed, 0),
+    ]
+
+
+def _step_cells(row: Found) -> list[str]:
+    fraction = number(row["fraction_of_copy"]["fused"], 2)
+    return [*_times(row, ["fused"]), *_ratios(row, "fused"), fraction]
+
+
+def _times(row: Found, ours: Sequence[str]) -> list[str]:
+    cells = [shape_name(row["shape"]), row["dtype"], row["layout"], row["method"]]
+    return cells + [number(median(row, n), 1) for n in ("copy", "eager", "compile", *ours)]
+
+
+def _ratios(row: Found, ours: str) -> list[str]:
+    return [number(_ratio(median(row, n), median(row, ours)), 2) for n in ("eager", "compile")]
+
+
+def _ratio(time: float | None, ours: float | None) -> float | None:
+    return None if time is None or ours is None else time / ours
+
+
+def sweep_table(rows: Sequence[Found]) -> str:
+    """A line a cell, by shape and dtype, then by batch."""
+    header = ["CxHxW", "dtype", "N", "by", "copy", *STRATEGIES, "faster", "auto", "auto/faster"]
+    header += [f"{strategy} predicted" for strategy in STRATEGIES]
+    ordered = sorted(rows, key=lambda row: (row["shape"][1:], row["dtype"], row["shape"][0]))
+    return markdown(header, [_sweep_cells(row) for row in ordered], left=2)
+
+
+def _sweep_cells(row: Found) -> list[str]:
+    names, (n, *block) = list(map(contestant, STRATEGIES)), row["shape"]
+    best, auto = (median(row, contestant(row.get(key, ""))) for key in ("faster", "auto"))
+    plans = row.get("plans", {})
+    seconds = [plans.get(name, {}).get("predicted_seconds") for name in names]
+    return [
+        shape_name(block),
+        row["dtype"],
+        str(n),
+        row["method"],
+        *(number(median(row, name), 1) for name in ("copy", *names)),
+        row["faster"],
+        row.get("auto", "-"),
+        number(_ratio(auto, best), 2),
+        *(number(None if s is None else s * 1e6, 1) for s in seconds),
+    ]
+
+
+def median(row: Found, name: str) -> float | None:
+    """Of a contestant, timed as the row's speeds are; None where it was not."""
+    timing = row["contestants"].get(name, {}).get(row["method"])
+    return timing and timing["median"]
+
+
+def number(value: float | None, digits: int) -> str:
+    """A cell."""
+    return "-" if value is None else f"{value:.{digits}f}"

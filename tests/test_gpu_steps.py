@@ -1,0 +1,108 @@
+"""The steps of ``python -m benchmarks.gpu``: their order, their time, what they leave."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.gpu import __main__ as program
+from benchmarks.gpu import steps
+from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Folder, Outcome
+
+
+def passing(seconds, folder):
+    return Outcome(PASSED, "fine")
+
+
+def failing(seconds, folder):
+    return Outcome(FAILED, "1 failed", ["it broke | badly"])
+
+
+def broken(seconds, folder):
+    raise OSError("no such thing")
+
+
+def run_all(tmp_path, *works, minutes=1.0):
+    named = zip(steps.NAMES[1:], works, strict=False)
+    some = [steps.Step(name, 30, work) for name, work in named]
+    lines = []
+    folder = Folder(tmp_path / "results", {"commit": "abc", "date": "2026-01-01"})
+    return steps.run_steps(some, folder, steps.Deadline(minutes), lines.append), folder, lines
+
+
+def test_later_steps_run_after_a_failure(tmp_path):
+    outcomes, folder, lines = run_all(tmp_path, failing, broken, passing)
+    assert [outcome.state for outcome in outcomes.values()] == [FAILED, FAILED, PASSED]
+    assert outcomes["sanitizers"].summary == "OSError: no such thing"
+    assert steps.exit_code(outcomes) == 1
+    assert folder.read("checks") == {
+        "commit": "abc",
+        "date": "2026-01-01",
+        "state": "passed",
+        "summary": "fine",
+        "problems": [],
+        "seconds": 0.0,
+    }
+    assert "it broke \\| badly" in (folder.path / "report.md").read_text()
+    assert lines[0] == "[1/3] tests, at most 30 s"
+    assert not list(folder.path.glob("*.partial"))
+
+
+def test_exit_code_of_what_passed_or_was_skipped(tmp_path):
+    skipping = lambda seconds, folder: Outcome(SKIPPED, "not here")  # noqa: E731
+    assert steps.exit_code(run_all(tmp_path, passing, skipping)[0]) == 0
+
+
+def test_steps_after_the_deadline_are_skipped(tmp_path):
+    outcomes, _, _ = run_all(tmp_path, passing, minutes=0.01)
+    assert outcomes["tests"] == Outcome(SKIPPED, "no time left")
+
+
+def test_files_of_an_earlier_run_are_not_taken_for_this_one(tmp_path):
+    folder = Folder(tmp_path / "results")
+    folder.write("tests", {"old": True})
+    (seen, _, _) = run_all(tmp_path, lambda s, f: Outcome(PASSED, str(f.read("tests"))))
+    assert seen["tests"].summary == "None"
+
+
+def test_time_of_all_steps():
+    *before, timed, swept = steps.STEPS
+    assert (timed.name, swept.name) == ("timings", "sweep")
+    left = 8 * 60 - sum(step.seconds for step in before)
+    taken = min(timed.seconds, timed.share * left)
+    assert taken >= 90
+    assert left - taken >= 60
+
+
+def test_a_step_leaves_a_share_to_those_after_it(tmp_path):
+    given = []
+
+    def work(seconds, folder):
+        given.append(round(seconds))
+        return Outcome(PASSED, "fine")
+
+    two = [steps.Step("timings", 50, work, share=0.6), steps.Step("sweep", 50, work)]
+    for minutes in (0.5, 2.0):
+        steps.run_steps(two, Folder(tmp_path), steps.Deadline(minutes), lambda line: None)
+    assert given == [18, 30, 50, 50]
+
+
+def test_options():
+    assert program.parse(["--only", "tests,checks"]).only == ("tests", "checks")
+    assert program.parse([]).minutes == 8
+    with pytest.raises(SystemExit):
+        program.parse(["--only", "dance"])
+
+
+def test_whole_program(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(program, "why_not", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(program, "STEPS", [steps.Step("checks", 30, passing)])
+    monkeypatch.setattr(program, "RESULTS", tmp_path)
+    assert program.main(["--only", "checks"]) == 0
+    assert (tmp_path / "nvidia-h200/checks.json").exists()
+    printed = capsys.readouterr().out
+    assert "| checks | passed |" in printed
+    monkeypatch.setattr(program, "STEPS", [steps.Step("checks", 30, failing)])
+    assert program.main(["--out", str(tmp_path / "here")]) == 1
+    assert (tmp_path / "here/report.md").exists()

@@ -1,0 +1,163 @@
+"""Plans that hold samples on the chip: they fit, leave nothing out, are chosen where they pay."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from math import log2, prod
+
+import pytest
+from test_plan import BYTES, DEVICES, covers, drawn
+
+from cbam_cuda import ops
+from cbam_cuda.__main__ import main
+from cbam_cuda.plan import plan
+
+RESNET = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
+
+
+def resident_plans(device: str, count: int):
+    """Problems that have one, with it."""
+    rng = random.Random(device)
+    for _ in range(count):
+        problem = drawn(rng)
+        try:
+            yield problem, ops.compiled().plan(**problem, device=device, strategy="resident")
+        except ValueError:
+            continue
+
+
+def check_fits(found: dict) -> None:
+    """All teams at once, by shared memory, threads and clusters."""
+    g, limits, (stage,) = found["passes"]["resident"], found["device"], found["stages"]
+    blocks = 512 // stage["threads"]
+    assert stage["threads"] in (256, 512)
+    assert stage["shared_bytes"] <= limits["shared_per_block"]
+    assert blocks * (stage["shared_bytes"] + 1024) <= limits["shared_per_multiprocessor"] + 1024
+    assert stage["blocks"] == g["team"] * g["teams"]
+    if g["kind"] == "cluster":
+        sizes = {1 << i: at_once for i, at_once in enumerate(limits["clusters"])}
+        assert g["teams"] <= sizes[g["team"]] * blocks
+        assert g["exchange"] == 0
+    else:
+        assert stage["blocks"] <= limits["multiprocessors"] * blocks
+        assert g["exchange"] > 0
+
+
+def check_slices(problem: dict, g: dict) -> None:
+    """Every channel is in one block; slices and chunks are whole vectors on multiples of them."""
+    vector = 16 // BYTES[problem["dtype"]]
+    samples, channels, *extents = problem["shape"]
+    first = not problem["channels_last"] or channels == 1
+    assert problem["aligned"]
+    assert covers(g["team"], g["channels"], channels)
+    rows, cols = (g["channels"], prod(extents)) if first else (prod(extents), g["channels"])
+    assert covers(g["chunks"], g["chunk"], rows)
+    if first:
+        for count in (g["channels"], g["chunk"], channels):
+            assert count * cols % vector == 0
+    else:
+        assert cols % vector == 0 == channels % vector
+        assert g["team"] == 1 or cols * BYTES[problem["dtype"]] >= 64
+    assert 1 <= g["samples"] <= 8
+    assert g["teams"] <= -(-samples // g["samples"])
+
+
+def check_boxes(problem: dict, g: dict) -> None:
+    extents = [1] * (5 - len(problem["shape"])) + problem["shape"][2:]
+    for boxes, box, extent in zip(g["boxes"], g["box"], extents, strict=True):
+        assert covers(boxes, box, extent)
+    assert covers(g["boxes_each"], g["team"], g["samples"] * prod(g["boxes"]))
+    bands = -(-prod(extents) // g["band"])
+    if bands > 1:
+        assert g["boxes_each"] == 1
+        assert g["groups"] == 1 or problem["channels_last"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_planned_fits_and_leaves_nothing_out(device):
+    planned = list(resident_plans(device, 600))
+    assert len(planned) > 40
+    for problem, found in planned:
+        assert found["strategy"] == "resident"
+        g = found["passes"]["resident"]
+        check_fits(found)
+        check_slices(problem, g)
+        check_boxes(problem, g)
+        x_bytes = prod(problem["shape"]) * BYTES[problem["dtype"]]
+        assert found["traffic"]["x_read"] == found["traffic"]["out_written"] == x_bytes
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_choice_does_not_flap(device, dtype):
+    """Batches around the same power of two are held in the same way, or none of them is."""
+
+    def choice(batch, shape):
+        found = plan([batch, *shape], dtype, device)
+        g = found["passes"].get("resident", {"team": 0, "samples": 0})
+        return found["strategy"], g["team"], g["samples"], found["stages"][0]["threads"]
+
+    for shape in RESNET:
+        for octave in range(9):
+            near = (n for n in range(1, 400) if round(log2(n)) == octave)
+            assert len({choice(n, shape) for n in itertools.islice(near, 0, None, 5)}) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_resnet_on_an_h100(dtype, channels_last):
+    """Large batches stay on the chip, but where the MLP is most of the work."""
+    for shape in RESNET[:3]:
+        found = plan([256, *shape], dtype, channels_last=channels_last)
+        assert found["strategy"] == "resident"
+        assert found["predicted_seconds"] < 1.6 * found["seconds"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_weights_are_read_once_for_eight_samples_of_7x7(dtype):
+    found = plan([256, *RESNET[3]], dtype, strategy="resident")
+    # Biases are read by every block that needs them.
+    weights = 2 * 2048 * 128 * BYTES[dtype]
+    assert found["traffic"]["weights_read"] <= 1.07 * (256 // 8) * weights
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "reason"),
+    [
+        ([8, 64, 28, 28], {"dtype": "float64"}, "float64 is streamed"),
+        ([8, 63, 5, 5], {}, "rows of x or out are no whole vectors"),
+        ([1, 512, 512, 512], {}, "a sample does not fit on the chip"),
+        ([8, 64, 28, 28], {"strategy": "streaming"}, "asked for"),
+    ],
+)
+def test_why_x_is_streamed(shape, options, reason):
+    found = plan(shape, **options)
+    assert found["strategy"] == "streaming"
+    assert found["reason"].startswith(reason)
+
+
+def test_a_strategy_that_is_not_possible():
+    with pytest.raises(ValueError, match=r"expected one that is possible, got resident: float64"):
+        plan([8, 64, 28, 28], "float64", strategy="resident")
+    with pytest.raises(ValueError, match="expected auto, streaming or resident, got fast"):
+        plan([8, 64, 28, 28], strategy="fast")
+
+
+def test_a_slice_of_a_device():
+    whole, part = plan([64, 64, 28, 28]), plan([64, 64, 28, 28], multiprocessors=8)
+    assert part["device"]["multiprocessors"] == 8
+    assert part["device"]["clusters"] == [8, 4, 2, 1, 0]
+    assert part["predicted_seconds"] > whole["predicted_seconds"]
+    with pytest.raises(ValueError, match="multiprocessors: expected 1 to 132, got 133"):
+        plan([64, 64, 28, 28], multiprocessors=133)
+
+
+def test_command(capsys):
+    arguments = ["plan", "--shape", "256,256,56,56", "--dtype", "float16"]
+    assert main([*arguments, "--strategy", "resident"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("resident on H100")
+    assert "kind cluster, team 8" in shown
+    assert main([*arguments, "--strategy", "streaming", "--multiprocessors", "16"]) == 0
+    assert capsys.readouterr().out.startswith("streaming on H100")

@@ -1,0 +1,229 @@
+"""The resident forward on the emulator: every way to hold samples on the chip gives what streaming
+gives, bit for bit the same in every run, in one launch that reads x once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from cases import CASES, LAYOUTS, NATIVE_LAYOUTS, Case, make_weights, make_x, operators
+from conftest import why_not
+from tolerance import assert_as_good_as_eager
+
+import cbam_cuda
+
+pytestmark = pytest.mark.skipif(why_not("emulated") is not None, reason="make emulator builds it")
+
+NAMES = (
+    "out",
+    "channel_gate",
+    "spatial_gate",
+    "pooled",
+    "hidden",
+    "maps",
+    "pixel_argmax",
+    "channel_argmax",
+)
+NOT_POSSIBLE = "expected one that is possible"
+HELD = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def strategy(monkeypatch):
+    return lambda name: monkeypatch.setenv("CBAM_CUDA_STRATEGY", name)
+
+
+@pytest.fixture
+def emulator():
+    library = ctypes.CDLL(str(cbam_cuda.ops._emulator()))
+    library.emulator_launches.restype = ctypes.c_ulonglong
+    return library
+
+
+@contextlib.contextmanager
+def device(emulator, name: str, multiprocessors: int):
+    """Plans are made for a GPU, or for a slice of it."""
+    nothing = ctypes.c_longlong(0)
+    assert emulator.emulated_device(name.encode(), nothing, nothing, multiprocessors) == 0
+    try:
+        yield
+    finally:
+        emulator.emulated_device(b"H100", nothing, nothing, 0)
+
+
+def plan_of(case: Case, dtype, layout: str, training: bool, gpu="H100", multiprocessors=0):
+    return cbam_cuda.ops.compiled().plan(
+        list(case.shape),
+        case.hidden,
+        list(case.kernel),
+        str(dtype).removeprefix("torch."),
+        gpu,
+        channels_last=layout == "channels_last",
+        training=training,
+        strategy="resident",
+        multiprocessors=multiprocessors,
+    )
+
+
+def assert_agree(resident, streaming, dtype) -> None:
+    """What both strategies leave: the same positions, and values a few roundings apart."""
+    for name, a, b in zip(NAMES, resident, streaming, strict=True):
+        if name.endswith("argmax"):
+            assert torch.equal(a, b), name
+        else:
+            eps = torch.finfo(a.dtype if name in ("out", "maps") else torch.float32).eps
+            torch.testing.assert_close(a, b, rtol=32 * eps, atol=32 * eps, equal_nan=True)
+
+
+def assert_is_right(case: Case, dtype, layout: str, strategy) -> None:
+    """Both forms of the forward, against streaming and against the reference in float64."""
+    run = operators("emulated")
+    x, weights = LAYOUTS[layout](make_x(case, dtype)), make_weights(case, dtype)
+    strategy("streaming")
+    streaming = run.forward_train(x, *weights)
+    strategy("resident")
+    resident = run.forward_train(x, *weights)
+    assert_agree(resident, streaming, dtype)
+    eager = cbam_cuda.cbam(x, *weights, backend="reference")
+    wide = [w.double() for w in weights]
+    truth = cbam_cuda.cbam(x.double(), *wide, backend="reference")
+    for out in (resident[0], run.forward(x, *weights)):
+        assert out.stride() == x.stride()
+        assert_as_good_as_eager("out", out, eager, truth)
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+@pytest.mark.parametrize("dtype", HELD, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_streaming(case, dtype, layout, strategy):
+    try:
+        plan_of(case, dtype, layout, training=True)
+    except ValueError as error:
+        strategy("resident")
+        x, weights = LAYOUTS[layout](make_x(case, dtype)), make_weights(case, dtype)
+        with pytest.raises(ValueError, match=NOT_POSSIBLE):
+            operators("emulated").forward(x, *weights)
+        pytest.skip(str(error))
+    assert_is_right(case, dtype, layout, strategy)
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A problem on a GPU, or on a slice of it, and what its plan must be like."""
+
+    name: str
+    shape: tuple[int, ...]
+    hidden: int
+    gpu: str = "H100"
+    multiprocessors: int = 0
+    layout: str = "contiguous"
+    dtype: torch.dtype = torch.float16
+    plan: dict = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def case(self) -> Case:
+        return Case(self.name, self.shape, self.hidden, (7,) * (len(self.shape) - 2))
+
+
+REGIMES = (
+    Regime("bulk copies, a cluster", (1, 64, 28, 28), 4, plan={"kind": "cluster", "copy": "bulk"}),
+    Regime(
+        "teams of one block", (5, 16, 6, 8), 2, multiprocessors=1, plan={"team": 1, "rounds": 3}
+    ),
+    Regime("many visits of each team", (23, 32, 8, 8), 2, multiprocessors=4, plan={"rounds": 3}),
+    Regime("maps in bands", (1, 256, 56, 56), 16, multiprocessors=8, plan={"bands": 2}),
+    Regime(
+        "bands, channels last",
+        (2, 256, 56, 56),
+        16,
+        "H100",
+        8,
+        NATIVE_LAYOUTS[1],
+        plan={"bands": 4, "rounds": 2},
+    ),
+    Regime(
+        "several samples of a visit",
+        (33, 512, 7, 7),
+        128,
+        multiprocessors=8,
+        plan={"samples": 8, "rounds": 3},
+    ),
+    Regime(
+        "the same, channels last",
+        (21, 512, 7, 7),
+        128,
+        "H100",
+        16,
+        NATIVE_LAYOUTS[1],
+        plan={"samples": 8},
+    ),
+    Regime(
+        "a block with fewer channels", (2, 30, 16, 16), 6, multiprocessors=16, plan={"uneven": True}
+    ),
+    Regime("several boxes a block", (1, 256, 56, 56), 16, "T4", plan={"several boxes": True}),
+    Regime(
+        "asynchronous copies, the whole grid",
+        (5, 128, 14, 14),
+        8,
+        "A100",
+        plan={"kind": "grid", "copy": "async"},
+    ),
+    Regime(
+        "the same, channels last",
+        (7, 128, 14, 14),
+        8,
+        "A100",
+        8,
+        NATIVE_LAYOUTS[1],
+        plan={"kind": "grid", "copy": "async"},
+    ),
+    Regime(
+        "copies through registers",
+        (9, 128, 14, 14),
+        8,
+        "T4",
+        8,
+        plan={"kind": "grid", "copy": "plain", "rounds": 2},
+    ),
+    Regime(
+        "the same, channels last",
+        (5, 128, 14, 14),
+        8,
+        "T4",
+        8,
+        NATIVE_LAYOUTS[1],
+        dtype=torch.float32,
+        plan={"copy": "plain"},
+    ),
+    Regime("a sequence", (3, 32, 4096), 4, dtype=torch.bfloat16, plan={"kind": "cluster"}),
+    Regime("a volume", (2, 64, 8, 12, 16), 4, dtype=torch.float32, plan={"kind": "cluster"}),
+)
+
+
+def facts_of(regime: Regime) -> dict:
+    """What REGIMES speak of, of the plan."""
+    gpu = (regime.gpu, regime.multiprocessors)
+    found = plan_of(regime.case, regime.dtype, regime.layout, True, *gpu)
+    g = dict(found["passes"]["resident"])
+    pixels = torch.Size(regime.shape[2:]).numel()
+    visits = -(-regime.shape[0] // g["samples"])
+    g["rounds"] = -(-visits // g["teams"])
+    g["bands"] = -(-pixels // g["band"])
+    g["uneven"] = regime.shape[1] % g["channels"] > 0
+    g["several boxes"] = g["boxes_each"] > 1
+    return g
+
+
+@pytest.mark.parametrize("regime", REGIMES, ids=str)
+def test_every_regime(regime, emulator, strategy):
+    facts = facts_of(regime)
+    assert {name: facts[name] for name in regime.plan} == regime.plan
+    with device(emulator, regime.gpu, regime.multiprocessors):
+        assert_is_right(regime.case, regime.dtype, regime.layout, strategy)
