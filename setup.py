@@ -143,16 +143,17 @@ class NinjaFile:
         self.objects: list[str] = []
         self.lines = [f"builddir = {folder}"]
         cuda = cuda_home()
-        kernels = sorted((CSRC / "cuda").rglob("*.cu")) if cuda else []
+        kernels = list((CSRC / "cuda").rglob("*.cu")) if cuda else []
         self.write_rules(cuda, version)
+        # The longest first, so that none is left when everything else is done.
+        for source in sorted(kernels, key=lambda path: -path.stat().st_size):
+            self.compile("nvcc", source)
         plain = [*CSRC.glob("*.cpp"), CSRC / "cpu/target.cpp", *CSRC.glob("cuda/*.cpp")]
         for source in sorted(plain):
             self.compile("cxx", source)
         for name, flags in CPU_TARGETS.items():
             for source in PER_TARGET_SOURCES:
                 self.compile("cxx", CSRC / source, name, f"-O3 -DCBAM_CPU_TARGET={name} {flags}")
-        for source in kernels:
-            self.compile("nvcc", source)
         self.lines.append(f"build {output}: link {' '.join(self.objects)}")
 
     def write_rules(self, cuda: Path | None, version: str) -> None:

@@ -78,8 +78,12 @@ def render(found: dict[str, Any]) -> str:
     device, traffic = found["device"], found["traffic"]
     cached = "stays in the L2 cache" if found["in_cache"] else "does not fit into the L2 cache"
     lines = [
-        f"{found['strategy']} on {device['name']}: groups of {found['group']} samples, whose x "
-        f"{cached}",
+        f"{found['strategy']} on {device['name']}: "
+        + (
+            "samples stay on the chip"
+            if found["strategy"] == "resident"
+            else f"groups of {found['group']} samples, whose x {cached}"
+        ),
         *_choice(found),
         f"scratch memory {_bytes(found['scratch_bytes'])}",
         "",
@@ -97,7 +101,7 @@ def render(found: dict[str, Any]) -> str:
     lines.append("")
     for name, geometry in found["passes"].items():
         described = ", ".join(f"{key} {_shown(value)}" for key, value in geometry.items())
-        lines.append(f"{name:<8}{described}")
+        lines.append(f"{name:<9}{described}")
     small = traffic["small_read"] + traffic["small_written"]
     lines += [
         "",

@@ -126,10 +126,10 @@ const char* name_of(cbam::cuda::Copy copy) {
 
 py::dict resident_dict(const cbam::cuda::ResidentGeometry& g) {
   py::dict d("kind"_a = g.cluster ? "cluster" : "grid", "team"_a = g.team, "teams"_a = g.teams,
-             "samples"_a = g.samples, "channels"_a = g.channels, "chunk"_a = g.chunk,
-             "chunks"_a = g.chunks, "copy"_a = name_of(g.copy), "band"_a = g.band,
-             "boxes_each"_a = g.boxes_each, "lanes"_a = g.lanes, "groups"_a = g.groups,
-             "exchange"_a = g.exchange);
+             "threads"_a = g.threads, "samples"_a = g.samples, "channels"_a = g.channels,
+             "chunk"_a = g.chunk, "chunks"_a = g.chunks, "copy"_a = name_of(g.copy),
+             "band"_a = g.band, "boxes_each"_a = g.boxes_each, "lanes"_a = g.lanes,
+             "groups"_a = g.groups, "exchange"_a = g.exchange);
   d.attr("update")(box_dict(g.boxes));
   return d;
 }

@@ -20,7 +20,7 @@ def test_every_kernel_has_barriers_and_bounds_to_break(path):
     assert {mutant.kind for mutant in found} == {"barrier", "bound"}
     text = path.read_text()
     barriers = [mutant for mutant in found if mutant.kind == "barrier"]
-    assert len(barriers) == text.count("__syncthreads();")
+    assert len(barriers) >= text.count("__syncthreads();")
     assert all(mutant.text != text for mutant in found)
     assert len({mutant.text for mutant in found}) == len(found)
 

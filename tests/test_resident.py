@@ -1,5 +1,6 @@
 """The resident forward on the emulator: every way to hold samples on the chip gives what streaming
-gives, bit for bit the same in every run, in one launch that reads x once.
+gives, in one launch. That it reads x once, and gives the same bits in every schedule, is shown in
+test_emulated.py.
 """
 
 from __future__ import annotations
@@ -137,6 +138,25 @@ REGIMES = (
     Regime(
         "teams of one block", (5, 16, 6, 8), 2, multiprocessors=1, plan={"team": 1, "rounds": 3}
     ),
+    Regime(
+        "rows long enough for bulk copies",
+        (5, 512, 8, 8),
+        4,
+        multiprocessors=1,
+        layout=NATIVE_LAYOUTS[1],
+        plan={"team": 1, "copy": "bulk"},
+    ),
+    Regime("a cluster of 16", (2, 256, 56, 56), 16, plan={"team": 16}),
+    Regime("two blocks on a multiprocessor", (40, 64, 28, 28), 4, plan={"threads": 256}),
+    Regime(
+        "several samples on the whole grid",
+        (19, 512, 7, 7),
+        128,
+        "A100",
+        32,
+        plan={"kind": "grid", "samples": 8},
+    ),
+    Regime("little shared memory", (3, 128, 28, 28), 8, "RTX 5090", plan={"kind": "cluster"}),
     Regime("many visits of each team", (23, 32, 8, 8), 2, multiprocessors=4, plan={"rounds": 3}),
     Regime("maps in bands", (1, 256, 56, 56), 16, multiprocessors=8, plan={"bands": 2}),
     Regime(
@@ -146,7 +166,7 @@ REGIMES = (
         "H100",
         8,
         NATIVE_LAYOUTS[1],
-        plan={"bands": 4, "rounds": 2},
+        plan={"bands": 4, "rounds": 2, "copy": "async"},
     ),
     Regime(
         "several samples of a visit",
@@ -227,3 +247,57 @@ def test_every_regime(regime, emulator, strategy):
     assert {name: facts[name] for name in regime.plan} == regime.plan
     with device(emulator, regime.gpu, regime.multiprocessors):
         assert_is_right(regime.case, regime.dtype, regime.layout, strategy)
+
+
+LARGE_KERNEL = Case("large kernel", (2, 32, 24, 40), 2, (41, 41))
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+def test_a_large_kernel(layout, strategy):
+    assert_is_right(LARGE_KERNEL, torch.float32, layout, strategy)
+
+
+def test_one_launch(emulator, strategy):
+    case = CASES[2]
+    x, weights = make_x(case, torch.float32), make_weights(case, torch.float32)
+    strategy("resident")
+    for run in (operators("emulated").forward, operators("emulated").forward_train):
+        emulator.emulator_reset_counts()
+        run(x, *weights)
+        assert emulator.emulator_launches() == 1
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+def test_a_nan_in_any_block_of_a_team(layout, emulator, strategy):
+    """It makes its own sample NaN and touches no other, whichever block of the team holds it."""
+    case, run = Case("NaN", (3, 64, 16, 16), 4, (7, 7)), operators("emulated")
+    weights = make_weights(case, torch.float32)
+    for channel, row in ((0, 0), (17, 5), (63, 15)):
+        x = LAYOUTS[layout](make_x(case, torch.float32))
+        x[1, channel, row, 3] = torch.nan
+        strategy("streaming")
+        streaming = run.forward_train(x, *weights)
+        strategy("resident")
+        with device(emulator, "H100", 16):
+            assert_agree(run.forward_train(x, *weights), streaming, torch.float32)
+            out = run.forward(x, *weights)
+        assert out[1].isnan().all()
+        assert out[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+def test_ties_between_blocks_of_a_team(layout, emulator, strategy):
+    """The first of equals, across channels of different blocks, and where all is minus infinity."""
+    case, run = Case("ties", (2, 64, 16, 16), 4, (7, 7)), operators("emulated")
+    weights = make_weights(case, torch.float32)
+    flat = weights._replace(
+        fc2_weight=torch.zeros_like(weights.fc2_weight), fc2_bias=torch.zeros_like(weights.fc2_bias)
+    )
+    for x in (torch.ones(case.shape), make_x(case, torch.float32).round().relu()):
+        x = LAYOUTS[layout](x)
+        strategy("resident")
+        with device(emulator, "H100", 16):
+            resident = run.forward_train(x, *flat)
+        cpu = torch.ops.cbam_cuda.forward_train(x, *flat)
+        assert torch.equal(resident[-2], cpu[-2])
+        assert torch.equal(resident[-1], cpu[-1])

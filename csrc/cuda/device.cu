@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <map>
 #include <mutex>
 
@@ -14,19 +15,24 @@ __global__ void probe() {}
 // memory; 0 for sizes that the device does not take.
 void count_clusters(int index, DeviceLimits& limits) {
   const CurrentDevice current(index);
+  limits.clusters[0] = limits.multiprocessors;
   Grid grid;
-  grid.threads = 512;
+  grid.threads = kThreads;
   grid.shared_bytes = grid.shared_limit = limits.shared_per_block;
-  for (int size = 0; size < kClusterSizes; ++size) {
+  for (int size = 1; size < kClusterSizes; ++size) {
     grid.blocks = grid.cluster = 1 << size;
-    opt_in("probe", reinterpret_cast<const void*>(&probe), grid);
-    const LaunchConfig launch(grid, nullptr);
-    if (cudaOccupancyMaxActiveClusters(&limits.clusters[size], &probe, &launch.config) ==
-        cudaSuccess)
-      continue;
-    cudaGetLastError();  // a size that the device does not take
-    limits.clusters[size] = 0;
+    limits.clusters[size] = most_clusters(&probe, grid);
   }
+}
+
+// What the kernels may use: of the device, and of what they were compiled for. Code for an older
+// one that the driver translated has none of the newer instructions.
+int capability_of(int index, const cudaDeviceProp& p) {
+  const CurrentDevice current(index);
+  cudaFuncAttributes compiled;
+  check(cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(&probe)),
+        "code for the device");
+  return std::min(10 * p.major + p.minor, compiled.ptxVersion);
 }
 
 }  // namespace
@@ -73,18 +79,17 @@ const DeviceLimits& limits_of_device(int index) {
   check(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, index), "memory clock");
   check(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, index), "memory bus");
   const double bandwidth = 2.0 * 1e3 * kilohertz * bits / 8;  // two transfers a cycle
-  DeviceLimits& limits = known[index];
-  limits = {p.name,
-            10 * p.major + p.minor,
-            p.multiProcessorCount,
-            p.maxThreadsPerMultiProcessor,
-            static_cast<int64_t>(p.sharedMemPerBlockOptin),
-            static_cast<int64_t>(p.sharedMemPerMultiprocessor),
-            static_cast<int64_t>(p.l2CacheSize),
-            bandwidth,
-            {}};
-  if (p.major >= 9) count_clusters(index, limits);
-  return limits;
+  DeviceLimits limits = {p.name,
+                         capability_of(index, p),
+                         p.multiProcessorCount,
+                         p.maxThreadsPerMultiProcessor,
+                         static_cast<int64_t>(p.sharedMemPerBlockOptin),
+                         static_cast<int64_t>(p.sharedMemPerMultiprocessor),
+                         static_cast<int64_t>(p.l2CacheSize),
+                         bandwidth,
+                         {}};
+  if (limits.capability >= kClusterCapability) count_clusters(index, limits);
+  return known[index] = limits;
 }
 
 CurrentDevice::CurrentDevice(int index) {

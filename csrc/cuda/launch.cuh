@@ -45,14 +45,15 @@ struct LaunchConfig {
 };
 
 // Asks for what a kernel gets only when asked.
-inline void opt_in(const char* name, const void* kernel, const Grid& grid) {
+inline cudaError_t opt_in(const void* kernel, const Grid& grid) {
+  cudaError_t status = cudaSuccess;
   // The limit, not what this launch takes: another thread may launch the same kernel with more.
   if (grid.shared_bytes > kSharedWithoutOptIn)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(grid.shared_limit)),
-          name);
-  if (grid.cluster > kPortableCluster)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(grid.shared_limit));
+  if (status == cudaSuccess && grid.cluster > kPortableCluster)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return status;
 }
 
 template <class... Parameters, class... Arguments>
@@ -62,29 +63,44 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, S
     throw std::runtime_error(std::string("cbam_cuda: ") + name +
                              ": expected 1 to 2^31 - 1 blocks, " + "got " +
                              std::to_string(grid.blocks));
-  opt_in(name, reinterpret_cast<const void*>(kernel), grid);
+  check(opt_in(reinterpret_cast<const void*>(kernel), grid), name);
   const LaunchConfig launch(grid, stream);
   check(cudaLaunchKernelEx(&launch.config, kernel, static_cast<Parameters>(arguments)...), name);
 }
 
-// Whether the current device, as far as this process may use it, can run all blocks of a
-// cooperative grid at once, or a cluster of the grid's size at all.
+// How many clusters of the grid's size the current device runs at once, as far as this process may
+// use it; 0 for a size that it does not take.
 template <class... Parameters>
-bool can_run(const char* name, void (*kernel)(Parameters...), const Grid& grid) {
-  opt_in(name, reinterpret_cast<const void*>(kernel), grid);
+int most_clusters(void (*kernel)(Parameters...), const Grid& grid) {
   int most = 0;
-  if (!grid.cooperative) {
-    const LaunchConfig launch(grid, nullptr);
-    check(cudaOccupancyMaxActiveClusters(&most, kernel, &launch.config), name);
-    return most > 0;
-  }
-  int device = 0, multiprocessors = 0;
-  check(cudaGetDevice(&device), name);
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), name);
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&most, kernel, grid.threads,
-                                                      static_cast<size_t>(grid.shared_bytes)),
-        name);
-  return int64_t{most} * multiprocessors >= grid.blocks;
+  const LaunchConfig launch(grid, nullptr);
+  if (opt_in(reinterpret_cast<const void*>(kernel), grid) == cudaSuccess &&
+      cudaOccupancyMaxActiveClusters(&most, kernel, &launch.config) == cudaSuccess)
+    return most;
+  cudaGetLastError();
+  return 0;
+}
+
+// The same of blocks of a cooperative grid.
+template <class... Parameters>
+int64_t most_blocks(void (*kernel)(Parameters...), const Grid& grid) {
+  int device = 0, multiprocessors = 0, each = 0;
+  if (opt_in(reinterpret_cast<const void*>(kernel), grid) == cudaSuccess &&
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) ==
+          cudaSuccess &&
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+          &each, kernel, grid.threads, static_cast<size_t>(grid.shared_bytes)) == cudaSuccess)
+    return int64_t{each} * multiprocessors;
+  cudaGetLastError();
+  return 0;
+}
+
+// Whether all blocks of a grid that wait for each other can run.
+template <class... Parameters>
+bool can_run(void (*kernel)(Parameters...), const Grid& grid) {
+  if (grid.cooperative) return most_blocks(kernel, grid) >= grid.blocks;
+  return grid.cluster == 1 || most_clusters(kernel, grid) > 0;
 }
 
 }  // namespace cbam::cuda

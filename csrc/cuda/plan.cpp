@@ -24,13 +24,11 @@ constexpr double kWorthwhile = 0.9;
 // Vectors side by side in a block that reduces down columns: 512 bytes of a row, or 256.
 constexpr int kMostAlong = 32, kFewestAlong = 16;
 
-// The cost of grouping: every launch waits for the one before (1.3 us on an H100 in a CUDA graph),
-// and the cache is no more than this many times as fast as memory (5.5 against 3.0 TB/s there).
+// The cost of grouping: every launch waits for the one before (1.3 us on an H100 in a CUDA graph).
 // What passes leave in the cache shares it with what they write.
 constexpr double kLaunchSeconds = 1.3e-6;
-constexpr double kCacheSpeed = 1.8;
 constexpr double kCacheShare = 0.4;
-constexpr double kStartSeconds = 2e-6;  // of the first launch, until bytes arrive
+constexpr double kFirstBytesSeconds = 2e-6;  // of the first launch, until bytes arrive
 // What a pass takes of the memory's bandwidth, at best.
 constexpr double kStreamedShare = 0.9;
 
@@ -90,7 +88,7 @@ double streaming_seconds(const ForwardProblem& p, const DeviceLimits& device) {
                       (kStreamedShare * device.bandwidth);
   const auto groups = static_cast<double>(ceil_div(p.shape.samples, group.samples));
   const double passes = group.in_cache ? 2 + 2 / kCacheSpeed : 4;
-  return kStartSeconds + passes * pass + 5 * groups * kLaunchSeconds;
+  return kFirstBytesSeconds + passes * pass + 5 * groups * kLaunchSeconds;
 }
 
 // The power of two next to a batch, by which strategies are chosen: neighbouring batches get the
@@ -279,14 +277,14 @@ ForwardGrids grids(const ForwardPlan& plan, const ForwardProblem& p, int64_t sam
 }
 
 ForwardScratch scratch(const ForwardPlan& plan, const ForwardProblem& p) {
-  if (const auto& r = plan.resident) return {r->teams * r->team * r->exchange, 0, 0, 0};
+  if (const auto& r = plan.resident) return {0, 0, 0, 0, r->teams * r->team * r->exchange};
   const int64_t acc = bytes_of_accumulator(p.dtype), samples = plan.group.samples;
   const int64_t pooled = samples * plan.pool.splits * p.shape.channels;
   const int64_t mapped = samples * plan.maps.splits * p.shape.pixels();
   const bool merges_pool = plan.pool.splits > 1, merges_maps = plan.maps.splits > 1;
   return {merges_pool ? padded(pooled * 2 * acc) : 0,
           merges_pool && p.training() ? padded(pooled * 4) : 0, padded(mapped * 2 * acc),
-          merges_maps && p.training() ? padded(mapped * 4) : 0};
+          merges_maps && p.training() ? padded(mapped * 4) : 0, 0};
 }
 
 }  // namespace cbam::cuda

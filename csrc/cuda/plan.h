@@ -56,8 +56,9 @@ ForwardGrids grids(const ForwardPlan& plan, const ForwardProblem& problem, int64
 // straight to where it is kept.
 struct ForwardScratch {
   int64_t pool_values, pool_argmax, map_values, map_argmax;
+  int64_t exchange;  // of a resident plan
 
-  int64_t total() const { return pool_values + pool_argmax + map_values + map_argmax; }
+  int64_t total() const { return pool_values + pool_argmax + map_values + map_argmax + exchange; }
 };
 ForwardScratch scratch(const ForwardPlan& plan, const ForwardProblem& problem);
 

@@ -11,6 +11,9 @@ namespace {
 
 // Bytes of a row of a slice where channels come last, at least: memory is slow in shorter pieces.
 constexpr int64_t kShortestPiece = 64;
+// Bytes of a row of a slice that is worth a bulk copy of its own: one thread after the other issues
+// them, some 40 cycles each.
+constexpr int64_t kBulkPiece = 1024;
 // A slice is loaded in about so many chunks: while one drains, the next sample's begin to arrive.
 constexpr int64_t kWantedChunks = 8;
 constexpr int64_t kMostBands = 8;
@@ -23,8 +26,8 @@ constexpr double kMostShare = 2.5;
 // a multiprocessor; a product of the MLP; the launch and the first bytes.
 constexpr double kClusterBarrier = 0.6e-6, kGridBarrier = 1.3e-6;
 constexpr double kElementSeconds = 22e-12, kProductSeconds = 8e-12, kStartSeconds = 3e-6;
-// Weights come from the cache, which is so much faster than memory.
-constexpr double kCacheSpeed = 1.8;
+// A tap of the convolution, for a run of pixels of one thread.
+constexpr double kTapSeconds = 10e-9;
 
 // Blocks of a team, samples of a visit, blocks on a multiprocessor.
 struct Candidate {
@@ -50,9 +53,7 @@ class Fitting {
     g.threads = kMostTeamThreads / c.blocks;
     g.samples = c.samples;
     if (!set_slice(g)) return std::nullopt;
-    g.copy = device_.capability >= 90   ? Copy::kBulk
-             : device_.capability >= 80 ? Copy::kAsync
-                                        : Copy::kPlain;
+    g.copy = copy_of(g);
     g.teams = teams(g);
     const int64_t limit = c.blocks == 1 ? device_.shared_per_block
                                         : device_.shared_per_multiprocessor / c.blocks - 1024;
@@ -77,6 +78,12 @@ class Fitting {
   }
 
  private:
+  Copy copy_of(const ResidentGeometry& g) const {
+    const bool pieces_pay = first_ || int64_t{g.channels} * bytes_of(p_.dtype) >= kBulkPiece;
+    if (device_.capability >= kClusterCapability && pieces_pay) return Copy::kBulk;
+    return device_.capability >= kAsyncCapability ? Copy::kAsync : Copy::kPlain;
+  }
+
   // Of a visit of each of `teams` teams.
   double round_seconds(const ResidentGeometry& g, double teams) const {
     const double blocks = teams * g.team, all = device_.multiprocessors;
@@ -90,8 +97,10 @@ class Fitting {
         weights * static_cast<double>(bytes_of(p_.weights.dtype)) / (rate * kCacheSpeed);
     const double barriers = 1.0 + 2.0 * static_cast<double>(ceil_div(s_.pixels(), g.band));
     const double products = 0.75 * weights * g.vectors();
+    const int64_t runs = ceil_div(g.boxes.pixels(), int64_t{kRun} * g.threads) * g.boxes_each;
+    const double taps = 2.0 * static_cast<double>(s_.taps() * runs);
     const double waits = barriers * (g.cluster ? kClusterBarrier : kGridBarrier) +
-                         slice * kElementSeconds + products * kProductSeconds;
+                         slice * kElementSeconds + products * kProductSeconds + taps * kTapSeconds;
     // Where two blocks share a multiprocessor, the one uses what the other waits.
     return shared ? std::max(2 * memory, memory + waits) : memory + waits;
   }
@@ -199,6 +208,7 @@ int64_t resident_shared_bytes(const ForwardProblem& p, const ResidentGeometry& g
 
 ResidentPlan plan_resident(const ForwardProblem& p, const DeviceLimits& device) {
   if (p.dtype == DType::kFloat64) return {{}, 0, "float64 is streamed"};
+  if (device.bandwidth <= 0) return {{}, 0, "the device does not tell how fast its memory is"};
   if (!in_whole_vectors(p, p.strides, p.x) || !in_whole_vectors(p, p.out_strides, p.out))
     return {{}, 0, "rows of x or out are no whole vectors of 16 bytes, or have gaps"};
   const Fitting fitting(p, device);

@@ -81,7 +81,8 @@ def weakened(code: str) -> Iterator[tuple[int, int, str]]:
 def mutants_of(path: Path) -> Iterator[Mutant]:
     """All of one file."""
     text, name = path.read_text(), path.relative_to(CSRC).as_posix()
-    code = re.sub(r"//[^\n]*", lambda comment: " " * len(comment[0]), text)
+    # Of the same length, without comments and what the preprocessor reads.
+    code = re.sub(r"//[^\n]*|^#[^\n]*", lambda s: " " * len(s[0]), text, flags=re.MULTILINE)
 
     def line_at(whole: str, at: int) -> str:
         return " ".join(whole[whole.rfind("\n", 0, at) + 1 :].partition("\n")[0].split())
@@ -89,7 +90,7 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
     def mutant(kind: str, start: int, what: str, changed: str) -> Mutant:
         return Mutant(name, kind, text.count("\n", 0, start) + 1, f"{path.name}: {what}", changed)
 
-    calls = re.finditer(rf"({'|'.join(BARRIERS)})\([^;]*\);", code)
+    calls = re.finditer(rf"(?<!void )({'|'.join(BARRIERS)})\([^;{{]*\);", code)
     for number, found in enumerate(calls, 1):
         start, before = found.start(), code[: found.start()].rstrip()
         what = f"barrier {number}, {found[1]} after {line_at(before, len(before))}"

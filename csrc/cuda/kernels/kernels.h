@@ -26,6 +26,8 @@ using Stream = void*;  // cudaStream_t
 // A launch may use this much shared memory without asking for more.
 constexpr int64_t kSharedWithoutOptIn = 48 * 1024;
 
+// The first compute capability with clusters and bulk copies, and with asynchronous copies.
+constexpr int kClusterCapability = 90, kAsyncCapability = 80;
 // Blocks of a cluster that every device with clusters takes.
 constexpr int kPortableCluster = 8;
 

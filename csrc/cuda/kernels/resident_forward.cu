@@ -6,9 +6,8 @@
 //   out[c][s]       = x[c][s] * channel_gate[c] * spatial_gate[s]
 //
 // grid    teams * team blocks of 256 or 512 threads, as clusters of `team` blocks or all at once; a
-// team
-//         visits `samples` samples, then those `teams` visits further on, which begin to arrive
-//         while it writes out
+//         team visits `samples` samples, then those `teams` visits further on, which begin to
+//         arrive while it writes out
 // shared  the slice; the boxes of pixels whose gates the block computes, with their halo; both
 //         gates; what it puts out for the other blocks of a cluster
 // bytes   reads x once, writes out once; reads the weights of the MLP once a visit. In training
@@ -62,14 +61,13 @@ template <bool kChannelsFirst, class T>
 __device__ __forceinline__ void prefetch_weights(const Resident& p,
                                                  const ResidentBlock<T, kChannelsFirst>& block) {
   const auto size = static_cast<int64_t>(bytes_of(p.weights.dtype));
-  const int lines = static_cast<int>((block.channels * size + kLineBytes - 1) / kLineBytes);
+  const int64_t lines = (block.channels * size + kLineBytes - 1) / kLineBytes;
+  const int64_t row = p.hidden * size, end = block.channels * row;
   const auto* fc1 = static_cast<const char*>(p.weights.fc1_weight) + block.first_channel * size;
-  const auto* fc2 =
-      static_cast<const char*>(p.weights.fc2_weight) + block.first_channel * p.hidden * size;
-  for (int i = threadIdx.x; i < lines * p.hidden; i += p.geometry.threads) {
+  const auto* fc2 = static_cast<const char*>(p.weights.fc2_weight) + block.first_channel * row;
+  for (int64_t i = threadIdx.x; i < lines * p.hidden; i += p.geometry.threads) {
     prefetch(fc1 + i / lines * p.channels * size + i % lines * kLineBytes);
-    if (const int64_t at = int64_t{i} * kLineBytes; at < block.channels * p.hidden * size)
-      prefetch(fc2 + at);
+    if (i * kLineBytes < end) prefetch(fc2 + i * kLineBytes);
   }
 }
 
@@ -321,16 +319,23 @@ __device__ __forceinline__ void collect_gates(const Resident& p,
                                               const ResidentBlock<T, kChannelsFirst>& block,
                                               const Memory<T>& m) {
   const ResidentGeometry& g = p.geometry;
+  using A = acc_t<T>;
   const auto boxes = static_cast<int>(block.samples * g.boxes.boxes());
-  for (int number = 0; number < boxes; ++number) {
-    const Box box(g.boxes, p.space, number);
-    const auto* gates = m.exchange.gates + number / g.team * g.boxes.pixels();
-    auto* spatial = m.spatial + box.sample * block.pixels;
-    for (int i = threadIdx.x; i < box.pixels(); i += g.threads) {
-      const int x = i % box.width, y = i / box.width % box.height, z = i / box.width / box.height;
-      spatial[box.pixel(p.space, z, y, x)] = block.team.read(gates + i, number % g.team);
-    }
-  }
+  for (int i = threadIdx.x; i < g.boxes.pixels(); i += g.threads)
+    for_batches(
+        0, boxes, 1,
+        [&](int number) {
+          const Box box(g.boxes, p.space, number);
+          const A* gates = m.exchange.gates + number / g.team * g.boxes.pixels();
+          return i < box.pixels() ? block.team.read(gates + i, number % g.team) : A(0);
+        },
+        [&](int number, A gate) {
+          const Box box(g.boxes, p.space, number);
+          const int x = i % box.width, y = i / box.width % box.height,
+                    z = i / box.width / box.height;
+          if (i < box.pixels())
+            m.spatial[box.sample * block.pixels + box.pixel(p.space, z, y, x)] = gate;
+        });
   __syncthreads();
 }
 
@@ -389,23 +394,17 @@ __device__ __forceinline__ void scale_chunk(const Resident& p,
            block.first_channel * (kChannelsFirst ? p.out_row_stride : 1);
   // Counted from the slice's first element, as if there were no gaps between rows.
   const int begin = chunk.first * block.cols, vectors = chunk.count * block.cols / kCount;
-  for_batches<2>(
-      threadIdx.x, vectors, g.threads,
-      [&](int v) {
-        const int at = begin + v * kCount;
-        const int gaps = kChannelsFirst ? 0 : at / block.cols * (g.pitch - block.cols);
-        return load_staged<kCount>(tile + at + gaps);
-      },
-      [&](int v, const Raw<T, kCount>& raw) {
-        const int at = begin + v * kCount, row = at / block.cols, col = at - row * block.cols;
-        const VectorGates<kChannelsFirst, kWhole, kCount, A> gates(channels, pixels, row, col,
-                                                                   block.cols);
-        auto pack = widen(raw);
+  for (int v = threadIdx.x; v < vectors; v += g.threads) {
+    const int at = begin + v * kCount, row = at / block.cols, col = at - row * block.cols;
+    const T* from = tile + (kChannelsFirst ? at : row * g.pitch + col);
+    auto pack = widen(load_staged<kCount>(from));
+    const VectorGates<kChannelsFirst, kWhole, kCount, A> gates(channels, pixels, row, col,
+                                                               block.cols);
 #pragma unroll
-        for (int i = 0; i < kCount; ++i)
-          pack.value[i] = pack.value[i] * gates.channel[i] * gates.pixel[i];
-        store(kChannelsFirst ? out + at : out + row * p.out_row_stride + col, pack);
-      });
+    for (int i = 0; i < kCount; ++i)
+      pack.value[i] = pack.value[i] * gates.channel[i] * gates.pixel[i];
+    store(kChannelsFirst ? out + at : out + row * p.out_row_stride + col, pack);
+  }
 }
 
 template <class T, bool kChannelsFirst, bool kTraining>
@@ -467,8 +466,7 @@ void resident_forward(DType dtype, bool channels_first, const Resident& p, const
 
 bool can_run_resident(DType dtype, bool channels_first, bool training, const Grid& grid) {
   bool can = false;
-  with_kernel(dtype, channels_first, training,
-              [&](auto kernel) { can = can_run("resident_forward", kernel, grid); });
+  with_kernel(dtype, channels_first, training, [&](auto kernel) { can = can_run(kernel, grid); });
   return can;
 }
 
