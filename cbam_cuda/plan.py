@@ -44,11 +44,12 @@ def plan(
         multiprocessors: plan for a part of the device that has so many; 0 for all of it.
 
     Returns:
-        ``strategy``, of a forward with its ``reason`` and ``predicted_seconds``; ``group`` (samples that take all launches together), ``in_cache`` (whether x
-        of a group stays in the L2 cache), ``stages`` (of a full group: name, blocks, threads,
-        shared_bytes, traffic in bytes), ``traffic`` (of all groups), ``device_memory_bytes`` and
-        the ``seconds`` that these take at the device's full bandwidth; ``passes``, the geometry of
-        the passes over x by name; ``scratch_bytes``; ``device``, its limits.
+        ``strategy``, of a forward with its ``reason`` and ``predicted_seconds``; ``group`` (samples
+        that take all launches together), ``in_cache`` (whether x of a group stays in the L2
+        cache), ``stages`` (of a full group: name, blocks, threads, shared_bytes, traffic in
+        bytes), ``traffic`` (of all groups), ``device_memory_bytes`` and the ``seconds`` that these
+        take at the device's full bandwidth; ``passes``, the geometry of the passes over x by name;
+        ``scratch_bytes``; ``device``, its limits.
 
     Raises:
         RuntimeError: the compiled module did not load.
