@@ -10,9 +10,14 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml cbam_cuda/version.
 demo: build
 	$(BIN)/python -m examples.digits
 
+# What reaches every line of the Python package. Counting lines slows tests down by a quarter, so the
+# others, which run kernels most of the time, go without.
+SURFACE := $(patsubst %,tests/test_%.py,arguments modules backends plan compile backward)
+
 ## Formatters, linters, types, then the suite on every backend that runs here.
 test: lint build emulator
-	$(BIN)/python -m pytest -n auto --cov --cov-report=term $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term $(SURFACE) $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -n auto $(SURFACE:%=--ignore=%) $(PYTEST_OPTIONS)
 
 ## The speed table of the block; writes benchmarks/results.
 bench: build

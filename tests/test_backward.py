@@ -104,6 +104,8 @@ def test_gradcheck_through_all_outputs(backend, dim, layout):
 
 @pytest.mark.parametrize("dim", TINY)
 def test_gradgradcheck(backend, dim):
+    if backend == "emulated" and dim != 2:
+        pytest.skip("second derivatives are plain PyTorch's, whatever the backend")
     x = make_x(TINY[dim], torch.float64, backend)
     tensors = leaves(x, make_weights(TINY[dim], torch.float64, backend))
     grad = make_x(TINY[dim], torch.float64, backend, seed=2).requires_grad_()

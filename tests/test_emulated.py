@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(why_not("emulated") is not None, reason="make em
 @pytest.fixture(scope="session")
 def expected():
     """Digests of the plain build, blocks and threads in their order, for a GPU."""
-    return functools.cache(lambda what, device: run("plain", what, device=device))
+    return functools.cache(lambda device: run("plain", "digests", device=device))
 
 
 # Clusters and bulk copies; teams that come back for more samples; whole grids, with asynchronous
@@ -42,9 +42,7 @@ WHOLE, SLICE, OLDER, OLDEST = (
     ids=str,
 )
 def test_every_schedule_gives_the_same_bits(expected, schedule, device):
-    what = "digests" if device == WHOLE else "few-digests"
-    found = run("plain", what, schedule=schedule, device=device)
-    assert found == expected(what, device)
+    assert run("plain", "digests", schedule=schedule, device=device) == expected(device)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +56,7 @@ def test_every_schedule_gives_the_same_bits(expected, schedule, device):
     ids=str,
 )
 def test_every_build_finds_nothing_and_gives_the_same_bits(expected, kind, schedule, device):
-    found = run(kind, "few-digests", schedule=schedule, device=device)
-    assert found == expected("few-digests", device)
+    assert run(kind, "digests", schedule=schedule, device=device) == expected(device)
 
 
 def test_positions_are_those_of_the_cpu():
@@ -206,7 +203,7 @@ def test_bytes_are_those_of_the_plan(counted, problem):
 def test_all_but_x_is_little_where_the_batch_fills_the_device(shape, direction, strategy, layout):
     """By the plan, whose bytes are those that are counted. In float32, from 256 channels on.
 
-    A backward at 14x14 writes and reads at least 52 bytes for each channel of 784, and 13 % in all.
+    Where channels come last, a backward at 14x14 sums them in four tiles, each with all pixels.
     """
     planned = cbam_cuda.ops.compiled().plan(
         (256, *shape[1:]),
@@ -220,4 +217,5 @@ def test_all_but_x_is_little_where_the_batch_fills_the_device(shape, direction, 
         strategy=strategy,
     )["traffic"]
     share = (planned["small_read"] + planned["small_written"]) / planned["out_written"]
-    assert share < (0.135 if direction == "backward" and shape[2] == 14 else 0.10), share
+    in_tiles = direction == "backward" and shape[2] == 14 and layout == "channels_last"
+    assert share < (0.11 if in_tiles else 0.10), share

@@ -221,7 +221,7 @@ def test_programs_end_in_time_with_all_they_started(monkeypatch):
 
 
 def test_a_program_that_is_asked_to_end_may_still_write():
-    done = commands.run(shell("trap 'echo results; exit' INT; sleep 60 & wait"), 3.0)
+    done = commands.run(shell("trap 'echo results; exit' INT; sleep 60 & wait"), 1.5)
     assert (done.text, done.timed_out) == ("results\n", True)
 
 

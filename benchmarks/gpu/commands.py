@@ -42,6 +42,8 @@ class _Program:
             stdout=self.output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # What a shell starts in the background ignores it, and so would what that starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def has_ended(self) -> bool:

@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t kStagedValues = 4096;
 constexpr int kMostChunk = 128;
 // Columns of a block of the last pass, and rows: what belongs to them stands in shared memory.
-constexpr int64_t kInputColumns = 1024, kFewestInputColumns = 128, kInputRows = 512;
+constexpr int64_t kInputColumns = 1024, kFewestInputColumns = 128, kInputRows = 1024;
 constexpr int64_t kLongestSpan = 4096;
 // The stencil is content with this fraction of the blocks that a pass over x wants: larger boxes
 // have less halo.
@@ -68,7 +68,9 @@ TileGeometry plan_input(const BackwardProblem& p, const View& dout, const View& 
   const ColumnAccess access = common_access(dout, dx, vector);
   TileGeometry g{};
   int64_t most = kInputColumns;
-  while (most > kFewestInputColumns && samples * ceil_div(dout.cols, most) < wanted_blocks(device))
+  // As in split(), nearly enough blocks are not cut in two.
+  while (most > kFewestInputColumns &&
+         2 * samples * ceil_div(dout.cols, most) <= wanted_blocks(device))
     most /= 2;
   set_tiles(g, access, dout.cols, most, vector);
   g.chunk = 0;

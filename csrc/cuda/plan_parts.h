@@ -95,13 +95,13 @@ int64_t most_samples(int64_t blocks_per_sample);
 
 // Sets splits and span (of ReductionGeometry and TileGeometry) so that there are enough blocks,
 // parts are no shorter than `shortest`, no longer than `longest`, and start on multiples of
-// `multiple`.
+// `multiple`. Nearly enough blocks are not cut in two: every part costs bytes.
 template <class Geometry>
 void split(Geometry& g, int64_t count, int64_t blocks, int64_t wanted, int64_t shortest,
            int64_t longest, int64_t multiple) {
   const int64_t most = std::max<int64_t>(1, count / shortest);
-  const int64_t splits =
-      std::max(std::min(ceil_div(wanted, blocks), most), ceil_div(count, longest));
+  const int64_t splits = std::max(std::clamp<int64_t>((wanted + blocks / 2) / blocks, 1, most),
+                                  ceil_div(count, longest));
   g.span = static_cast<int>(ceil_div(ceil_div(count, splits), multiple) * multiple);
   g.splits = static_cast<int>(ceil_div(count, g.span));
 }

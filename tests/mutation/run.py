@@ -32,14 +32,21 @@ RUNS = (
     (Case("boxes along the depth", (1, 3, 400, 2, 3), 1, (5, 1, 3)), SHORT[:1], BOTH),
 )
 # The resident forward: cases, and the slices of GPUs whose teams take them.
+FIRST, HALF = BOTH[:1], SHORT[1:]
 RESIDENT = (
-    (Case("teams come back", (7, 32, 8, 8), 3, (5, 5)), SHORT, (("H100", 2), ("T4", 2))),
-    (Case("visits of several samples", (11, 64, 6, 4), 64, (3, 3)), SHORT[:1], (("H100", 4),)),
-    (Case("a block with fewer channels", (2, 30, 16, 16), 6, (7, 7)), SHORT[1:], (("H100", 16),)),
-    (Case("7x7", (9, 64, 7, 7), 4, (7, 7)), SHORT[1:], (("H100", 4), ("A100", 8))),
-    (Case("bands of maps", (1, 32, 112, 112), 2, (7, 7)), SHORT[:1], (("H100", 8),)),
-    (Case("several boxes a block", (1, 48, 80, 80), 3, (7, 7)), SHORT[:1], (("T4", 40),)),
-    (Case("resident volume", (2, 32, 4, 6, 8), 2, (3, 3, 3)), SHORT[:1], (("A100", 8),)),
+    (Case("teams come back", (7, 32, 8, 8), 3, (5, 5)), SHORT, BOTH, (("H100", 2), ("T4", 2))),
+    (Case("visits of several samples", (19, 512, 7, 7), 128, (3, 3)), HALF, BOTH, (("H100", 8),)),
+    (
+        Case("a block with fewer channels", (2, 30, 16, 16), 6, (7, 7)),
+        SHORT,
+        FIRST,
+        (("H100", 16),),
+    ),
+    (Case("7x7", (9, 64, 7, 7), 4, (7, 7)), HALF, BOTH, (("H100", 4), ("A100", 8))),
+    (Case("clusters come back", (5, 128, 28, 28), 5, (7, 7)), HALF, BOTH, (("H100", 4),)),
+    (Case("bands of maps", (1, 256, 56, 56), 2, (7, 7)), HALF, BOTH, (("H100", 8),)),
+    (Case("several boxes a block", (1, 256, 56, 56), 2, (7, 7)), HALF, FIRST, (("T4", 40),)),
+    (Case("resident volume", (3, 64, 4, 8, 8), 2, (3, 3, 3)), SHORT[:1], BOTH, (("A100", 4),)),
 )
 SCHEDULES = ("ascending", "descending")
 
@@ -90,9 +97,9 @@ def make_runs() -> list[Run]:
     ]
     resident = [
         make_run(case, dtype, layout, device)
-        for case, dtypes, devices in RESIDENT
+        for case, dtypes, layouts, devices in RESIDENT
         for dtype in dtypes
-        for layout in BOTH
+        for layout in layouts
         for device in devices
     ]
     return streaming + resident

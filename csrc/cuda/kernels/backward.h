@@ -121,7 +121,7 @@ struct ChannelGateBackward {
   void* d_hidden;  // acc [samples, 2, hidden_units]: before the ReLU, of mean and of max
   void* d_pooled;  // acc [samples, 2, channels]: d_avg / pixels, d_top
 };
-constexpr int kBackwardUnits = 32;  // hidden units of a block in the second layer's backward
+constexpr int kBackwardUnits = 64;  // hidden units of a block in the second layer's backward
 
 void gate_layer_backward(const ChannelGateBackward& p, const Grid& grid, Stream stream);
 void hidden_layer_backward(const ChannelGateBackward& p, const Grid& grid, Stream stream);

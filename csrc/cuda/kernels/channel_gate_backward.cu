@@ -35,51 +35,60 @@ __device__ __forceinline__ void stage_dm(const ChannelGateBackward& p, int64_t f
 }
 
 // grid    ceil(samples / kSamplesPerWalk) * ceil(hidden units / kBackwardUnits) blocks of 256
-//         threads; a lane takes one hidden unit, a warp every eighth channel
+//         threads; a lane takes two hidden units, a warp every eighth channel
 // shared  dm of a chunk of channels, the warps' sums
 // bytes   reads W2 once a group of samples; every block of the group reads the parts of d_channel
 template <class W, class A>
 __global__ void __launch_bounds__(kThreads, 2)
     gate_layer_backward_kernel(const ChannelGateBackward p) {
-  constexpr int kWarps = kThreads / 32;
+  constexpr int kWarps = kThreads / 32, kUnits = kBackwardUnits / 32;
   static_assert(kWarps == kSamplesPerWalk, "a warp for each sample at the end");
   const int tiles = (p.hidden_units + kBackwardUnits - 1) / kBackwardUnits;
   const int tile = blockIdx.x % tiles;
   const int64_t first_sample = static_cast<int64_t>(blockIdx.x / tiles) * kSamplesPerWalk;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int unit = tile * kBackwardUnits + lane;
+  const int first_unit = tile * kBackwardUnits + lane;  // and every 32nd
   SharedCarver carver(dynamic_shared_memory());
   const GateBackwardShared<A> shared(carver);
-  A sum[kSamplesPerWalk] = {};
+  A sum[kUnits][kSamplesPerWalk] = {};
   for (int first = 0; first < p.channels; first += kChannelChunk) {
     const int count = min(kChannelChunk, p.channels - first);
     stage_dm(p, first_sample, first, count, tile == 0, shared.dm);
     __syncthreads();
-    if (unit < p.hidden_units)
 #pragma unroll 4
-      for (int k = warp; k < count; k += kWarps) {
+    for (int k = warp; k < count; k += kWarps)
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        const int unit = first_unit + 32 * u;
+        if (unit >= p.hidden_units) break;
         const A weight =
             widen(static_cast<const W*>(p.fc2_weight)[int64_t{first + k} * p.hidden_units + unit]);
 #pragma unroll
         for (int s = 0; s < kSamplesPerWalk; ++s)
-          sum[s] += weight * shared.dm[s * kChannelChunk + k];
+          sum[u][s] += weight * shared.dm[s * kChannelChunk + k];
       }
     __syncthreads();
   }
 #pragma unroll
-  for (int s = 0; s < kSamplesPerWalk; ++s)
-    shared.partial[(warp * kSamplesPerWalk + s) * kBackwardUnits + lane] = sum[s];
+  for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+    for (int s = 0; s < kSamplesPerWalk; ++s)
+      shared.partial[(warp * kSamplesPerWalk + s) * kBackwardUnits + lane + 32 * u] = sum[u][s];
   __syncthreads();
   const int64_t n = first_sample + warp;
-  if (unit >= p.hidden_units || n >= p.samples) return;
-  A total = A(0);
-  for (int w = 0; w < kWarps; ++w)
-    total += shared.partial[(w * kSamplesPerWalk + warp) * kBackwardUnits + lane];
-  const int64_t at = n * 2 * p.hidden_units + unit;
-  const A* hidden = static_cast<const A*>(p.hidden);
-  A* d_hidden = static_cast<A*>(p.d_hidden);
-  d_hidden[at] = relu_passes(hidden[at]) ? total : A(0);
-  d_hidden[at + p.hidden_units] = relu_passes(hidden[at + p.hidden_units]) ? total : A(0);
+  if (n >= p.samples) return;
+  for (int u = 0; u < kUnits; ++u) {
+    const int unit = first_unit + 32 * u;
+    if (unit >= p.hidden_units) return;
+    A total = A(0);
+    for (int w = 0; w < kWarps; ++w)
+      total += shared.partial[(w * kSamplesPerWalk + warp) * kBackwardUnits + lane + 32 * u];
+    const int64_t at = n * 2 * p.hidden_units + unit;
+    const A* hidden = static_cast<const A*>(p.hidden);
+    A* d_hidden = static_cast<A*>(p.d_hidden);
+    d_hidden[at] = relu_passes(hidden[at]) ? total : A(0);
+    d_hidden[at + p.hidden_units] = relu_passes(hidden[at + p.hidden_units]) ? total : A(0);
+  }
 }
 
 // grid    ceil(samples / kSamplesPerWalk) * ceil(channels / kGateChannels) blocks of kGateChannels

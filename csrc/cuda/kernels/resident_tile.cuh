@@ -46,6 +46,15 @@ struct ResidentBlock {
   }
 };
 
+// What a block has of shared memory, and what it puts out for the others.
+template <class T>
+struct Memory {
+  using A = acc_t<T>;
+  ResidentShared<T, A> shared;
+  Exchange<A> exchange;
+  A* spatial;  // [samples, pixels]
+};
+
 // Rows [first, first + count) of a sample's slice.
 struct Chunk {
   int first, count;

@@ -59,6 +59,13 @@ __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid()
 
 #endif
 
+// Where there are none, the compiler leaves out what is for them.
+#if defined(CBAM_EMULATED) || __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = true;
+#else
+constexpr bool kHasClusters = false;
+#endif
+
 // The same for both kinds of team.
 struct Team {
   bool cluster;
@@ -76,7 +83,7 @@ struct Team {
   }
 #else
   __device__ __forceinline__ void barrier() const {
-    if (cluster)
+    if (kHasClusters && cluster)
       cluster_barrier();
     else
       grid_barrier();
@@ -86,7 +93,7 @@ struct Team {
   // What block `from` of the team put out where this one has `own`.
   template <class E>
   __device__ __forceinline__ E read(const E* own, int from) const {
-    if (cluster) return *in_block(own, from);
+    if (kHasClusters && cluster) return *in_block(own, from);
     const char* theirs = reinterpret_cast<const char*>(own) + (from - rank) * stride;
     return __ldcg(reinterpret_cast<const E*>(theirs));
   }
