@@ -3,7 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml cbam_cuda/version.py
 
-.PHONY: demo test bench lint build emulator traffic mutate cuda-link gpu clean
+# What CUDA kernels are compiled for while one works on them: clusters with bulk copies, and what came
+# before. `pip install .` compiles for five architectures, which `make cuda-code` looks at.
+export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0
+
+.PHONY: demo test bench lint build emulator traffic mutate cuda-code cuda-link gpu clean
 .DELETE_ON_ERROR:
 
 ## Train on real digits with the plain and the fused block, and print the speed of both.
@@ -49,6 +53,12 @@ traffic: emulator
 ## Breaks the CUDA kernels one line at a time: the emulator must notice every break.
 mutate: emulator
 	$(BIN)/python tests/mutate.py
+
+## Builds for every architecture of an installed package, and reads there what the suite reads for two.
+cuda-code: .venv/.ready
+	TORCH_CUDA_ARCH_LIST= $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch .venv/.built
+	$(BIN)/python -m pytest -n auto tests/test_cuda_code.py $(PYTEST_OPTIONS)
 
 ## Builds and loads beside a CUDA build of PyTorch, which takes several gigabytes; needs no GPU.
 cuda-link: build

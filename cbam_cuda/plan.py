@@ -39,17 +39,19 @@ def plan(
         channels_last: whether x's channels lie side by side in memory.
         training: whether the forward keeps what backward needs.
         backward: plan the backward instead, with every gradient asked for.
-        strategy: of the forward: "streaming" (x is read three times), "resident" (x stays on the
-            chip and is read once), or "auto" for the one that is predicted to be faster.
+        strategy: "streaming" (a forward reads x three times, a backward reads x and its partner
+            twice), "resident" (samples stay on the chip and are read once, but that a backward may
+            read x twice), or "auto" for the one that is predicted to be faster.
         multiprocessors: plan for a part of the device that has so many; 0 for all of it.
 
     Returns:
-        ``strategy``, of a forward with its ``reason`` and ``predicted_seconds``; ``group`` (samples
+        ``strategy``, with its ``reason`` and ``predicted_seconds``; ``group`` (samples
         that take all launches together), ``in_cache`` (whether x of a group stays in the L2
         cache), ``stages`` (of a full group: name, blocks, threads, shared_bytes, traffic in
         bytes), ``traffic`` (of all groups), ``device_memory_bytes`` and the ``seconds`` that these
         take at the device's full bandwidth; ``passes``, the geometry of the passes over x by name;
-        ``scratch_bytes``; ``device``, its limits.
+        ``summing_launches``, small ones that follow a backward and make the gradients of the
+        weights; ``scratch_bytes``; ``device``, its limits.
 
     Raises:
         RuntimeError: the compiled module did not load.
@@ -85,7 +87,7 @@ def render(found: dict[str, Any]) -> str:
             if found["strategy"] == "resident"
             else f"groups of {found['group']} samples, whose x {cached}"
         ),
-        *_choice(found),
+        f"{found['reason']}; predicted {found['predicted_seconds'] * 1e6:.1f} us",
         f"scratch memory {_bytes(found['scratch_bytes'])}",
         "",
         f"{'launches of a group':<22}{'blocks':>9}{'threads':>9}{'shared':>10}{'x read':>11}"
@@ -108,22 +110,18 @@ def render(found: dict[str, Any]) -> str:
         "",
         f"asked for: x {_bytes(traffic['x_read'])}, out {_bytes(traffic['out_written'])}, "
         f"weights of the MLP {_bytes(traffic['weights_read'])}, all else {_bytes(small)}",
-        *_sums(traffic),
+        *_sums(found),
         f"device memory: {_bytes(found['device_memory_bytes'])}, at "
         f"{device['bandwidth'] / 1e9:.0f} GB/s {found['seconds'] * 1e6:.1f} us",
     ]
     return "\n".join(lines)
 
 
-def _choice(found: dict[str, Any]) -> list[str]:
-    if "reason" not in found:
+def _sums(found: dict[str, Any]) -> list[str]:
+    if not (launches := found["summing_launches"]):
         return []
-    return [f"{found['reason']}; predicted {found['predicted_seconds'] * 1e6:.1f} us"]
-
-
-def _sums(traffic: dict[str, int]) -> list[str]:
-    read, written = traffic["sums_read"], traffic["sums_written"]
-    return [f"sums over the batch: {_bytes(read)} read, {_bytes(written)} written"] if read else []
+    read, written = (_bytes(found["traffic"][f"sums_{way}"]) for way in ("read", "written"))
+    return [f"sums over the batch: {launches} launches, {read} read, {written} written"]
 
 
 def _bytes(count: int) -> str:

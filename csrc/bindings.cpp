@@ -128,30 +128,38 @@ py::dict resident_dict(const cbam::cuda::ResidentGeometry& g) {
   py::dict d("kind"_a = g.cluster ? "cluster" : "grid", "team"_a = g.team, "teams"_a = g.teams,
              "threads"_a = g.threads, "samples"_a = g.samples, "channels"_a = g.channels,
              "chunk"_a = g.chunk, "chunks"_a = g.chunks, "copy"_a = name_of(g.copy),
-             "band"_a = g.band, "boxes_each"_a = g.boxes_each, "lanes"_a = g.lanes,
-             "groups"_a = g.groups, "exchange"_a = g.exchange);
+             "boxes_each"_a = g.boxes_each, "lanes"_a = g.lanes, "groups"_a = g.groups,
+             "exchange"_a = g.exchange);
   d.attr("update")(box_dict(g.boxes));
   return d;
 }
 
 py::dict passes_dict(const cbam::cuda::ForwardPlan& plan) {
-  if (plan.resident) return py::dict("resident"_a = resident_dict(*plan.resident));
+  if (plan.resident) {
+    py::dict held = resident_dict(*plan.resident);
+    held["band"] = plan.resident->band;
+    return py::dict("resident"_a = held);
+  }
   return py::dict("pool"_a = reduction_dict(plan.pool), "maps"_a = reduction_dict(plan.maps),
                   "scale"_a = scale_dict(plan.scale));
 }
 
 py::dict passes_dict(const cbam::cuda::BackwardPlan& plan) {
+  if (const auto& g = plan.resident) {
+    py::dict held = resident_dict(*g);
+    held.attr("update")("x"_a = g->holds_x() ? "stays" : "is read twice", "x_slots"_a = g->x_slots,
+                        "access"_a = name_of(g->access), "row_group"_a = g->row_group,
+                        "threads_along"_a = g->threads_along);
+    return py::dict("resident"_a = held);
+  }
   return py::dict("sums"_a = tile_dict(plan.cross), "stencil"_a = box_dict(plan.stencil),
                   "terms"_a = tile_dict(plan.terms), "dx"_a = tile_dict(plan.input));
 }
 
-// Of a plan that knows but one strategy.
-void describe_choice(py::dict&, const cbam::cuda::BackwardPlan&) {}
-
-void describe_choice(py::dict& d, const cbam::cuda::ForwardPlan& plan) {
-  if (plan.resident) d["strategy"] = "resident";
-  d["reason"] = plan.reason;
-  d["predicted_seconds"] = plan.seconds;
+// Launches that sum over the batch for the gradients of the weights.
+int summing_launches(const cbam::ForwardProblem&) { return 0; }
+int summing_launches(const cbam::BackwardProblem& p) {
+  return cbam::cuda::weight_grids(p).launches();
 }
 
 template <class Problem, class Plan>
@@ -163,14 +171,15 @@ py::dict plan_dict(const Problem& problem, const Plan& plan,
     stages.append(py::dict(
         "name"_a = stage.name, "blocks"_a = stage.grid.blocks, "threads"_a = stage.grid.threads,
         "shared_bytes"_a = stage.grid.shared_bytes, "traffic"_a = traffic_dict(stage.traffic)));
-  py::dict d("device"_a = limits_dict(limits), "strategy"_a = "streaming",
-             "group"_a = plan.group.samples, "in_cache"_a = plan.group.in_cache,
-             "scratch_bytes"_a = cbam::cuda::scratch(plan, problem).total(),
-             "passes"_a = passes_dict(plan), "stages"_a = stages,
-             "traffic"_a = traffic_dict(cbam::cuda::traffic(plan, problem)),
-             "device_memory_bytes"_a = bytes,
-             "seconds"_a = static_cast<double>(bytes) / limits.bandwidth);
-  describe_choice(d, plan);
+  py::dict d(
+      "device"_a = limits_dict(limits), "strategy"_a = plan.resident ? "resident" : "streaming",
+      "reason"_a = plan.reason, "predicted_seconds"_a = plan.seconds,
+      "group"_a = plan.group.samples, "in_cache"_a = plan.group.in_cache,
+      "scratch_bytes"_a = cbam::cuda::scratch(plan, problem).total(),
+      "passes"_a = passes_dict(plan), "stages"_a = stages,
+      "summing_launches"_a = summing_launches(problem),
+      "traffic"_a = traffic_dict(cbam::cuda::traffic(plan, problem)),
+      "device_memory_bytes"_a = bytes, "seconds"_a = static_cast<double>(bytes) / limits.bandwidth);
   return d;
 }
 
@@ -186,7 +195,7 @@ py::dict plan(std::vector<int64_t> shape, int64_t hidden, std::vector<int64_t> k
   const auto wanted = cbam::cuda::strategy_of(strategy);
   if (backward) {
     const auto problem = cbam::cuda::describe_backward(description);
-    return plan_dict(problem, cbam::cuda::plan(problem, limits), limits);
+    return plan_dict(problem, cbam::cuda::plan(problem, limits, wanted), limits);
   }
   const auto problem = cbam::cuda::describe(description);
   return plan_dict(problem, cbam::cuda::plan(problem, limits, wanted), limits);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from hypothesis import settings
@@ -29,6 +31,20 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "emulated":  # it shares its device with the cpu backend
         monkeypatch.setenv("CBAM_CUDA_BACKEND", "emulated")
     return request.param
+
+
+@pytest.fixture
+def strategy(monkeypatch: pytest.MonkeyPatch):
+    """Choose the strategy of the CUDA backend by its name."""
+    return lambda name: monkeypatch.setenv("CBAM_CUDA_STRATEGY", name)
+
+
+@pytest.fixture
+def emulator() -> ctypes.CDLL:
+    """The emulator behind the backend "emulated"."""
+    library = ctypes.CDLL(str(cbam_cuda.ops._emulator()))
+    library.emulator_launches.restype = ctypes.c_ulonglong
+    return library
 
 
 @pytest.fixture

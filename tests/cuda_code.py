@@ -39,6 +39,7 @@ TEMPLATES = {
     "reduce_rows": (DTYPES, SCALED, ARGMAX),
     "reduce_columns": (DTYPES, ACCESSES, SCALED, ARGMAX),
     "resident_forward": (DTYPES, ORDER, KEPT),
+    "resident_backward": (DTYPES, ACCESSES, ORDER),
     "hidden_layer": (DTYPES, ACCUMULATOR),
     "gate_layer": (DTYPES, ACCUMULATOR),
     "spatial_gate": (DTYPES, ACCESSES, ORDER),
@@ -290,15 +291,17 @@ def read_sass(folder: Path) -> dict[str, dict[Kernel, Code]]:
     return code
 
 
-def table_rows(usage: dict[str, dict[Kernel, Usage]]) -> dict[str, str]:
-    """Kernel -> its row of the register table."""
-    kernels = sorted({kernel for of_kernel in usage.values() for kernel in of_kernel}, key=str)
-    return {
-        str(kernel): f"| {kernel} | "
-        + " | ".join(str(usage[a][kernel].registers) for a in usage)
-        + " |"
-        for kernel in kernels
-    }
+def registers(usage: dict[str, dict[Kernel, Usage]]) -> dict[str, list[int]]:
+    """Kernel -> what it takes on each architecture."""
+    kernels = {kernel for of_kernel in usage.values() for kernel in of_kernel}
+    return {str(k): [usage[a][k].registers for a in usage] for k in sorted(kernels, key=str)}
+
+
+def read_table(text: str) -> tuple[list[str], dict[str, list[int]]]:
+    """The architectures of a written table, and what kernels take there."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    (_, *columns), _, *kernels = rows
+    return columns, {kernel: [int(count) for count in counts] for kernel, *counts in kernels}
 
 
 def table_text(usage: dict[str, dict[Kernel, Usage]], version: str) -> str:
@@ -314,7 +317,7 @@ def table_text(usage: dict[str, dict[Kernel, Usage]], version: str) -> str:
         "",
         " | ".join(("| kernel", *map(sm, usage))) + " |",
         "| --- |" + " ---: |" * len(usage),
-        *table_rows(usage).values(),
+        *(f"| {kernel} | {' | '.join(map(str, of))} |" for kernel, of in registers(usage).items()),
     ]
     return "\n".join(lines) + "\n"
 

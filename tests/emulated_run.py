@@ -10,7 +10,9 @@ The environment says on which build of the emulator (CBAM_CUDA_EMULATOR), in whi
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -18,10 +20,12 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from cases import CASES, LAYOUTS, Case, make_weights, make_x, operators
+from cases import CASES, LAYOUTS, NATIVE_LAYOUTS, Case, make_weights, make_x, operators
 from emulator.build import asan_environment, build, library
+from regimes import NOT_POSSIBLE
 
 from cbam_cuda import ops
+from cbam_cuda.plan import plan
 
 
 @dataclass(frozen=True)
@@ -68,15 +72,17 @@ def digest_of(tensors) -> str:
     return digest.hexdigest()
 
 
-def forward(strategy: str, x, weights) -> tuple[torch.Tensor, ...]:
-    """What comes out of the forward that keeps everything; nothing where there is no such plan."""
-    os.environ["CBAM_CUDA_STRATEGY"] = strategy
-    try:
-        return operators("emulated").forward_train(x, *weights)
-    except ValueError as error:
-        if "expected one that is possible" not in str(error):
-            raise
-        return ()
+def by_strategies(function) -> list[tuple[torch.Tensor, ...]]:
+    """What comes out by streaming, and where there is such a plan, by a resident one."""
+    found = []
+    for name in ("streaming", "resident"):
+        os.environ["CBAM_CUDA_STRATEGY"] = name
+        try:
+            found.append(function())
+        except ValueError as error:
+            if NOT_POSSIBLE not in str(error):
+                raise
+    return found
 
 
 def digests() -> dict[str, str]:
@@ -86,13 +92,54 @@ def digests() -> dict[str, str]:
         for dtype in TWO_DTYPES:
             for layout in LAYOUTS_RUN if dtype == torch.float32 else LAYOUTS_RUN[:2]:
                 x = LAYOUTS[layout](make_x(case, dtype))
-                weights = make_weights(case, dtype)
-                resident = forward("resident", x, weights)
-                saved = forward("streaming", x, weights)
                 grad = LAYOUTS[layout](make_x(case, dtype, seed=2))
-                grads = run.backward(grad, *saved[1:3], x, *weights, *saved[1:], [True] * 7)
-                found[f"{case}, {dtype}, {layout}"] = digest_of((*resident, *saved, *grads))
+                given = (x, *make_weights(case, dtype))
+                forwards = by_strategies(functools.partial(run.forward_train, *given))
+                saved = forwards[0][1:]
+                arguments = (grad, *saved[:2], *given, *saved, [True] * 7)
+                backwards = by_strategies(functools.partial(run.backward, *arguments))
+                tensors = itertools.chain(*forwards, *backwards)
+                found[f"{case}, {dtype}, {layout}"] = digest_of(tensors)
     return found
+
+
+LARGE = ("x", "dout", "out", "dx")  # tensors of x's size
+
+
+def counting(shapes, dtype: str, runs) -> list[dict]:
+    """What count_bytes takes, for every shape in both layouts; a run is a direction and a strategy.
+
+    Left out are those that are not possible on an H100.
+    """
+    problems = [
+        {
+            "shape": tuple(shape),
+            "hidden": shape[1] // 16,
+            "dtype": dtype,
+            "layout": layout,
+            "direction": direction,
+            "strategy": strategy,
+        }
+        for shape in shapes
+        for layout in NATIVE_LAYOUTS
+        for direction, strategy in runs
+    ]
+    return [problem for problem in problems if planned(problem)]
+
+
+def planned(problem: dict) -> dict | None:
+    """The plan of such a problem; None where there is none."""
+    try:
+        return plan(
+            problem["shape"],
+            problem["dtype"],
+            channels_last=problem["layout"] == "channels_last",
+            training=problem["direction"] == "training",
+            backward=problem["direction"] == "backward",
+            strategy=problem["strategy"],
+        )
+    except ValueError:
+        return None
 
 
 def count_bytes(problems: list[dict]) -> list[dict[str, list[int]]]:
@@ -107,8 +154,9 @@ def count_bytes(problems: list[dict]) -> list[dict[str, list[int]]]:
         x = LAYOUTS[problem["layout"]](make_x(case, dtype))
         weights = make_weights(case, dtype)
         direction = problem["direction"]
-        os.environ["CBAM_CUDA_STRATEGY"] = problem["strategy"]
+        os.environ["CBAM_CUDA_STRATEGY"] = "streaming"
         saved = run.forward_train(x, *weights) if direction == "backward" else ()
+        os.environ["CBAM_CUDA_STRATEGY"] = problem["strategy"]
         library.emulator_reset_counts()
         if direction == "backward":
             grad = LAYOUTS[problem["layout"]](make_x(case, dtype, seed=2))

@@ -139,7 +139,8 @@ def score(mutants: list[Mutant], tree: Tree) -> list[Mutant]:
         started, name = time.perf_counter(), f"mutant{number}"
         broken = tree.broken(mutant, name)
         try:
-            noticed = in_child(limit, first_difference, broken, runs, expected)
+            sources = tree.dependents(mutant.path)
+            noticed = in_child(limit, first_difference, broken, runs, expected, sources)
         except EndedBadly as error:
             noticed = str(error)
         tree.clean(name)

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import why_not
 from torch.autograd import DeviceType
 
+import cbam_cuda
 from benchmarks.gpu import capture, checks, inputs, launches, report, strategies, values
 from benchmarks.gpu.commands import Finished
 from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, SkippedError
@@ -145,12 +147,26 @@ def test_a_strategy_is_forced_for_a_while(monkeypatch):
     assert strategies.VARIABLE not in os.environ
 
 
-IMPOSSIBLE = RuntimeError("strategy: expected one that is possible, got resident: too large")
+IMPOSSIBLE = "strategy: expected one that is possible, got resident: too large"
 
 
-def test_problems_without_a_plan_are_named(monkeypatch):
+@pytest.mark.skipif(why_not("emulated") is not None, reason="make emulator builds it")
+def test_what_the_operators_say_where_there_is_no_plan():
+    """Of a sample that is too large, and of a backward for the weights alone."""
+    tally, block = strategies.Tally(), cbam_cuda.CBAM(2, ratio=1, backend="emulated")
+    with strategies.forced("streaming"):
+        out = block(torch.ones(1, 2, 3, 3))
+    with tally.problem("forward"), strategies.forced("resident"):
+        block(torch.zeros(1, 2, 4096, 4096))
+    with tally.problem("backward"), strategies.forced("resident"):
+        out.sum().backward()
+    assert tally.left_out == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_problems_without_a_plan_are_named(monkeypatch, kind):
     run = values.run
-    no_plan = raising(IMPOSSIBLE)
+    no_plan = raising(kind(IMPOSSIBLE))
     monkeypatch.setattr(values, "run", lambda x, w: (no_plan if len(x) == 2 else run)(x, w))
     said = values.network_shapes((TINY,), (1, 2), "cpu")
     assert said.startswith("6 problems, no resident plan for 6: (2, 8, 6, 5), torch.float32, cont")
@@ -170,36 +186,60 @@ def test_long_reasons_are_in_the_report_in_full():
 
 
 STREAMED = ["pool", "hidden", "gate", "maps", "scale"]
+STREAMED_BACKWARD = ["cross", "stencil", "terms", "gate", "hidden", "dx"]
+SUMS = ["outer", "vectors"]
+RAN = {
+    ("forward", "streaming"): STREAMED,
+    ("forward", "resident"): ["resident_forward_kernel"],
+    ("backward", "streaming"): [*STREAMED_BACKWARD, *SUMS],
+    ("backward", "resident"): ["resident_backward_kernel", *SUMS],
+}
+
+
+def fake_plan(shape, dtype, device, strategy, backward):
+    streamed = STREAMED_BACKWARD if backward else STREAMED
+    stages = streamed if strategy == "streaming" else ["resident"]
+    return {"stages": stages, "group": 8, "summing_launches": len(SUMS) if backward else 0}
 
 
 @pytest.mark.parametrize(
     ("ran", "message"),
     [
-        ({"streaming": STREAMED, "resident": ["resident_forward_kernel"]}, None),
-        ({"streaming": STREAMED, "resident": STREAMED}, "resident: ran pool"),
-        ({"streaming": STREAMED[1:]}, "streaming: 4 kernels, 5 planned"),
-        ({"streaming": ["resident_forward_kernel"] * 5}, "streaming: ran resident_forward_kernel"),
+        ({}, None),
+        ({("forward", "resident"): STREAMED}, "forward .* resident: ran pool"),
+        ({("forward", "streaming"): STREAMED[1:]}, "forward .*streaming: 4 kernels, 5 planned"),
+        ({("forward", "streaming"): ["resident_forward"] * 5}, "streaming: ran resident_forward"),
+        ({("backward", "resident"): RAN["backward", "streaming"]}, "backward .*: ran cross"),
+        ({("backward", "resident"): ["resident_backward"]}, "resident: 1 kernels, 3 planned"),
+        ({("backward", "resident"): ["resident_forward", *SUMS]}, "resident: ran resident_forward"),
+        ({("backward", "streaming"): STREAMED_BACKWARD}, "streaming: 6 kernels, 8 planned"),
     ],
 )
 def test_kernels_that_ran_are_compared_with_the_plan(monkeypatch, ran, message):
-    def plan(shape, dtype, device, strategy):
-        return {"stages": STREAMED if strategy == "streaming" else ["resident"], "group": 8}
+    called = []
 
-    monkeypatch.setattr(launches, "plan", plan)
-    monkeypatch.setattr(launches, "kernels", lambda call: ran[os.environ[strategies.VARIABLE]])
+    def kernels(call):
+        call()
+        return (RAN | ran)[called[-1], os.environ[strategies.VARIABLE]]
+
+    monkeypatch.setattr(launches, "plan", fake_plan)
+    monkeypatch.setattr(launches, "kernels", kernels)
+    monkeypatch.setattr(launches, "run", lambda *_: called.append("forward"))
+    monkeypatch.setattr(launches, "operator_backward", lambda *_: called.append("backward"))
     if message is None:
-        assert launches.as_planned((TINY,), (1, 8), "cpu") == "8 forwards"
+        assert launches.as_planned((TINY,), (1, 8), "cpu") == "16 forwards and backwards"
     else:
         with pytest.raises(AssertionError, match=message):
             launches.as_planned((TINY,), (1,), "cpu")
 
 
 def test_kernels_of_every_group_are_counted(monkeypatch):
-    monkeypatch.setattr(launches, "plan", lambda *_, **__: {"stages": STREAMED, "group": 8})
+    monkeypatch.setattr(launches, "plan", fake_plan)
     x = torch.zeros(17, 1)
-    launches._check("", STREAMED * 3, x, "streaming")
+    launches._check("", STREAMED * 3, x, "forward", "streaming")
+    launches._check("", STREAMED_BACKWARD * 3 + SUMS, x, "backward", "streaming")
     with pytest.raises(AssertionError, match="10 kernels, 15 planned"):
-        launches._check("", STREAMED * 2, x, "streaming")
+        launches._check("", STREAMED * 2, x, "forward", "streaming")
 
 
 class Event(NamedTuple):

@@ -132,20 +132,27 @@ def test_every_tool_is_run_over_the_small_program(monkeypatch, tmp_path):
 
 
 def test_what_the_tools_watch_reaches_every_call(monkeypatch):
-    seen, plain = [], small.cbam_cuda.cbam
+    seen, trained = [], []
+    plain, train = small.cbam_cuda.cbam, small.train
 
     def watched(*arguments, **options):
         seen.append(os.environ.get(strategies.VARIABLE, "auto"))
         return plain(*arguments, **options)
 
+    def watched_training(*arguments):
+        trained.append(os.environ.get(strategies.VARIABLE, "auto"))
+        return train(*arguments)
+
     with monkeypatch.context() as patched:
         patched.setattr(small, "CASES", small.CASES[:2])
         patched.setattr(small.cbam_cuda, "cbam", watched)
-        assert small.run("cpu") == 2 * len(small.DTYPES) * 2 * 5
+        patched.setattr(small, "train", watched_training)
+        assert small.run("cpu") == 2 * len(small.DTYPES) * 2 * 6
     assert {strategy: seen.count(strategy) for strategy in strategies.STRATEGIES} == {
-        "streaming": 2 * len(small.DTYPES) * 2 * 2,
-        "resident": 2 * len(small.DTYPES) * 2 * 2,
+        "streaming": 2 * len(small.DTYPES) * 2 * 3,
+        "resident": 2 * len(small.DTYPES) * 2 * 3,
     }
+    assert trained == ["streaming", "resident"] * (2 * len(small.DTYPES) * 2)
     assert {len(case.shape) for case in small.CASES} == {3, 4, 5}
 
 

@@ -1,21 +1,19 @@
-"""Timings of ``python -m benchmarks.gpu`` and the sweep, as far as a CPU can run them."""
+"""Rows of timings of ``python -m benchmarks.gpu``: which, what is kept of them, and tables."""
 
 from __future__ import annotations
 
 import json
-import os
-import time
 
 import pytest
 import torch
 
-from benchmarks.gpu import measure, problems, report, rows, strategies, sweep, tables, timings
+from benchmarks.gpu import network, problems, report, rows, sweep, tables, timings
 from benchmarks.gpu.commands import Finished
 from benchmarks.gpu.results import FAILED, PASSED, Folder
 from cbam_cuda import plan as planning
 
 TINY = (8, 6, 5)
-IMPOSSIBLE = RuntimeError("strategy: expected one that is possible, got resident: too large")
+IMPOSSIBLE = ValueError("strategy: expected one that is possible, got resident: too large")
 
 
 def finished(text, code=0, timed_out=False):
@@ -29,54 +27,6 @@ def test_rows_cover_what_is_asked_for():
     assert {str(row) for row in wanted} >= {"32x2048x7x7 bfloat16 channels_last"}
 
 
-def test_inputs_of_a_sample_are_larger_than_the_cache():
-    cache = 50 * 2**20
-    for row in timings.problems():
-        count = problems.buffers(row, cache)
-        assert 1 <= count <= problems.GRAPH_CALLS
-        assert count == problems.GRAPH_CALLS or count * row.bytes >= 2 * cache
-
-
-def test_contestants_compute_the_same():
-    problem = problems.Problem((2, 32, 6, 5), torch.float32, "channels_last")
-    contestants = problems.Contestants(problem, 3, False, device="cpu")
-    forward, step = contestants.calls["forward"], contestants.calls["step"]
-    assert set(forward) == {"copy", "eager", "cuda streaming", "cuda resident"}
-    assert set(step) == {"copy", "eager", "fused"}
-    for i in range(3):
-        for name in ("cuda streaming", "cuda resident"):
-            with torch.no_grad():
-                torch.testing.assert_close(forward[name](i), forward["eager"](i))
-        torch.testing.assert_close(step["fused"](i), step["eager"](i))
-    assert not torch.equal(forward["copy"](0), forward["copy"](1))
-
-
-@pytest.mark.parametrize("possible", [True, False])
-def test_each_forward_is_forced(possible):
-    seen, missing = [], {}
-
-    def call(i):
-        seen.append(os.environ[strategies.VARIABLE])
-        if seen[-1] == "resident" and not possible:
-            raise IMPOSSIBLE
-
-    found = problems._by_strategy(call, missing)
-    assert seen == ["streaming", "resident"]
-    assert set(found) == {"cuda streaming", "cuda resident"} - set(missing)
-    assert bool(missing) != possible
-    for name, forced in found.items():
-        forced(0)
-        assert seen[-1] == name.removeprefix("cuda ")
-
-
-def test_forwards_that_break_are_not_called_impossible():
-    def call(i):
-        raise RuntimeError("CUDA error: too many blocks in cooperative launch")
-
-    with pytest.raises(RuntimeError, match="too many blocks"):
-        problems._by_strategy(call, {})
-
-
 class Ticks:
     """Stands for the device's clock."""
 
@@ -85,47 +35,25 @@ class Ticks:
         return 1.0
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-def test_short_calls_are_also_timed_in_graphs(monkeypatch, graphs):
-    def graph(call, count):
-        if not graphs:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return lambda: call(count - 1)
-
-    monkeypatch.setattr(measure, "_graph", graph)
-    seen = []
-    found = measure.measure({"copy": seen.append, "fused": seen.append}, 4, Ticks(), False)
-    assert set(seen) == {0, 1, 2, 3}
-    assert found["fused"]["launched"]["samples"] >= 20
-    assert ("graph" in found["copy"], "no_graph" in found["copy"]) == (graphs, not graphs)
-
-
-def test_slow_contestants_get_fewer_rounds():
-    class Slow:
-        def sample(self, work, calls):
-            return 1e6 * measure.MOST_SECONDS
-
-    found = measure.measure({"copy": lambda i: None}, 1, Slow(), False)
-    assert found["copy"]["launched"]["samples"] == measure.SAMPLES_A_ROUND
-
-
 TIMES = {"copy": 10.0, "eager": 200.0, "cuda streaming": 40.0, "cuda resident": 20.0}
 
 
-def one_row(problem, left=0.0, **changed):
-    """A row of a forward; without those that take no time."""
+def one_row(problem, left=0.0, direction="forward", **changed):
+    """A row of one direction; without those that take no time."""
     times = {name: m for name, m in (TIMES | changed).items() if m}
     found = {n: {"launched": {"median": 2 * m}, "graph": {"median": m}} for n, m in times.items()}
     missing = {name: "RuntimeError: too large" for name in TIMES if name not in times}
-    return [rows.describe(problem, "forward", found, 4, missing)]
+    return [rows.describe(problem, direction, found, 4, missing)]
+
+
+def plan_on_record(shape, dtype, device, **options):
+    """For a device on record, as there is none here."""
+    return planning.plan(shape, dtype, "H200", **options)
 
 
 @pytest.fixture
 def planned(monkeypatch):
-    """Plans for a device on record, as there is none here."""
-    monkeypatch.setattr(
-        rows, "plan", lambda shape, dtype, device, **k: planning.plan(shape, dtype, "H200", **k)
-    )
+    monkeypatch.setattr(rows, "plan", plan_on_record)
 
 
 ROWS = [problems.Problem((n, *TINY), torch.float16, "contiguous") for n in (32, 1, 8)]
@@ -162,7 +90,7 @@ def test_rows_after_the_deadline_are_skipped(planned):
     assert "- 32x8x6x5 float16 contiguous: no time left" in lines
 
 
-@pytest.mark.parametrize("module", [timings, sweep])
+@pytest.mark.parametrize("module", [timings, network, sweep])
 def test_rows_of_a_run_that_crashed_are_kept(monkeypatch, tmp_path, planned, module):
     folder = Folder(tmp_path)
     name = module.__name__.rpartition(".")[2]
@@ -190,27 +118,23 @@ def test_compilation_takes_part_for_so_long(monkeypatch):
     assert seen == [True, False, False, False]
 
 
-def test_compilation_is_ended():
-    begin = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"took more than 0.1 s"), problems.at_most(0.1):
-        time.sleep(60)
-    assert time.monotonic() - begin < 30
-
-
 def cells_of(table, line=2):
     lines = table.splitlines()
     assert len({len(text) for text in lines}) == 1
     return [cell.strip() for cell in lines[line].strip("|").split("|")]
 
 
-def test_table_of_timings(planned):
-    row = one_row(ROWS[0])[0]
+@pytest.mark.parametrize("direction", rows.COPY_PASSES)
+def test_table_of_timings(planned, direction):
+    row = one_row(ROWS[0], direction=direction)[0]
     assert row["fraction_of_copy"] == {"cuda streaming": 0.25, "cuda resident": 0.5}
-    cells = cells_of(tables.timing_table([{**row, "auto": "resident"}], "forward"))
+    cells = cells_of(tables.timing_table([{**row, "auto": "resident"}], direction))
     assert cells[:4] == ["32x8x6x5", "float16", "contiguous", "graph"]
     assert cells[4:10] == ["10.0", "200.0", "-", "40.0", "20.0", "resident"]
     assert cells[10:14] == ["10.00", "-", "0.25", "0.50"]
-    other = cells_of(tables.timing_table([{**row, "auto": "streaming"}], "forward"))
+    speed = row["plans"]["cuda resident"]["gigabytes_per_second"]
+    assert cells[14] == f"{speed:.0f}"
+    other = cells_of(tables.timing_table([{**row, "auto": "streaming"}], direction))
     assert other[9:14] == ["streaming", "5.00", "-", "0.25", "0.50"]
 
 
@@ -221,15 +145,45 @@ def test_table_of_steps():
     assert cells[3:] == ["launched", "10.0", "-", "-", "11.0", "-", "-", "0.91"]
 
 
-def test_what_is_kept_of_each_plan(planned):
-    row = one_row(ROWS[0])[0]
+LARGE = problems.Problem((32, 512, 28, 28), torch.float16, "channels_last")
+
+
+@pytest.mark.parametrize("direction", rows.COPY_PASSES)
+def test_what_is_kept_of_each_plan(monkeypatch, direction):
+    asked = []
+
+    def plan(*given, strategy="auto", **options):
+        asked.append(options)
+        return plan_on_record(*given, strategy=strategy, **options)
+
+    monkeypatch.setattr(rows, "plan", plan)
+    row = one_row(LARGE, direction=direction)[0]
+    kind = {"channels_last": True, "backward": direction == "backward"}
+    assert asked == [kind] * 3
     for name in ("cuda streaming", "cuda resident"):
-        expected = planning.plan(ROWS[0].shape, "float16", "H200", strategy=name[5:])
+        expected = planning.plan(LARGE.shape, "float16", "H200", strategy=name[5:], **kind)
         kept = row["plans"][name]
         assert kept["predicted_seconds"] == expected["predicted_seconds"]
         speed = expected["device_memory_bytes"] / TIMES[name] / 1e3
         assert kept["gigabytes_per_second"] == pytest.approx(speed)
-    assert row["auto"] == planning.plan(ROWS[0].shape, "float16", "H200")["strategy"]
+    assert row["auto"] == planning.plan(LARGE.shape, "float16", "H200", **kind)["strategy"]
+    passes = {"forward": 2, "backward": 3}[direction]
+    speed = passes * LARGE.bytes / TIMES["copy"] / 1e3
+    assert row["copy_gigabytes_per_second"] == pytest.approx(speed)
+
+
+def test_report_of_timings(planned):
+    found = [one_row(ROWS[0], direction=d, **{"cuda resident": 0.0})[0] for d in rows.COPY_PASSES]
+    found[0]["contestants"]["eager"]["no_graph"] = "operation not permitted"
+    lines = list(report.SECTIONS["timings"]({"rows": found}))
+    assert [line for line in lines if line.startswith("## ")] == ["## Forward", "## Backward"]
+    assert tables.timing_table(found[1:], "backward") in lines
+    missing = "cuda resident is missing: RuntimeError: too large"
+    assert [line for line in lines if line.startswith("- ")] == [
+        f"- Forward: {missing}",
+        "- Forward: eager is not in a graph: operation not permitted",
+        f"- Backward: {missing}",
+    ]
 
 
 def test_rows_without_a_plan_keep_their_times(monkeypatch):
@@ -241,57 +195,3 @@ def test_rows_without_a_plan_keep_their_times(monkeypatch):
     assert row["missing"] == {"plan": "ValueError: no such device"}
     assert cells_of(tables.timing_table([row], "forward"))[8:10] == ["20.0", "-"]
     assert cells_of(tables.sweep_table([row]))[6:] == ["20.0", "resident", "-", "-", "-", "-"]
-
-
-def test_cells_of_the_sweep():
-    cells = list(sweep.cells())
-    assert len(cells) == len(set(cells)) == 9 * 4 * 2
-    assert {cell.layout for cell in cells} == {"contiguous"}
-    assert {cell.shape[0] for cell in cells} == {2**k for k in range(9)}
-
-
-def test_a_cell_of_the_sweep(monkeypatch, planned):
-    device = type("Device", (), {"L2_cache_size": 2**16})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
-    on_cpu = problems.forwards
-    monkeypatch.setattr(sweep, "forwards", lambda problem, count: on_cpu(problem, count, "cpu"))
-    monkeypatch.setattr(sweep, "Clock", lambda l2_bytes: Ticks())
-    monkeypatch.setattr(measure, "_graph", lambda call, count: lambda: call(0))
-    (row,) = sweep.time_cell(problems.Problem((1, 16, 6, 5), torch.float32, "contiguous"), 30.0)
-    assert set(row["contestants"]) == {"copy", "cuda streaming", "cuda resident"}
-    timing = row["contestants"]["cuda resident"]["graph"]
-    assert timing["samples"] == sweep.ROUNDS * measure.SAMPLES_A_ROUND
-    assert (row["missing"], row["direction"], row["layout"]) == ({}, "forward", "contiguous")
-
-
-def test_table_of_the_sweep(planned):
-    fast = one_row(ROWS[0])[0] | {"auto": "streaming"}
-    slow = one_row(ROWS[2], **{"cuda resident": 50.0})[0] | {"auto": "streaming"}
-    alone = one_row(ROWS[1], **{"cuda resident": 0.0})[0]
-    table = tables.sweep_table([fast, alone, slow])
-    assert [cells_of(table, 2 + i)[2] for i in range(3)] == ["1", "8", "32"]
-    head = ["8x6x5", "float16", "32", "graph", "10.0", "40.0", "20.0", "resident", "streaming"]
-    assert cells_of(table, 4)[:10] == [*head, "2.00"]
-    for strategy, cell in zip(strategies.STRATEGIES, cells_of(table, 4)[10:], strict=True):
-        seconds = planning.plan(ROWS[0].shape, "float16", "H200", strategy=strategy)
-        assert cell == f"{seconds['predicted_seconds'] * 1e6:.1f}"
-    assert cells_of(table, 3)[5:10] == ["40.0", "50.0", "streaming", "streaming", "1.00"]
-    assert cells_of(table)[5:8] == ["40.0", "-", "streaming"]
-    found = {"rows": [fast, slow, alone, {"name": "x", "error": "out of memory"}]}
-    lines = "\n".join(report.SECTIONS["sweep"](found))
-    assert table in lines
-    assert "- cuda resident is missing: RuntimeError: too large" in lines
-
-
-def test_what_the_sweep_says_of_the_choice(monkeypatch, tmp_path, planned):
-    folder = Folder(tmp_path)
-    right, wrong = ({**one_row(ROWS[0])[0], "auto": auto} for auto in strategies.STRATEGIES[::-1])
-
-    def work(command, seconds):
-        folder.write("sweep", {"rows": [right, wrong], "skipped": [], "ended": True})
-        return finished("")
-
-    monkeypatch.setattr(rows, "run", work)
-    outcome = sweep.step(60, folder)
-    assert outcome.state == PASSED
-    assert outcome.summary == "2 rows; resident is faster in 2, auto picks the faster in 1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from math import log2, prod
+from math import gcd, log2, prod
 
 import pytest
 from test_plan import BYTES, DEVICES, covers, drawn
@@ -16,25 +16,29 @@ from cbam_cuda.plan import plan
 RESNET = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
 
 
-def resident_plans(device: str, count: int):
+THREADS = {False: 512, True: 384}  # of the blocks on a multiprocessor; by whether it is a backward
+
+
+def resident_plans(device: str, count: int, backward: bool):
     """Problems that have one, with it."""
     rng = random.Random(device)
     for _ in range(count):
-        problem = drawn(rng)
+        problem = drawn(rng) | {"backward": backward}
         try:
             yield problem, ops.compiled().plan(**problem, device=device, strategy="resident")
         except ValueError:
             continue
 
 
-def check_fits(found: dict) -> None:
+def check_fits(found: dict, threads: int) -> None:
     """All teams at once, by shared memory, threads and clusters."""
     g, limits, (stage,) = found["passes"]["resident"], found["device"], found["stages"]
-    blocks = 512 // stage["threads"]
-    assert stage["threads"] in (256, 512)
+    blocks = threads // stage["threads"]
+    assert stage["threads"] in (threads // 2, threads)
     assert stage["shared_bytes"] <= limits["shared_per_block"]
     assert blocks * (stage["shared_bytes"] + 1024) <= limits["shared_per_multiprocessor"] + 1024
     assert stage["blocks"] == g["team"] * g["teams"]
+    assert g["team"].bit_count() == 1
     if g["kind"] == "cluster":
         sizes = {1 << i: at_once for i, at_once in enumerate(limits["clusters"])}
         assert g["teams"] <= sizes[g["team"]] * blocks
@@ -68,33 +72,56 @@ def check_boxes(problem: dict, g: dict) -> None:
     for boxes, box, extent in zip(g["boxes"], g["box"], extents, strict=True):
         assert covers(boxes, box, extent)
     assert covers(g["boxes_each"], g["team"], g["samples"] * prod(g["boxes"]))
-    bands = -(-prod(extents) // g["band"])
-    if bands > 1:
+
+
+def check_bands(problem: dict, g: dict) -> None:
+    if -(-prod(problem["shape"][2:]) // g["band"]) > 1:
         assert g["boxes_each"] == 1
         assert g["groups"] == 1 or problem["channels_last"]
 
 
+def check_loads(problem: dict, g: dict) -> None:
+    """How x comes to a backward, and how its rows are read."""
+    stays = g["x"] == "stays"
+    assert (g["x_slots"] == g["samples"] * g["chunks"]) == stays
+    if not stays:
+        assert g["samples"] == 1
+        assert 2 <= g["x_slots"] < g["chunks"]
+        assert g["chunk"] % 4 == 0
+    vector = 16 // BYTES[problem["dtype"]]
+    first = not problem["channels_last"] or problem["shape"][1] == 1
+    cols = prod(problem["shape"][2:]) if first else g["channels"]
+    assert g["access"] == ("packed" if cols % vector else "vector")
+    assert g["row_group"] == vector // gcd(cols, vector)
+    assert not first or g["chunk"] % g["row_group"] == 0
+
+
+@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_is_planned_fits_and_leaves_nothing_out(device):
-    planned = list(resident_plans(device, 600))
+def test_what_is_planned_fits_and_leaves_nothing_out(device, backward):
+    planned = list(resident_plans(device, 600, backward))
     assert len(planned) > 40
     for problem, found in planned:
         assert found["strategy"] == "resident"
         g = found["passes"]["resident"]
-        check_fits(found)
+        check_fits(found, THREADS[backward])
         check_slices(problem, g)
         check_boxes(problem, g)
+        (check_loads if backward else check_bands)(problem, g)
         x_bytes = prod(problem["shape"]) * BYTES[problem["dtype"]]
-        assert found["traffic"]["x_read"] == found["traffic"]["out_written"] == x_bytes
+        assert found["traffic"]["out_written"] == x_bytes
+        reads = (2 if g["x"] == "stays" else 3) if backward else 1
+        assert found["traffic"]["x_read"] == reads * x_bytes
 
 
+@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_the_choice_does_not_flap(device, dtype):
+def test_the_choice_does_not_flap(device, dtype, backward):
     """Batches around the same power of two are held in the same way, or none of them is."""
 
     def choice(batch, shape):
-        found = plan([batch, *shape], dtype, device)
+        found = plan([batch, *shape], dtype, device, backward=backward)
         g = found["passes"].get("resident", {"team": 0, "samples": 0})
         return found["strategy"], g["team"], g["samples"], found["stages"][0]["threads"]
 
@@ -112,6 +139,16 @@ def test_resnet_on_an_h100(dtype, channels_last):
         found = plan([256, *shape], dtype, channels_last=channels_last)
         assert found["strategy"] == "resident"
         assert found["predicted_seconds"] < 1.6 * found["seconds"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("shape", RESNET[1:3], ids=str)
+def test_resnet_backwards_on_an_h100(shape, dtype):
+    """Where x and its partner stay on the chip, the time is near that of their bytes."""
+    found = plan([256, *shape], dtype, backward=True)
+    assert found["strategy"] == "resident"
+    assert found["predicted_seconds"] < 2 * found["seconds"]
+    assert found["summing_launches"] == 2
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -151,6 +188,16 @@ def test_a_slice_of_a_device():
     assert part["predicted_seconds"] > whole["predicted_seconds"]
     with pytest.raises(ValueError, match="multiprocessors: expected 1 to 132, got 133"):
         plan([64, 64, 28, 28], multiprocessors=133)
+
+
+def test_command_backwards(capsys):
+    arguments = ["plan", "--shape", "64,512,28,28", "--dtype", "float16", "--backward"]
+    assert main([*arguments, "--strategy", "resident"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("resident on H100")
+    assert "sums over the batch: 2 launches" in shown
+    assert main([*arguments, "--strategy", "streaming"]) == 0
+    assert capsys.readouterr().out.startswith("streaming on H100")
 
 
 def test_command(capsys):

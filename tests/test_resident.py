@@ -5,15 +5,12 @@ test_emulated.py.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 from cases import CASES, LAYOUTS, NATIVE_LAYOUTS, Case, make_weights, make_x, operators
 from conftest import why_not
-from tolerance import assert_as_good_as_eager
+from regimes import CHANNELS_LAST, HELD, NOT_POSSIBLE, Regime, device, plan_of
+from tolerance import assert_as_good_as_eager, assert_strategies_agree
 
 import cbam_cuda
 
@@ -29,55 +26,13 @@ NAMES = (
     "pixel_argmax",
     "channel_argmax",
 )
-NOT_POSSIBLE = "expected one that is possible"
-HELD = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture
-def strategy(monkeypatch):
-    return lambda name: monkeypatch.setenv("CBAM_CUDA_STRATEGY", name)
-
-
-@pytest.fixture
-def emulator():
-    library = ctypes.CDLL(str(cbam_cuda.ops._emulator()))
-    library.emulator_launches.restype = ctypes.c_ulonglong
-    return library
-
-
-@contextlib.contextmanager
-def device(emulator, name: str, multiprocessors: int):
-    """Plans are made for a GPU, or for a slice of it."""
-    nothing = ctypes.c_longlong(0)
-    assert emulator.emulated_device(name.encode(), nothing, nothing, multiprocessors) == 0
-    try:
-        yield
-    finally:
-        emulator.emulated_device(b"H100", nothing, nothing, 0)
-
-
-def plan_of(case: Case, dtype, layout: str, training: bool, gpu="H100", multiprocessors=0):
-    return cbam_cuda.ops.compiled().plan(
-        list(case.shape),
-        case.hidden,
-        list(case.kernel),
-        str(dtype).removeprefix("torch."),
-        gpu,
-        channels_last=layout == "channels_last",
-        training=training,
-        strategy="resident",
-        multiprocessors=multiprocessors,
-    )
 
 
 def assert_agree(resident, streaming, dtype) -> None:
-    """What both strategies leave: the same positions, and values a few roundings apart."""
-    for name, a, b in zip(NAMES, resident, streaming, strict=True):
-        if name.endswith("argmax"):
-            assert torch.equal(a, b), name
-        else:
-            eps = torch.finfo(a.dtype if name in ("out", "maps") else torch.float32).eps
-            torch.testing.assert_close(a, b, rtol=32 * eps, atol=32 * eps, equal_nan=True)
+    """What both strategies leave."""
+    for name, *both in zip(NAMES, resident, streaming, strict=True):
+        rounded_to = dtype if name in ("out", "maps") else torch.float32
+        assert_strategies_agree(name, *both, rounded_to)
 
 
 def assert_is_right(case: Case, dtype, layout: str, strategy) -> None:
@@ -112,27 +67,6 @@ def test_as_streaming(case, dtype, layout, strategy):
     assert_is_right(case, dtype, layout, strategy)
 
 
-@dataclass(frozen=True)
-class Regime:
-    """A problem on a GPU, or on a slice of it, and what its plan must be like."""
-
-    name: str
-    shape: tuple[int, ...]
-    hidden: int
-    gpu: str = "H100"
-    multiprocessors: int = 0
-    layout: str = "contiguous"
-    dtype: torch.dtype = torch.float16
-    plan: dict = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def case(self) -> Case:
-        return Case(self.name, self.shape, self.hidden, (7,) * (len(self.shape) - 2))
-
-
 REGIMES = (
     Regime("bulk copies, a cluster", (1, 64, 28, 28), 4, plan={"kind": "cluster", "copy": "bulk"}),
     Regime(
@@ -143,7 +77,7 @@ REGIMES = (
         (5, 512, 8, 8),
         4,
         multiprocessors=1,
-        layout=NATIVE_LAYOUTS[1],
+        layout=CHANNELS_LAST,
         plan={"team": 1, "copy": "bulk"},
     ),
     Regime("a cluster of 16", (2, 256, 56, 56), 16, plan={"team": 16}),
@@ -165,7 +99,7 @@ REGIMES = (
         16,
         "H100",
         8,
-        NATIVE_LAYOUTS[1],
+        CHANNELS_LAST,
         plan={"bands": 4, "rounds": 2, "copy": "async"},
     ),
     Regime(
@@ -181,7 +115,7 @@ REGIMES = (
         128,
         "H100",
         16,
-        NATIVE_LAYOUTS[1],
+        CHANNELS_LAST,
         plan={"samples": 8},
     ),
     Regime(
@@ -201,7 +135,7 @@ REGIMES = (
         8,
         "A100",
         8,
-        NATIVE_LAYOUTS[1],
+        CHANNELS_LAST,
         plan={"kind": "grid", "copy": "async"},
     ),
     Regime(
@@ -218,7 +152,7 @@ REGIMES = (
         8,
         "T4",
         8,
-        NATIVE_LAYOUTS[1],
+        CHANNELS_LAST,
         dtype=torch.float32,
         plan={"copy": "plain"},
     ),
@@ -227,24 +161,9 @@ REGIMES = (
 )
 
 
-def facts_of(regime: Regime) -> dict:
-    """What REGIMES speak of, of the plan."""
-    gpu = (regime.gpu, regime.multiprocessors)
-    found = plan_of(regime.case, regime.dtype, regime.layout, True, *gpu)
-    g = dict(found["passes"]["resident"])
-    pixels = torch.Size(regime.shape[2:]).numel()
-    visits = -(-regime.shape[0] // g["samples"])
-    g["rounds"] = -(-visits // g["teams"])
-    g["bands"] = -(-pixels // g["band"])
-    g["uneven"] = regime.shape[1] % g["channels"] > 0
-    g["several boxes"] = g["boxes_each"] > 1
-    return g
-
-
 @pytest.mark.parametrize("regime", REGIMES, ids=str)
 def test_every_regime(regime, emulator, strategy):
-    facts = facts_of(regime)
-    assert {name: facts[name] for name in regime.plan} == regime.plan
+    assert regime.facts(training=True) == regime.plan
     with device(emulator, regime.gpu, regime.multiprocessors):
         assert_is_right(regime.case, regime.dtype, regime.layout, strategy)
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Two strategies of one backend may be so many roundings apart.
+BETWEEN_STRATEGIES = 32.0
 MULTIPLE_OF_EAGER = 3.0
 ROUNDINGS = 16.0
 ROUNDINGS_FLOAT64 = 1000.0
@@ -37,3 +39,13 @@ def assert_as_good_as_eager(name: str, result: Tensor, eager: Tensor, truth: Ten
     error = (result.double() - truth).abs().max().item()
     allowed = allowed_error(eager.to(result.device), truth)
     assert error <= allowed, f"{name}: off by {error:.3e}, allowed {allowed:.3e}"
+
+
+def assert_strategies_agree(name: str, one: Tensor, other: Tensor, dtype: torch.dtype) -> None:
+    """Fail where two strategies choose other positions, or leave values that are far apart; `dtype`
+    is what they are rounded to."""
+    if one.dtype == torch.int32:
+        assert torch.equal(one, other), name
+        return
+    far = BETWEEN_STRATEGIES * torch.finfo(dtype).eps
+    torch.testing.assert_close(one, other, rtol=far, atol=far, equal_nan=True)

@@ -9,37 +9,15 @@ on a GPU what the caches hold does not come from memory.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 
 import torch
-from emulated_run import run
+from emulated_run import LARGE, counting, run
 
 SHAPES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
-RUNS = (
-    ("inference", "streaming"),
-    ("inference", "resident"),
-    ("training", "streaming"),
-    ("training", "resident"),
-    ("backward", "streaming"),
-)
-LARGE = ("x", "dout", "out", "dx")
+RUNS = tuple(itertools.product(("inference", "training", "backward"), ("streaming", "resident")))
 HEADER = ("shape", "layout", "run", "strategy", "launches", "x, dout", "out, dx", "MLP", "all else")
-
-
-def problems(batch: int, dtype: str) -> list[dict]:
-    return [
-        {
-            "shape": (batch, *shape),
-            "hidden": shape[0] // 16,
-            "dtype": dtype,
-            "layout": layout,
-            "direction": direction,
-            "strategy": strategy,
-        }
-        for shape in SHAPES
-        for layout in ("contiguous", "channels_last")
-        for direction, strategy in RUNS
-    ]
 
 
 def row(problem: dict, counts: dict) -> tuple[str, ...]:
@@ -61,7 +39,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     given = parser.parse_args()
-    listed = problems(given.batch, given.dtype)
+    listed = counting([(given.batch, *shape) for shape in SHAPES], given.dtype, RUNS)
     counted = run("race", "bytes", json.dumps(listed))
     rows = [HEADER, ("---",) * len(HEADER)]
     rows += [row(*pair) for pair in zip(listed, counted, strict=True)]

@@ -14,6 +14,7 @@ from cbam_cuda.arguments import Weights
 
 from ..contestants import KERNEL_SIZE, LAYOUTS, RATIO
 from .commands import ROOT
+from .strategies import forced
 
 sys.path.append(str(ROOT / "tests"))
 import cases
@@ -53,6 +54,25 @@ def run(x: Tensor, weights: Weights) -> Tensor:
 def train(x: Tensor, weights: Weights, grad: Tensor) -> list[Tensor]:
     """The fused block's output and all gradients: that of x, and those of the weights."""
     found: list[Tensor] = cases.gradients(x.device.type, cases.leaves(x, weights), grad)
+    return found
+
+
+def saved_by_forward(x: Tensor, weights: Weights) -> Sequence[Tensor]:
+    """What a backward needs, whichever the strategy of either."""
+    with torch.no_grad(), forced("streaming"):
+        found: Sequence[Tensor] = torch.ops.cbam_cuda.forward_train(x, *weights)[1:]
+    return found
+
+
+def operator_backward(
+    x: Tensor, weights: Weights, saved: Sequence[Tensor], grad: Tensor
+) -> Sequence[Tensor]:
+    """The gradients of x and all weights, by the operator alone."""
+    mask = [True] * (1 + len(weights))
+    with torch.no_grad():
+        found: Sequence[Tensor] = torch.ops.cbam_cuda.backward(
+            grad, None, None, x, *weights, *saved, mask
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""Which kernels a forced forward launches: what is timed under a name must be what has run.
+"""Which kernels a forced strategy launches: what is timed under a name must be what has run.
 
 A device may refuse a resident launch that the plan holds possible; the backend then runs streaming
 without a word, and only the kernels tell.
@@ -10,18 +10,19 @@ import itertools
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from cbam_cuda.arguments import Weights
 from cbam_cuda.plan import plan
 
-from .inputs import BLOCKS, draw, draw_weights, run
+from .inputs import BLOCKS, draw, draw_weights, operator_backward, run, saved_by_forward
 from .results import SkippedError
 from .strategies import STRATEGIES, Tally, forced
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 DTYPES = (torch.float16, torch.float32)
-RESIDENT = "resident_forward"  # in the name of its kernel
 
 
 def as_planned(
@@ -32,23 +33,32 @@ def as_planned(
     """As many kernels as the plan says, of the strategy that is forced."""
     tally = Tally()
     for block, n, dtype in itertools.product(blocks, batches, DTYPES):
-        x, weights = draw((n, *block), dtype, device=device), draw_weights(block[0], dtype, device)
-        for strategy in STRATEGIES:
-            name = f"{tuple(x.shape)}, {dtype}, {strategy}"
-            with tally.problem(name), forced(strategy):
-                run(x, weights)
-                found = kernels(lambda x=x, weights=weights: run(x, weights))
-                _check(name, found, x, strategy)
-    return tally.said("forwards")
+        x, grad = (draw((n, *block), dtype, device=device, seed=seed) for seed in (0, 1))
+        for direction, call in _calls(x, draw_weights(block[0], dtype, device), grad).items():
+            for strategy in STRATEGIES:
+                name = f"{direction} {tuple(x.shape)}, {dtype}, {strategy}"
+                with tally.problem(name), forced(strategy):
+                    call()
+                    _check(name, kernels(call), x, direction, strategy)
+    return tally.said("forwards and backwards")
 
 
-def _check(name: str, found: list[str], x: torch.Tensor, strategy: str) -> None:
+def _calls(x: Tensor, weights: Weights, grad: Tensor) -> dict[str, Callable[[], object]]:
+    saved = saved_by_forward(x, weights)
+    return {
+        "forward": lambda: run(x, weights),
+        "backward": lambda: operator_backward(x, weights, saved, grad),
+    }
+
+
+def _check(name: str, found: list[str], x: Tensor, direction: str, strategy: str) -> None:
     if not found:
         raise SkippedError("the profiler sees no kernels")
-    dtype = str(x.dtype).removeprefix("torch.")
-    planned = plan(x.shape, dtype, "cuda:0", strategy=strategy)
+    dtype, backward = str(x.dtype).removeprefix("torch."), direction == "backward"
+    planned = plan(x.shape, dtype, "cuda:0", strategy=strategy, backward=backward)
     expected = len(planned["stages"]) * -(-len(x) // planned["group"])
-    resident = sum(RESIDENT in kernel for kernel in found)
+    expected += planned["summing_launches"]
+    resident = sum(f"resident_{direction}" in kernel for kernel in found)
     assert resident == (strategy == "resident"), f"{name}: ran {found[0]}"
     assert len(found) == expected, f"{name}: {len(found)} kernels, {expected} planned"
 

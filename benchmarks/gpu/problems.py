@@ -1,28 +1,28 @@
 """What is timed on the GPU: one problem, and every contestant over several inputs of its size.
 
-As in `benchmarks.contestants`, but a call takes the number of an input, so that no call finds what
-the one before it left in the cache.
+As in `benchmarks.contestants`, but a call takes the number of an input, and the fused block runs
+under each strategy.
 """
 
 from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 from ..contestants import blocks, first_line
+from . import calls
+from .calls import Buffers
 from .inputs import draw
-from .strategies import STRATEGIES, contestant, forced, is_impossible
 
 GRAPH_CALLS = 20
 FOOTPRINT = 4  # inputs together, in sizes of the L2 cache
+FREE = 0.85  # the part of free memory that a row may take
 COMPILE_SECONDS = 30
-
-Call = Callable[[int], object]
+MAKERS = {"forward": calls.forward, "backward": calls.backward, "step": calls.step}
 
 
 class Problem(NamedTuple):
@@ -48,110 +48,78 @@ def buffers(problem: Problem, l2_bytes: int) -> int:
 
 
 def memory_needed(problem: Problem, count: int) -> int:
-    """An estimate of what timing takes: buffers, results, and what the plain form makes."""
-    return problem.bytes * (count * 4 + 16)
+    """An estimate: buffers, what forwards keep, results, and what plain calls make beside."""
+    return problem.bytes * (count * (4 + 4 + 6) + 16)
 
 
-class Contestants:
-    """`calls[direction][name]` takes the number of a buffer; `missing` says who could not run."""
+def too_large(problem: Problem) -> str | None:
+    """Why a row cannot be timed on the current device, if so."""
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    needed = memory_needed(problem, buffers(problem, l2_bytes))
+    torch.cuda.empty_cache()  # what the row before left
+    free, _ = torch.cuda.mem_get_info()
+    return "does not fit into memory" if needed > FREE * free else None
+
+
+class Strategies:
+    """The copy, and the fused block under each strategy, forward and backward.
+
+    `calls[direction][name]` takes the number of a buffer; `missing[direction]` says who could not
+    run.
+    """
 
     def __init__(
-        self,
-        problem: Problem,
-        count: int,
-        with_compile: bool,
-        device: str = "cuda",
+        self, problem: Problem, count: int, with_compile: bool = False, device: str = "cuda"
     ) -> None:
         shape, dtype, layout = problem
-        self.missing: dict[str, str] = {}
-        xs = [draw(shape, dtype, layout, device, seed) for seed in range(count)]
-        outs = [torch.empty_like(x) for x in xs]
-        grads = [draw(shape, dtype, layout, device, count + seed) for seed in range(count)]
-        self.calls: dict[str, dict[str, Call]] = {
-            "forward": {"copy": _copy(xs, outs)},
-            "step": {"copy": _copy_step(xs, outs, grads)},
-        }
-        for name, block in blocks(shape[1], dtype, xs[0].device, with_compile).items():
-            calls = {"forward": _forward(block, xs), "step": _step(block, xs, grads)}
-            if name == "compile" and not self._compiles(calls):
-                continue
-            self.calls["step"][name] = calls["step"]
-            self.calls["forward"] |= (
-                _by_strategy(calls["forward"], self.missing)
-                if name == "fused"
-                else {name: calls["forward"]}
-            )
-
-    def _compiles(self, calls: dict[str, Call]) -> bool:
-        try:
-            with at_most(COMPILE_SECONDS):
-                for direction, call in calls.items():
-                    with torch.set_grad_enabled(direction == "step"):
-                        call(0)
-        except Exception as error:  # of Triton, of a compiler, or out of time
-            self.missing["compile"] = first_line(error)
-            return False
-        return True
+        xs, grads = (
+            [draw(shape, dtype, layout, device, first + i) for i in range(count)]
+            for first in (0, count)
+        )
+        self.buffers = Buffers(xs, grads)
+        self.blocks = blocks(shape[1], dtype, xs[0].device, with_compile)
+        self.calls = {way: {"copy": copy} for way, copy in calls.copies(self.buffers).items()}
+        self.missing: dict[str, dict[str, str]] = {direction: {} for direction in self.calls}
+        for direction, make in (("forward", calls.forward), ("backward", calls.fused_backward)):
+            call = make(self.blocks["fused"], self.buffers)
+            found, self.missing[direction] = calls.by_strategy(call)
+            self.calls[direction] |= found
 
 
-def forwards(
-    problem: Problem, count: int, device: str = "cuda"
-) -> tuple[dict[str, Call], dict[str, str]]:
-    """The copy and the fused forward under each strategy; and which one is missing, with why."""
-    shape, dtype, layout = problem
-    xs = [draw(shape, dtype, layout, device, seed) for seed in range(count)]
-    outs = [torch.empty_like(x) for x in xs]
-    block = blocks(shape[1], dtype, xs[0].device, with_compile=False)["fused"]
-    missing: dict[str, str] = {}
-    return {"copy": _copy(xs, outs), **_by_strategy(_forward(block, xs), missing)}, missing
+class Contestants(Strategies):
+    """Beside them the plain block and, if wanted, the compiled one; and forward with backward."""
 
+    def __init__(
+        self, problem: Problem, count: int, with_compile: bool, device: str = "cuda"
+    ) -> None:
+        super().__init__(problem, count, with_compile, device)
+        self._add("eager", MAKERS)
+        if with_compile:
+            self._add_compiled()
+        self._add("fused", ["step"])
 
-def _by_strategy(call: Call, missing: dict[str, str]) -> dict[str, Call]:
-    found = {}
-    for strategy in STRATEGIES:
-        name, forced_call = contestant(strategy), forced(strategy)(call)
-        try:
-            with torch.no_grad():
-                forced_call(0)
-        except RuntimeError as error:
-            if not is_impossible(error):
-                raise
-            missing[name] = first_line(error)
-        else:
-            found[name] = forced_call
-    return found
+    def _add(self, name: str, directions: Iterable[str]) -> None:
+        """Once it has run in all of these."""
+        found = {way: MAKERS[way](self.blocks[name], self.buffers) for way in directions}
+        for direction, call in found.items():
+            with torch.set_grad_enabled(direction == "step"):
+                call(0)
+        for direction, call in found.items():
+            self.calls[direction][name] = call
 
-
-def _copy(xs: list[Tensor], outs: list[Tensor]) -> Call:
-    """Reads x, writes out."""
-    return lambda i: outs[i].copy_(xs[i])
-
-
-def _copy_step(xs: list[Tensor], outs: list[Tensor], grads: list[Tensor]) -> Call:
-    """Reads x, writes out; then reads x and out's gradient, writes x's gradient."""
-    dxs = [torch.empty_like(x) for x in xs]
-
-    def step(i: int) -> None:
-        outs[i].copy_(xs[i])
-        torch.mul(xs[i], grads[i], out=dxs[i])
-
-    return step
-
-
-def _forward(block: nn.Module, xs: list[Tensor]) -> Call:
-    return lambda i: block(xs[i])
-
-
-def _step(block: nn.Module, xs: list[Tensor], grads: list[Tensor]) -> Call:
-    """Forward and backward, for the gradients of x and all weights."""
-    inputs = [x.detach().requires_grad_() for x in xs]
-    weights = list(block.parameters())
-
-    def step(i: int) -> object:
-        out = block(inputs[i])
-        return out.detach(), torch.autograd.grad(out, [inputs[i], *weights], grads[i])
-
-    return step
+    def _add_compiled(self) -> None:
+        """In as many directions as it compiles for; the backward may fail alone."""
+        # Else the compiled backward gives memory of the forward away, and runs once.
+        torch._functorch.config.donated_buffer = False
+        for directions in (("forward", "step"), ("backward",)):
+            try:
+                with at_most(COMPILE_SECONDS):
+                    self._add("compile", directions)
+            except Exception as error:  # of Triton, of a compiler, or out of time
+                without = directions if directions == ("backward",) else MAKERS
+                for direction in without:
+                    self.missing[direction]["compile"] = first_line(error)
+                return
 
 
 @contextlib.contextmanager

@@ -6,12 +6,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..report import markdown
-from .tables import SWEEP_NOTE, TIMINGS_NOTE, sweep_table, timing_table
+from .tables import (
+    NETWORK_NOTE,
+    SWEEP_NOTE,
+    TIMINGS_NOTE,
+    network_table,
+    sweep_table,
+    timing_table,
+)
 
 Found = Mapping[str, Any]
 CELL = 160  # characters
 HIDDEN = ("state", "summary", "problems", "seconds", "command", "nvidia_smi")
-TITLES = {"forward": "Forward", "step": "Forward + backward"}
+TITLES = {"forward": "Forward", "backward": "Backward", "step": "Forward + backward"}
 
 
 def overview(steps: Mapping[str, Found | None]) -> str:
@@ -50,22 +57,36 @@ def _checks(found: Found) -> Iterator[str]:
 
 def _timings(found: Found) -> Iterator[str]:
     for direction, title in TITLES.items():
-        rows = [row for row in found.get("rows", ()) if row.get("direction") == direction]
-        if not rows:
-            continue
-        yield from (f"## {title}", "", timing_table(rows, direction), "")
+        if rows := _of(found, direction):
+            yield from (f"## {title}", "", timing_table(rows, direction), "")
     yield from _left_out(found)
     if found.get("rows"):
         yield from (TIMINGS_NOTE, "")
 
 
-def _sweep(found: Found) -> Iterator[str]:
-    yield from ("## Streaming or resident", "")
-    if rows := [row for row in found.get("rows", ()) if "faster" in row]:
-        yield from (sweep_table(rows), "")
+def _network(found: Found) -> Iterator[str]:
+    yield from ("## A whole network", "")
+    rows = [row for row in found.get("rows", ()) if "contestant" in row]
+    if rows:
+        yield from (network_table(rows), "")
     yield from _left_out(found)
     if rows:
+        yield from (NETWORK_NOTE, "")
+
+
+def _sweep(found: Found) -> Iterator[str]:
+    yield from ("## Streaming or resident", "")
+    for direction, title in TITLES.items():
+        if rows := _of(found, direction):
+            yield from (f"### {title}", "", sweep_table(rows), "")
+    yield from _left_out(found)
+    if found.get("rows"):
         yield from (SWEEP_NOTE, "")
+
+
+def _of(found: Found, direction: str) -> list[Found]:
+    """Rows of one direction; those that failed have none."""
+    return [row for row in found.get("rows", ()) if row.get("direction") == direction]
 
 
 def _left_out(found: Found) -> Iterator[str]:
@@ -80,10 +101,11 @@ def _reasons(rows: Any) -> list[str]:
     """Why contestants are missing, each reason once."""
     lines = []
     for row in rows:
-        lines += [f"{n} is missing: {why}" for n, why in row.get("missing", {}).items()]
+        direction = TITLES.get(row.get("direction"))
+        lines += [f"{direction}: {n} is missing: {w}" for n, w in row.get("missing", {}).items()]
         for name, timing in row.get("contestants", {}).items():
             if "no_graph" in timing:
-                lines.append(f"{name} is not in a graph: {timing['no_graph']}")
+                lines.append(f"{direction}: {name} is not in a graph: {timing['no_graph']}")
     return list(dict.fromkeys(lines))
 
 
@@ -108,6 +130,7 @@ SECTIONS = {
     "sanitizers": _sanitizers,
     "checks": _checks,
     "timings": _timings,
+    "network": _network,
     "sweep": _sweep,
     "environment": _environment,
 }

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,14 +14,15 @@ from cbam_cuda.plan import plan
 
 from ..contestants import first_line
 from .commands import run, tail
-from .problems import Problem, buffers, memory_needed
+from .problems import Problem
 from .results import FAILED, PASSED, Folder, Outcome
 from .strategies import STRATEGIES, contestant
 
-FREE = 0.85  # the part of free memory that a row may take
 LEFT_FOR_THE_END = 15.0
+COPY_PASSES = {"forward": 2, "backward": 3}  # over tensors of x's size; each is timed by strategy
 
 Row = dict[str, Any]
+Wanted = TypeVar("Wanted")  # what a row is of; its text is the row's name
 
 
 def step(name: str, seconds: float, folder: Folder) -> Outcome:
@@ -50,11 +51,11 @@ def judge(found: dict[str, Any], how: str, text: str) -> Outcome:
 
 
 def take(
-    wanted: Sequence[Problem],
+    wanted: Sequence[Wanted],
     seconds: float,
     shortest: float,
-    time_row: Callable[[Problem, float], list[Row]],
-    why_not: Callable[[Problem], str | None],
+    time_row: Callable[[Wanted, float], list[Row]],
+    why_not: Callable[[Wanted], str | None],
     keep: Callable[[dict[str, Any]], None],
 ) -> None:
     """Time row after row, none begun with less than `shortest` seconds left.
@@ -100,25 +101,26 @@ def describe(
         "method": method,
         "fraction_of_copy": {name: times["copy"] / times[name] for name in ours},
     }
-    if direction == "forward":
-        row["copy_gigabytes_per_second"] = 2 * problem.bytes / times["copy"] / 1e3
+    if passes := COPY_PASSES.get(direction):
+        row["copy_gigabytes_per_second"] = passes * problem.bytes / times["copy"] / 1e3
         row["faster"] = min(ours, key=times.__getitem__).removeprefix("cuda ")
         try:
-            row |= _planned(problem, times)
+            row |= _planned(problem, direction, times)
         except (RuntimeError, ValueError) as error:  # the timing is worth keeping
             missing["plan"] = first_line(error)
     return row
 
 
-def _planned(problem: Problem, times: dict[str, float]) -> Row:
+def _planned(problem: Problem, direction: str, times: dict[str, float]) -> Row:
     """What "auto" picks, what each plan says, and the speeds that follow."""
     dtype, last = str(problem.dtype).removeprefix("torch."), problem.layout == "channels_last"
-    auto = plan(problem.shape, dtype, "cuda:0", channels_last=last)
+    kind = {"channels_last": last, "backward": direction == "backward"}
+    auto = plan(problem.shape, dtype, "cuda:0", **kind)
     plans = {}
     for strategy in STRATEGIES:
         if (name := contestant(strategy)) not in times:
             continue
-        found = plan(problem.shape, dtype, "cuda:0", channels_last=last, strategy=strategy)
+        found = plan(problem.shape, dtype, "cuda:0", strategy=strategy, **kind)
         plans[name] = {
             "passes": found["passes"],
             "traffic_bytes": found["traffic"],
@@ -129,22 +131,15 @@ def _planned(problem: Problem, times: dict[str, float]) -> Row:
     return {"auto": auto["strategy"], "reason": auto["reason"], "plans": plans}
 
 
-def too_large(problem: Problem) -> str | None:
-    """Why a row cannot be timed on the current device, if so."""
-    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    needed = memory_needed(problem, buffers(problem, l2_bytes))
-    torch.cuda.empty_cache()  # what the row before left
-    free, _ = torch.cuda.mem_get_info()
-    return "does not fit into memory" if needed > FREE * free else None
-
-
 def main(
     name: str,
-    wanted: Sequence[Problem],
+    wanted: Sequence[Wanted],
     shortest: float,
-    time_row: Callable[[Problem, float], list[Row]],
+    time_row: Callable[[Wanted, float], list[Row]],
+    why_not: Callable[[Wanted], str | None],
 ) -> None:
     """Take all rows on the current device; the command line says where to, and for how long."""
     folder = Folder(Path(sys.argv[1]))
     seconds = float(sys.argv[2])
-    take(wanted, seconds, shortest, time_row, too_large, lambda found: folder.write(name, found))
+    with torch.cuda.stream(torch.cuda.Stream()):  # not the default one, which no graph records
+        take(wanted, seconds, shortest, time_row, why_not, lambda found: folder.write(name, found))

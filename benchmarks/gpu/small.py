@@ -43,14 +43,15 @@ def run(device: str = "cuda") -> int:
 def _calls(case: cases.Case, dtype: torch.dtype, layout: str, device: str) -> int:
     x = cases.LAYOUTS[layout](cases.make_x(case, dtype)).to(device)
     weights = Weights(*(w.to(device) for w in cases.make_weights(case, dtype)))
+    grad = cases.LAYOUTS[layout](cases.make_x(case, dtype, seed=2)).to(device)
     results = []
     tally = Tally()
     for strategy in STRATEGIES:
         with tally.problem(strategy), forced(strategy), torch.no_grad():
             results.append([cbam_cuda.cbam(x, *weights, backend=device)])
             results.append(cbam_cuda.cbam(x, *weights, backend=device, return_attention=True))
-    grad = cases.LAYOUTS[layout](cases.make_x(case, dtype, seed=2)).to(device)
-    results.append(train(x, weights, grad))
+        with tally.problem(strategy), forced(strategy):
+            results.append(train(x, weights, grad))
     # The copies wait for the kernels, and an error of theirs is raised here.
     finite = [torch.isfinite(t.cpu()).all().item() for tensors in results for t in tensors]
     assert all(finite), (case, dtype, layout)

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from . import checks, facts, sanitizers, suite, sweep, timings
+from . import checks, facts, network, sanitizers, suite, sweep, timings
 from .report import one_line, render
 from .results import FAILED, SKIPPED, Folder, Outcome
 
@@ -23,13 +23,14 @@ class Step(NamedTuple):
     share: float = 1.0  # at most this part of all that is left; the rest is for those after it
 
 
-# Together 8 minutes. What one leaves of its time goes to the timings and the sweep at the end.
+# Together 8 minutes. What one leaves of its time goes to the measurements at the end.
 STEPS = (
     Step("environment", 10, facts.step),
     Step("tests", 120, suite.step),
     Step("sanitizers", 120, sanitizers.step),
     Step("checks", 80, checks.step),
-    Step("timings", 200, timings.step, share=0.6),
+    Step("timings", 200, timings.step, share=0.45),
+    Step("network", 45, network.step, share=0.55),
     Step("sweep", 120, sweep.step),
 )
 NAMES = tuple(step.name for step in STEPS)

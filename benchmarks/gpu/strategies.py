@@ -1,4 +1,4 @@
-"""The ways in which the CUDA backend runs a forward, each forced in turn."""
+"""The ways in which the CUDA backend runs a forward or a backward, each forced in turn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _IMPOSSIBLE = "expected one that is possible"
 
 @contextlib.contextmanager
 def forced(strategy: str) -> Iterator[None]:
-    """Every forward is run like this, or raises an error that `is_impossible`."""
+    """Everything is run like this, or raises an error that `is_impossible`."""
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = strategy
     try:
@@ -33,7 +33,7 @@ def is_impossible(error: Exception) -> bool:
 
 
 def contestant(strategy: str) -> str:
-    """What the forced forward is called in timings."""
+    """What it is called in timings."""
     return f"cuda {strategy}"
 
 
@@ -49,7 +49,7 @@ class Tally:
         """Around what is checked of one problem; ends early where it has no plan."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             if not is_impossible(error):
                 raise
             self.left_out.append(name)

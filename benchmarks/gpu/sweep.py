@@ -1,7 +1,7 @@
-"""Where the resident forward overtakes the streaming one: both, over batches and shapes.
+"""Where resident overtakes streaming, forward and backward: both, over batches and shapes.
 
 ``python -m benchmarks.gpu.sweep FOLDER SECONDS`` takes the cells and writes the file as it goes.
-Thresholds of the plan are set from its table.
+Thresholds of the plan are set from its tables.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from . import rows
 from .inputs import BLOCKS
 from .measure import Clock, measure
-from .problems import Problem, buffers, forwards
+from .problems import Problem, Strategies, buffers, too_large
 from .results import Folder, Outcome
 from .rows import Row, describe
 
@@ -22,7 +22,8 @@ from .rows import Row, describe
 BATCHES = (1, 8, 32, 128, 2, 16, 64, 4, 256)
 DTYPES = (torch.float16, torch.float32)
 CELL_SECONDS = 3.0  # with less left, a cell is not begun
-ROUNDS = 3
+ROUNDS = 1  # a cell is of two directions
+DIRECTIONS = tuple(rows.COPY_PASSES)
 
 
 def cells() -> Iterator[Problem]:
@@ -40,21 +41,30 @@ def step(seconds: float, folder: Folder) -> Outcome:
 
 
 def told(outcome: Outcome) -> str:
-    """What the cells say of the choice."""
-    found = [row for row in outcome.details["rows"] if "faster" in row]
-    faster = sum(row["faster"] == "resident" for row in found)
-    right = sum(row["faster"] == row.get("auto") for row in found)
-    return f"resident is faster in {faster}, auto picks the faster in {right}"
+    """What the cells say of the choice, in each direction."""
+    parts = []
+    for direction in DIRECTIONS:
+        found = [r for r in outcome.details["rows"] if r.get("direction") == direction]
+        faster = sum(row["faster"] == "resident" for row in found)
+        right = sum(row["faster"] == row.get("auto") for row in found)
+        parts.append(
+            f"{direction}: resident is faster in {faster} of {len(found)}, "
+            f"auto picks the faster in {right}"
+        )
+    return "; ".join(parts)
 
 
 def time_cell(problem: Problem, left: float) -> list[Row]:
-    """One row: inference under each strategy, and the copy."""
+    """A row a direction: each strategy, and the copy."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     count = buffers(problem, l2_bytes)
-    calls, missing = forwards(problem, count)
-    found = measure(calls, count, Clock(l2_bytes), training=False, rounds=ROUNDS)
-    return [describe(problem, "forward", found, count, missing)]
+    both, clock = Strategies(problem, count), Clock(l2_bytes)
+    found = []
+    for direction in DIRECTIONS:
+        times = measure(both.calls[direction], count, clock, training=False, rounds=ROUNDS)
+        found.append(describe(problem, direction, times, count, both.missing[direction]))
+    return found
 
 
 if __name__ == "__main__":
-    rows.main("sweep", list(cells()), CELL_SECONDS, time_cell)
+    rows.main("sweep", list(cells()), CELL_SECONDS, time_cell, too_large)

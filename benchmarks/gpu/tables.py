@@ -10,31 +10,41 @@ from .strategies import STRATEGIES, contestant
 
 Found = Mapping[str, Any]
 
+NETWORKS = ("plain", "fused")
+NETWORK_COLUMNS = (("milliseconds", 1, 2), ("images_per_second", 1, 0), ("peak_bytes", 1e9, 2))
+
 TIMINGS_NOTE = """\
 Medians in microseconds a call. "graph": 20 calls inside of a replayed CUDA graph; "launched": calls
 one after another from Python. Every sample begins with a cold L2 cache and goes through several
-inputs and outputs. The copy is the memory limit: read x, write out; with backward also read x, read
-out's gradient, write x's gradient; "of copy" is its time over the fused block's. The forward is
-timed under each strategy; ratios and GB/s are those of the one that "auto" picks. GB/s counts what
-the plan says the device's memory must move. torch.compile runs at one batch size only."""
+inputs and outputs. The copy is the memory limit: read x, write out; in the backward read x and
+out's gradient, write x's gradient; "of copy" is its time over the fused block's. The backward alone
+is that of forwards made before: of the plain and the compiled block by autograd, of the fused one
+its operator. Forward and backward alone are timed under each strategy; ratios and GB/s are those of
+the one that "auto" picks. GB/s counts what the plan says the device's memory must move.
+torch.compile runs at one batch size only."""
 
 SWEEP_NOTE = """\
-Microseconds, measured as above, of inference on contiguous tensors; "auto/faster" is what the
-strategy that "auto" picks takes over the faster one."""
+Microseconds, measured as above, on contiguous tensors: inference, and the backward alone;
+"auto/faster" is what the strategy that "auto" picks takes over the faster one."""
+
+NETWORK_NOTE = """\
+ResNet-50 with CBAM in every block, median milliseconds of a step. Training: forward, backward and
+SGD in bfloat16 under autocast; inference in float16. "peak" is the most memory that tensors take,
+with one network on the device."""
 
 
 def timing_table(rows: Sequence[Found], direction: str) -> str:
     """Rows of one direction."""
     header = ["NxCxHxW", "dtype", "layout", "by", "copy", "eager", "compile"]
-    if direction == "forward":
-        header += [*STRATEGIES, "auto", "eager/auto", "compile/auto"]
-        header += [*(f"{strategy} of copy" for strategy in STRATEGIES), "GB/s"]
-        return markdown(header, [_forward_cells(row) for row in rows], left=4)
-    header += ["fused", "eager/fused", "compile/fused", "of copy"]
-    return markdown(header, [_step_cells(row) for row in rows], left=4)
+    if direction == "step":
+        header += ["fused", "eager/fused", "compile/fused", "of copy"]
+        return markdown(header, [_step_cells(row) for row in rows], left=4)
+    header += [*STRATEGIES, "auto", "eager/auto", "compile/auto"]
+    header += [*(f"{strategy} of copy" for strategy in STRATEGIES), "GB/s"]
+    return markdown(header, [_strategy_cells(row) for row in rows], left=4)
 
 
-def _forward_cells(row: Found) -> list[str]:
+def _strategy_cells(row: Found) -> list[str]:
     auto, names = contestant(row.get("auto", "")), list(map(contestant, STRATEGIES))
     speed = row.get("plans", {}).get(auto, {}).get("gigabytes_per_second")
     return [
@@ -65,7 +75,7 @@ def _ratio(time: float | None, ours: float | None) -> float | None:
 
 
 def sweep_table(rows: Sequence[Found]) -> str:
-    """A line a cell, by shape and dtype, then by batch."""
+    """A line a cell, by shape and dtype, then by batch; rows of one direction."""
     header = ["CxHxW", "dtype", "N", "by", "copy", *STRATEGIES, "faster", "auto", "auto/faster"]
     header += [f"{strategy} predicted" for strategy in STRATEGIES]
     ordered = sorted(rows, key=lambda row: (row["shape"][1:], row["dtype"], row["shape"][0]))
@@ -88,6 +98,40 @@ def _sweep_cells(row: Found) -> list[str]:
         number(_ratio(auto, best), 2),
         *(number(None if s is None else s * 1e6, 1) for s in seconds),
     ]
+
+
+def network_table(rows: Sequence[Found]) -> str:
+    """A line a setting, both networks side by side."""
+    header = ["mode", "layout", "images"]
+    for unit in ("ms", "images/s", "peak GB"):
+        header += [f"{name} {unit}" for name in NETWORKS]
+    body = []
+    for pair in _pairs(rows).values():
+        first = pair[NETWORKS[0]]
+        cells = [first["mode"], first["layout"], str(first["images"])]
+        for key, unit, digits in NETWORK_COLUMNS:
+            cells += [number(pair[name][key] / unit, digits) for name in NETWORKS]
+        body.append([*cells, number(_plain_over_fused(pair), 2)])
+    return markdown([*header, "plain/fused"], body, left=2)
+
+
+def network_ratios(rows: Sequence[Found]) -> dict[str, float]:
+    """By setting, how many times as long the plain network takes."""
+    return {setting: _plain_over_fused(pair) for setting, pair in _pairs(rows).items()}
+
+
+def _pairs(rows: Sequence[Found]) -> dict[str, dict[str, Found]]:
+    """Rows by setting and network; errors are left out."""
+    pairs: dict[str, dict[str, Found]] = {}
+    for row in rows:
+        if "contestant" in row:
+            pairs.setdefault(f"{row['mode']} {row['layout']}", {})[row["contestant"]] = row
+    return pairs
+
+
+def _plain_over_fused(pair: Mapping[str, Found]) -> float:
+    plain, fused = (float(pair[name]["milliseconds"]) for name in NETWORKS)
+    return plain / fused
 
 
 def median(row: Found, name: str) -> float | None:

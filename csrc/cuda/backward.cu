@@ -107,46 +107,69 @@ struct WeightSums {
   void* d_conv;    // acc [samples * boxes, 2 * taps + 1], the bias last
 };
 
+// What a sum over the batch is handed; of length 0 where nobody asked for it.
+OuterSum outer_sum(Vectors a, Vectors b, void* out) {
+  if (!out) a.length = b.length = 0;
+  return {a, b, out};
+}
+VectorSum vector_sum(Vectors a, double scale, void* out) {
+  if (!out) a.length = 0;
+  return {a, scale, out};
+}
+
 // The batch's sums, once every group has been. Of an empty batch they are 0.
-void weight_gradients(const BackwardProblem& p, const BackwardPlan& plan, const WeightSums& sums,
+void weight_gradients(const BackwardProblem& p, int64_t boxes, const WeightSums& sums,
                       Stream stream) {
   const Shape& s = p.shape;
   const Gradients& g = p.gradients;
   const WeightGrids grid = weight_grids(p);
-  const int64_t n = s.samples, boxes = n * plan.stencil.boxes();
+  const int64_t n = s.samples;
   const int channels = static_cast<int>(s.channels), hidden = static_cast<int>(s.hidden),
             taps = static_cast<int>(2 * s.taps());
   const Vectors dm{sums.dm, channels, n, 1, channels};
   const Vectors d_hidden{sums.d_hidden, hidden, 2 * n, 1, hidden};
   const Vectors both_hidden{p.saved.hidden, int64_t{2} * hidden, n, 2, hidden};
   const Vectors pooled{p.saved.pooled, channels, 2 * n, 1, channels};
-  if (g.fc1_weight) outer_sums(p.dtype, {d_hidden, pooled, g.fc1_weight}, grid.fc1, stream);
-  if (g.fc2_weight) outer_sums(p.dtype, {dm, both_hidden, g.fc2_weight}, grid.fc2, stream);
-  if (g.fc1_bias) vector_sums(p.dtype, {d_hidden, 1.0, g.fc1_bias}, grid.fc1_bias, stream);
-  // Once for each of the two pooled vectors.
-  if (g.fc2_bias) vector_sums(p.dtype, {dm, 2.0, g.fc2_bias}, grid.fc2_bias, stream);
   const void* bias = further(sums.d_conv, taps, bytes_of_accumulator(p.dtype));
-  const Vectors conv{sums.d_conv, taps + 1, boxes, 1, taps}, conv_bias{bias, taps + 1, boxes, 1, 1};
-  if (g.conv_weight) vector_sums(p.dtype, {conv, 1.0, g.conv_weight}, grid.conv, stream);
-  if (g.conv_bias) vector_sums(p.dtype, {conv_bias, 1.0, g.conv_bias}, grid.conv_bias, stream);
+  const Vectors conv{sums.d_conv, taps + 1, n * boxes, 1, taps};
+  const Vectors conv_bias{bias, taps + 1, n * boxes, 1, 1};
+  if (grid.products.blocks)
+    outer_sums(
+        p.dtype,
+        {outer_sum(d_hidden, pooled, g.fc1_weight), outer_sum(dm, both_hidden, g.fc2_weight)},
+        grid.products, stream);
+  if (grid.sums.blocks)
+    vector_sums(p.dtype,
+                {{vector_sum(d_hidden, 1.0, g.fc1_bias),
+                  vector_sum(dm, 2.0, g.fc2_bias),  // once for each of the two pooled vectors
+                  vector_sum(conv, 1.0, g.conv_weight), vector_sum(conv_bias, 1.0, g.conv_bias)}},
+                grid.sums, stream);
 }
 
-}  // namespace
-
-BackwardPlan plan_to_run(const BackwardProblem& p, const DeviceLimits& device) {
-  return plan(p, device);
+void run_resident(const BackwardProblem& p, const BackwardPlan& plan, void* exchange,
+                  const WeightSums& sums, Stream stream) {
+  const bool first = p.strides.channels_first();
+  ResidentBackward r{};
+  set_resident(r, p, exchange);
+  r.dout = matrix_of(p, p.dout, p.dout_strides);
+  r.dx = p.gradients.x;
+  r.dx_sample_stride = p.dx_strides.sample;
+  r.dx_row_stride = first ? p.dx_strides.channel : p.dx_strides.pixel;
+  r.d_channel_gate = p.d_channel_gate;
+  r.d_spatial_gate = p.d_spatial_gate;
+  r.dm = sums.dm;
+  r.d_hidden = sums.d_hidden;
+  r.d_conv = sums.d_conv;
+  r.geometry = *plan.resident;
+  resident_shared_bytes(p, r.geometry, r.layout);
+  resident_backward(p.dtype, first, r, resident_grid(plan, p), stream);
 }
 
-void run(const BackwardProblem& problem, const BackwardPlan& plan, void* memory, Stream stream) {
+void run_streaming(const BackwardProblem& problem, const BackwardPlan& plan,
+                   const BackwardScratch& bytes, void* memory, const WeightSums& sums,
+                   Stream stream) {
   const Shape& s = problem.shape;
-  const BackwardScratch bytes = scratch(plan, problem);
   const int64_t acc = bytes_of_accumulator(problem.dtype), boxes = plan.stencil.boxes();
-  ScratchParts parts(memory);
-  parts.take(bytes.total() - bytes.dm - bytes.d_hidden - bytes.d_conv);
-  WeightSums sums{};
-  sums.dm = parts.take(bytes.dm);
-  sums.d_hidden = parts.take(bytes.d_hidden);
-  sums.d_conv = parts.take(bytes.d_conv);
   const bool channel = problem.gradients.x || problem.gradients.mlp();
   for (int64_t first = 0; first < s.samples; first += plan.group.samples) {
     const int64_t count = std::min(plan.group.samples, s.samples - first);
@@ -168,7 +191,31 @@ void run(const BackwardProblem& problem, const BackwardPlan& plan, void* memory,
     hidden_layer_backward(gate, grid.hidden, stream);
     input_gradient(part.dtype, group.input_gradient(), grid.input, stream);
   }
-  weight_gradients(problem, plan, sums, stream);
+}
+
+}  // namespace
+
+BackwardPlan plan_to_run(const BackwardProblem& p, const DeviceLimits& device) {
+  return plan_that_runs(p, device, [&](const BackwardPlan& found) {
+    return can_run_resident_backward(p.dtype, p.strides.channels_first(), *found.resident,
+                                     resident_grid(found, p));
+  });
+}
+
+void run(const BackwardProblem& problem, const BackwardPlan& plan, void* memory, Stream stream) {
+  const BackwardScratch bytes = scratch(plan, problem);
+  ScratchParts parts(memory);
+  parts.take(bytes.total() - bytes.exchange - bytes.dm - bytes.d_hidden - bytes.d_conv);
+  void* exchange = parts.take(bytes.exchange);
+  WeightSums sums{};
+  sums.dm = parts.take(bytes.dm);
+  sums.d_hidden = parts.take(bytes.d_hidden);
+  sums.d_conv = parts.take(bytes.d_conv);
+  if (plan.resident)
+    run_resident(problem, plan, exchange, sums, stream);
+  else
+    run_streaming(problem, plan, bytes, memory, sums, stream);
+  weight_gradients(problem, plan.boxes().boxes(), sums, stream);
 }
 
 }  // namespace cbam::cuda

@@ -99,37 +99,24 @@ void run_streaming(const ForwardProblem& problem, const ForwardPlan& plan, void*
 
 void run_resident(const ForwardProblem& p, const ForwardPlan& plan, void* memory, Stream stream) {
   const bool first = p.strides.channels_first();
-  Resident r{};
-  r.samples = p.shape.samples;
-  r.channels = static_cast<int>(p.shape.channels);
-  r.hidden = static_cast<int>(p.shape.hidden);
-  r.space = space_of(p.shape);
-  r.x = p.x;
-  r.x_sample_stride = p.strides.sample;
-  r.x_row_stride = first ? p.strides.channel : p.strides.pixel;
+  ResidentForward r{};
+  set_resident(r, p, memory);
   r.out = p.out;
   r.out_sample_stride = p.out_strides.sample;
   r.out_row_stride = first ? p.out_strides.channel : p.out_strides.pixel;
-  r.weights = p.weights;
-  if (p.training()) r.saved = p.saved;
-  r.exchange = memory;
+  if (!p.training()) r.saved = {};
   r.geometry = *plan.resident;
+  resident_shared_bytes(p, r.geometry, r.layout);
   resident_forward(p.dtype, first, r, resident_grid(plan, p), stream);
 }
 
 }  // namespace
 
 ForwardPlan plan_to_run(const ForwardProblem& p, const DeviceLimits& device) {
-  const Strategy strategy = strategy_asked_for();
-  const ForwardPlan found = plan(p, device, strategy);
-  if (!found.resident ||
-      can_run_resident(p.dtype, p.strides.channels_first(), p.training(), resident_grid(found, p)))
-    return found;
-  if (strategy == Strategy::kResident)
-    throw std::invalid_argument(
-        "strategy: expected one that is possible, got resident: this process may not use enough of "
-        "the device for a team");
-  return plan(p, device, Strategy::kStreaming);
+  return plan_that_runs(p, device, [&](const ForwardPlan& found) {
+    return can_run_resident_forward(p.dtype, p.strides.channels_first(), p.training(),
+                                    resident_grid(found, p));
+  });
 }
 
 void run(const ForwardProblem& problem, const ForwardPlan& plan, void* memory, Stream stream) {

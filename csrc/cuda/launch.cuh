@@ -48,9 +48,14 @@ struct LaunchConfig {
 inline cudaError_t opt_in(const void* kernel, const Grid& grid) {
   cudaError_t status = cudaSuccess;
   // The limit, not what this launch takes: another thread may launch the same kernel with more.
-  if (grid.shared_bytes > kSharedWithoutOptIn)
+  if (grid.shared_bytes > kSharedWithoutOptIn) {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(grid.shared_limit));
+    // Two blocks must find room where the plan says so: as little as possible for the L1 cache.
+    if (status == cudaSuccess)
+      status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared);
+  }
   if (status == cudaSuccess && grid.cluster > kPortableCluster)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   return status;

@@ -19,8 +19,6 @@ namespace {
 constexpr int64_t kShortestRowPart = 4096;
 constexpr int64_t kLongestPart = 4096;
 constexpr int64_t kLongestUnscaledRowPart = 1 << 16;
-// A resident plan is chosen where it is predicted to take less than this share of streaming's time.
-constexpr double kWorthwhile = 0.9;
 // Vectors side by side in a block that reduces down columns: 512 bytes of a row, or 256.
 constexpr int kMostAlong = 32, kFewestAlong = 16;
 
@@ -80,22 +78,8 @@ ReductionGeometry down_columns(const ForwardProblem& p, int64_t samples, bool sc
   return g;
 }
 
-// The first group's reads come from memory, later ones of a cached group from the cache.
 double streaming_seconds(const ForwardProblem& p, const DeviceLimits& device) {
-  const Group group = group_samples(p, device, 1, 2, 5);
-  const double pass = static_cast<double>(p.shape.samples * p.shape.channels * p.shape.pixels() *
-                                          bytes_of(p.dtype)) /
-                      (kStreamedShare * device.bandwidth);
-  const auto groups = static_cast<double>(ceil_div(p.shape.samples, group.samples));
-  const double passes = group.in_cache ? 2 + 2 / kCacheSpeed : 4;
-  return kFirstBytesSeconds + passes * pass + 5 * groups * kLaunchSeconds;
-}
-
-// The power of two next to a batch, by which strategies are chosen: neighbouring batches get the
-// same one, wherever their last rounds end.
-int64_t typical_batch(int64_t samples) {
-  const double octaves = std::round(std::log2(static_cast<double>(samples)));
-  return int64_t{1} << static_cast<int>(octaves);
+  return streamed_seconds(p, device, group_samples(p, device, 1, 2, 5), 2, 2, 5);
 }
 
 template <class A>
@@ -147,6 +131,21 @@ Group group_samples(const ForwardProblem& p, const DeviceLimits& device, int ten
   return saved > cost ? Group{samples, true} : Group{p.shape.samples, false};
 }
 
+int64_t typical_batch(int64_t samples) {
+  const double octaves = std::round(std::log2(static_cast<double>(std::max<int64_t>(samples, 1))));
+  return int64_t{1} << static_cast<int>(octaves);
+}
+
+double streamed_seconds(const ForwardProblem& p, const DeviceLimits& device, const Group& group,
+                        int first, int again, int launches) {
+  const double pass = static_cast<double>(p.shape.samples * p.shape.channels * p.shape.pixels() *
+                                          bytes_of(p.dtype)) /
+                      (kStreamedShare * device.bandwidth);
+  const auto groups = static_cast<double>(ceil_div(p.shape.samples, group.samples));
+  const double passes = first + (group.in_cache ? again / kCacheSpeed : again);
+  return kFirstBytesSeconds + passes * pass + launches * groups * kLaunchSeconds;
+}
+
 int64_t most_samples(int64_t blocks_per_sample) {
   return std::max<int64_t>(INT_MAX / blocks_per_sample / kSamplesPerWalk * kSamplesPerWalk, 1);
 }
@@ -184,16 +183,16 @@ const Pieces& pieces_of(const ForwardProblem& p, int64_t samples) {
   return bytes < kSmallBytes ? kSmall : kThrifty;
 }
 
-int threads_along(int64_t vectors) {
+int threads_along(int64_t vectors, int threads) {
   int best = 1;
   double best_share = 0;
-  const auto most = static_cast<int>(std::min<int64_t>(vectors, kThreads));
-  for (int threads = std::min(most, 32); threads <= most; ++threads) {
+  const auto most = static_cast<int>(std::min<int64_t>(vectors, threads));
+  for (int along = std::min(most, 32); along <= most; ++along) {
     const double covered =
-        static_cast<double>(vectors) / static_cast<double>(ceil_div(vectors, threads) * threads);
-    const double share = covered * (kThreads / threads * threads) / kThreads;
+        static_cast<double>(vectors) / static_cast<double>(ceil_div(vectors, along) * along);
+    const double share = covered * (threads / along * along) / threads;
     if (share < best_share) continue;
-    best = threads;
+    best = along;
     best_share = share;
   }
   return best;
@@ -246,29 +245,8 @@ Strategy strategy_asked_for() {
 }
 
 ForwardPlan plan(const ForwardProblem& p, const DeviceLimits& device, Strategy strategy) {
-  ForwardPlan plan{};
-  plan.reason = "asked for";
-  if (strategy != Strategy::kStreaming) {
-    const bool forced = strategy == Strategy::kResident;
-    ForwardProblem typical = p;
-    typical.shape.samples = typical_batch(p.shape.samples);
-    const ResidentPlan held = plan_resident(typical, device);
-    if (forced && !held.geometry)
-      throw std::invalid_argument(
-          std::string("strategy: expected one that is possible, got resident: ") + held.reason);
-    if (!forced) plan.reason = held.reason;
-    if (held.geometry &&
-        (forced || held.seconds < kWorthwhile * streaming_seconds(typical, device))) {
-      const ResidentPlan resident = for_batch(held, p, device);
-      plan.resident = resident.geometry;
-      plan.seconds = resident.seconds;
-      plan.group = {p.shape.samples, false};
-      plan.shared_limit = device.shared_per_block;
-      return plan;
-    }
-    if (held.geometry) plan.reason = "a resident plan is predicted not to be faster";
-  }
-  return plan_streaming(p, device, plan.reason);
+  const auto held = held_plan<ForwardPlan>(p, device, strategy, streaming_seconds);
+  return held.resident ? held : plan_streaming(p, device, held.reason);
 }
 
 ForwardGrids grids(const ForwardPlan& plan, const ForwardProblem& p, int64_t samples) {

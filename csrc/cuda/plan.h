@@ -3,11 +3,12 @@
 #pragma once
 
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "../problem.h"
-#include "kernels/backward.h"
-#include "kernels/resident.h"
+#include "kernels/resident_backward.h"
+#include "kernels/resident_forward.h"
 #include "limits.h"
 
 namespace cbam::cuda {
@@ -29,7 +30,7 @@ Strategy strategy_asked_for();
 // Streaming: x is read three times, out written once, in five launches for each group of samples.
 // Resident, where `resident` is set: x is read once, in one launch; what follows it is not used.
 struct ForwardPlan {
-  std::optional<ResidentGeometry> resident;
+  std::optional<ResidentForwardGeometry> resident;
   const char* reason;  // for this strategy
   double seconds;      // predicted
   Group group;
@@ -44,6 +45,26 @@ struct ForwardPlan {
 // fits into shared memory with its halo, or a resident strategy where no sample fits on the chip.
 ForwardPlan plan(const ForwardProblem& problem, const DeviceLimits& device,
                  Strategy strategy = Strategy::kAuto);
+
+// The plan of the strategy that the environment asks for; can_run(plan) tells whether the teams of
+// a resident one run on the device, as far as this process may use it.
+template <class Problem, class CanRun>
+auto plan_that_runs(const Problem& p, const DeviceLimits& device, CanRun can_run) {
+  const Strategy strategy = strategy_asked_for();
+  const auto found = plan(p, device, strategy);
+  if (!found.resident || can_run(found)) return found;
+  if (strategy == Strategy::kResident)
+    throw std::invalid_argument(
+        "strategy: expected one that is possible, got resident: this process may not use enough of "
+        "the device for a team");
+  return plan(p, device, Strategy::kStreaming);
+}
+
+// Bytes of shared memory of a block that holds samples, and where its arrays stand.
+int64_t resident_shared_bytes(const ForwardProblem& problem, const ResidentForwardGeometry& g,
+                              SharedLayout& layout);
+int64_t resident_shared_bytes(const BackwardProblem& problem, const ResidentBackwardGeometry& g,
+                              SharedLayout& layout);
 
 // The launches for a group of `samples`, in their order.
 struct ForwardGrids {
@@ -62,37 +83,50 @@ struct ForwardScratch {
 };
 ForwardScratch scratch(const ForwardPlan& plan, const ForwardProblem& problem);
 
-// Backward: x and dout are read twice each, dx written once, in six launches for each group, and up
-// to six small ones that sum over the batch; those whose results nobody asked for are left out. The
-// plan of an empty batch has no groups.
+// Backward, streaming: x and dout are read twice each, dx written once, in six launches for each
+// group; those whose results nobody asked for are left out. Resident, where `resident` is set: dout
+// is read once, x once or twice, in one launch; the geometries of the passes are not used. Up to
+// two small launches follow that sum over the batch. The plan of an empty batch has no groups.
 struct BackwardPlan {
+  std::optional<ResidentBackwardGeometry> resident;
+  const char* reason;  // for this strategy
+  double seconds;      // predicted, without the sums over the batch
   Group group;
   TileGeometry cross;  // both sums of dout * x
   BoxGeometry stencil;
   TileGeometry terms;    // what reaches the channel gate through the maps
   TileGeometry input;    // dx
   int64_t shared_limit;  // of a block of the device
+
+  // Of the convolution's gradients, whose shares are summed over the batch.
+  const BoxGeometry& boxes() const { return resident ? resident->boxes : stencil; }
 };
-BackwardPlan plan(const BackwardProblem& problem, const DeviceLimits& device);
+BackwardPlan plan(const BackwardProblem& problem, const DeviceLimits& device,
+                  Strategy strategy = Strategy::kAuto);
 
 struct BackwardGrids {
   Grid cross, stencil, terms, gate, hidden, input;
 };
+Grid resident_grid(const BackwardPlan& plan, const BackwardProblem& problem);
 BackwardGrids grids(const BackwardPlan& plan, const BackwardProblem& problem, int64_t samples);
 
 // The sums over the batch that make the gradients of the weights.
 struct WeightGrids {
-  Grid fc1, fc2, fc1_bias, fc2_bias, conv, conv_bias;
+  Grid products, sums;  // without blocks where nobody asked for any
+
+  int launches() const { return (products.blocks > 0) + (sums.blocks > 0); }
 };
 WeightGrids weight_grids(const BackwardProblem& problem);
 
-// Bytes of scratch memory, each part a multiple of 16: for a group, and from dm on for all samples.
+// Bytes of scratch memory, each part a multiple of 16: for a group, of a resident plan, and from dm
+// on for all samples. A part that nobody needs is 0.
 struct BackwardScratch {
   int64_t cross_rows, cross_cols, d_maps, terms, d_pooled;
+  int64_t exchange;
   int64_t dm, d_hidden, d_conv;
 
   int64_t total() const {
-    return cross_rows + cross_cols + d_maps + terms + d_pooled + dm + d_hidden + d_conv;
+    return cross_rows + cross_cols + d_maps + terms + d_pooled + exchange + dm + d_hidden + d_conv;
   }
 };
 BackwardScratch scratch(const BackwardPlan& plan, const BackwardProblem& problem);

@@ -48,12 +48,13 @@ void set_tiles(TileGeometry& g, const ColumnAccess& access, int64_t cols, int64_
 }
 
 // Sums over tiles of one tensor or of two.
-TileGeometry plan_sums(const BackwardProblem& p, const View& view, ColumnAccess access,
+TileGeometry plan_sums(const BackwardProblem& p, const View& view, ColumnAccess access, int columns,
                        int64_t samples, const DeviceLimits& device) {
   const int vector = elements_per_vector(p.dtype);
   if (access.access == Access::kPacked && view.cols > kTileColumns) set_scalar(access, view);
   TileGeometry g{};
-  set_tiles(g, access, view.cols, kTileColumns, vector);
+  if (access.access == Access::kScalar) columns = std::min(columns, kThreads);
+  set_tiles(g, access, view.cols, columns, vector);
   g.threads_along = g.access == Access::kPacked ? kThreads : g.tile / access.elements(vector);
   const int64_t chunk = std::min<int64_t>(kMostChunk, kStagedValues / g.tile);
   g.chunk = static_cast<int>(std::max<int64_t>(1, chunk / g.row_group) * g.row_group);
@@ -109,25 +110,26 @@ BackwardGrids grids_of(const BackwardPlan& plan, const BackwardProblem& p, int64
        limit},
       {walks * ceil_div(s.hidden, kBackwardUnits), kThreads, shared_bytes<GateBackwardShared<A>>(),
        limit},
-      {walks * ceil_div(s.channels, kGateChannels), kGateChannels,
+      {walks * ceil_div(s.channels, kBackwardChannels), kBackwardChannels,
        shared_bytes<HiddenBackwardShared<A>>(), limit},
       {samples * plan.input.blocks_per_sample(), kThreads,
        shared_bytes<InputGradientShared<A>>(plan.input), limit},
   };
 }
 
-}  // namespace
+double streaming_seconds(const BackwardProblem& p, const DeviceLimits& device) {
+  return streamed_seconds(p, device, group_samples(p, device, 2, 2, 6), 3, 2, 6);
+}
 
-BackwardPlan plan(const BackwardProblem& p, const DeviceLimits& device) {
+void plan_streaming(BackwardPlan& plan, const BackwardProblem& p, const DeviceLimits& device) {
   const int vector = elements_per_vector(p.dtype);
   const View x(p, p.strides, p.x), dout(p, p.dout_strides, p.dout);
-  BackwardPlan plan{};
-  if (p.shape.samples == 0) return plan;
   plan.group = group_samples(p, device, 2, 2, 6);
   const int64_t samples = plan.group.samples;
-  plan.cross = plan_sums(p, x, common_access(x, dout, vector), samples, device);
+  plan.cross = plan_sums(p, x, common_access(x, dout, vector), kTileColumns, samples, device);
   plan.stencil = plan_stencil(p, samples, device);
-  plan.terms = plan_sums(p, x, ColumnAccess(x, vector), samples, device);
+  plan.terms = plan_sums(p, x, ColumnAccess(x, vector),
+                         x.channels_first ? kTileColumns : kTermChannels, samples, device);
   plan.terms.reverse = true;  // starts with what the first pass read last
   if (p.gradients.x)
     plan.input = plan_input(p, dout, View(p, p.dx_strides, p.gradients.x), samples, device);
@@ -136,6 +138,16 @@ BackwardPlan plan(const BackwardProblem& p, const DeviceLimits& device) {
       std::max({plan.cross.blocks_per_sample(), plan.stencil.boxes(),
                 plan.terms.blocks_per_sample(), plan.input.blocks_per_sample(), int64_t{1}});
   plan.group.samples = std::min(samples, most_samples(blocks));
+  plan.seconds = streaming_seconds(p, device);
+}
+
+}  // namespace
+
+BackwardPlan plan(const BackwardProblem& p, const DeviceLimits& device, Strategy strategy) {
+  BackwardPlan plan{};
+  if (p.shape.samples == 0) return plan;
+  plan = held_plan<BackwardPlan>(p, device, strategy, streaming_seconds);
+  if (!plan.resident) plan_streaming(plan, p, device);
   return plan;
 }
 
@@ -146,36 +158,45 @@ BackwardGrids grids(const BackwardPlan& plan, const BackwardProblem& p, int64_t 
 
 WeightGrids weight_grids(const BackwardProblem& p) {
   const Shape& s = p.shape;
+  const Gradients& g = p.gradients;
   const bool wide = p.dtype == DType::kFloat64;
   const int64_t outer_bytes =
       wide ? shared_bytes<OuterShared<double>>() : shared_bytes<OuterShared<float>>();
   const int64_t sum_bytes =
       wide ? shared_bytes<VectorSumsShared<double>>() : shared_bytes<VectorSumsShared<float>>();
-  const int64_t tiles = ceil_div(s.hidden, kOuterTile) * ceil_div(s.channels, kOuterTile);
-  const auto sums = [&](int64_t length) { return Grid{ceil_div(length, 32), kThreads, sum_bytes}; };
-  return {{tiles, kThreads, outer_bytes},
-          {tiles, kThreads, outer_bytes},
-          sums(s.hidden),
-          sums(s.channels),
-          sums(2 * s.taps()),
-          sums(1)};
+  const int64_t tiles = outer_blocks(s.hidden, s.channels);
+  const auto blocks = [](const void* gradient, int64_t length) {
+    return gradient ? vector_blocks(length) : 0;
+  };
+  return {{(g.fc1_weight ? tiles : 0) + (g.fc2_weight ? tiles : 0), kThreads, outer_bytes},
+          {blocks(g.fc1_bias, s.hidden) + blocks(g.fc2_bias, s.channels) +
+               blocks(g.conv_weight, 2 * s.taps()) + blocks(g.conv_bias, 1),
+           kThreads, sum_bytes}};
 }
 
 BackwardScratch scratch(const BackwardPlan& plan, const BackwardProblem& p) {
   const Shape& s = p.shape;
-  const bool first = p.strides.channels_first();
   const int64_t acc = bytes_of_accumulator(p.dtype), samples = plan.group.samples;
+  const int64_t conv = p.gradients.conv() ? s.samples * plan.boxes().boxes() : 0;
+  BackwardScratch bytes{};
+  bytes.dm = padded(s.samples * s.channels * acc);
+  bytes.d_hidden = padded(s.samples * 2 * s.hidden * acc);
+  bytes.d_conv = padded(conv * (2 * s.taps() + 1) * acc);
+  if (const auto& r = plan.resident) {
+    bytes.exchange = r->teams * r->team * r->exchange;
+    if (p.gradients.mlp()) return bytes;
+    bytes.dm = bytes.d_hidden = 0;
+    return bytes;
+  }
+  const bool first = p.strides.channels_first();
   const int64_t rows = first ? s.channels : s.pixels(), cols = first ? s.pixels() : s.channels;
   const int64_t term_parts = first ? plan.terms.tiles : plan.terms.splits;
-  const int64_t conv = p.gradients.conv() ? s.samples * plan.stencil.boxes() : 0;
-  return {padded(samples * plan.cross.tiles * rows * acc),
-          padded(samples * plan.cross.splits * cols * acc),
-          padded(samples * 2 * s.pixels() * acc),
-          padded(samples * term_parts * s.channels * acc),
-          padded(samples * 2 * s.channels * acc),
-          padded(s.samples * s.channels * acc),
-          padded(s.samples * 2 * s.hidden * acc),
-          padded(conv * (2 * s.taps() + 1) * acc)};
+  bytes.cross_rows = padded(samples * plan.cross.tiles * rows * acc);
+  bytes.cross_cols = padded(samples * plan.cross.splits * cols * acc);
+  bytes.d_maps = padded(samples * 2 * s.pixels() * acc);
+  bytes.terms = padded(samples * term_parts * s.channels * acc);
+  bytes.d_pooled = padded(samples * 2 * s.channels * acc);
+  return bytes;
 }
 
 }  // namespace cbam::cuda

@@ -66,7 +66,7 @@ int64_t shared_bytes(const Arguments&... arguments) {
 
 // Threads side by side over `vectors` vectors of a row: at least a warp's worth where there are so
 // many, so that a warp reads in one piece, and as many as leave the fewest idle.
-int threads_along(int64_t vectors);
+int threads_along(int64_t vectors, int threads = kThreads);
 
 // plan_boxes.cpp: what decides about the boxes of an image.
 struct BoxSearch {
@@ -108,17 +108,67 @@ void split(Geometry& g, int64_t count, int64_t blocks, int64_t wanted, int64_t s
 
 inline int64_t padded(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
 
-// plan_resident.cpp: the geometry that is predicted to be the fastest, and the seconds; none, and
-// why, where no sample fits.
+// The geometry that is predicted to be the fastest, and the seconds; none, and why, where no sample
+// fits.
+template <class Geometry>
 struct ResidentPlan {
-  std::optional<ResidentGeometry> geometry;
+  std::optional<Geometry> geometry;
   double seconds = 0;
   const char* reason = "";
 };
-ResidentPlan plan_resident(const ForwardProblem& p, const DeviceLimits& device);
+
+// plan_resident_forward.cpp, plan_resident_backward.cpp
+ResidentPlan<ResidentForwardGeometry> plan_resident(const ForwardProblem& p,
+                                                    const DeviceLimits& device);
+ResidentPlan<ResidentBackwardGeometry> plan_resident(const BackwardProblem& p,
+                                                     const DeviceLimits& device);
 // The same way to hold a sample, for a batch of another size.
-ResidentPlan for_batch(ResidentPlan plan, const ForwardProblem& p, const DeviceLimits& device);
-int64_t resident_shared_bytes(const ForwardProblem& p, const ResidentGeometry& g);
+ResidentPlan<ResidentForwardGeometry> for_batch(const ResidentPlan<ResidentForwardGeometry>& plan,
+                                                const ForwardProblem& p,
+                                                const DeviceLimits& device);
+ResidentPlan<ResidentBackwardGeometry> for_batch(const ResidentPlan<ResidentBackwardGeometry>& plan,
+                                                 const BackwardProblem& p,
+                                                 const DeviceLimits& device);
+
+// A resident plan is chosen where it is predicted to take less than this share of streaming's time.
+constexpr double kWorthwhile = 0.9;
+// The power of two next to a batch, by which strategies are chosen: neighbouring batches get the
+// same one, wherever their last rounds end.
+int64_t typical_batch(int64_t samples);
+
+// The resident plan, where it is asked for or predicted to be worth it; `streaming` says what
+// streaming takes. Else a plan that holds but the reason.
+template <class Plan, class Problem, class Streaming>
+Plan held_plan(const Problem& p, const DeviceLimits& device, Strategy strategy,
+               Streaming streaming) {
+  Plan plan{};
+  plan.reason = "asked for";
+  if (strategy == Strategy::kStreaming) return plan;
+  const bool forced = strategy == Strategy::kResident;
+  Problem typical = p;
+  typical.shape.samples = typical_batch(p.shape.samples);
+  const auto held = plan_resident(typical, device);
+  if (forced && !held.geometry)
+    throw std::invalid_argument(
+        std::string("strategy: expected one that is possible, got resident: ") + held.reason);
+  if (!forced) plan.reason = held.reason;
+  if (!held.geometry) return plan;
+  if (!forced && held.seconds >= kWorthwhile * streaming(typical, device)) {
+    plan.reason = "a resident plan is predicted not to be faster";
+    return plan;
+  }
+  const auto resident = for_batch(held, p, device);
+  plan.resident = resident.geometry;
+  plan.seconds = resident.seconds;
+  plan.group = {p.shape.samples, false};
+  plan.shared_limit = device.shared_per_block;
+  return plan;
+}
+
+// What passes over tensors of x's size take where x is streamed: `first` from memory or to it, and
+// `again` as many that could come from the cache, in so many launches for each group.
+double streamed_seconds(const ForwardProblem& p, const DeviceLimits& device, const Group& group,
+                        int first, int again, int launches);
 
 // plan_last_pass.cpp
 ScaleGeometry plan_last_pass(const ForwardProblem& p, int64_t samples, int map_splits,

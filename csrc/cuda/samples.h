@@ -2,7 +2,7 @@
 // some of its samples, a tensor as the kernels see it, and the parts of the scratch memory.
 #pragma once
 
-#include "kernels/kernels.h"
+#include "kernels/resident.h"
 
 namespace cbam::cuda {
 
@@ -50,6 +50,18 @@ inline Matrix matrix_of(const ForwardProblem& p, const void* data, const Strides
   const int pixels = static_cast<int>(p.shape.pixels());
   return {data, strides.sample, first ? strides.channel : strides.pixel, first ? channels : pixels,
           first ? pixels : channels};
+}
+
+// What a resident kernel is handed in both directions.
+inline void set_resident(Resident& r, const ForwardProblem& p, void* exchange) {
+  r.samples = p.shape.samples;
+  r.channels = static_cast<int>(p.shape.channels);
+  r.hidden = static_cast<int>(p.shape.hidden);
+  r.space = space_of(p.shape);
+  r.x = matrix_of(p, p.x, p.strides);
+  r.weights = p.weights;
+  r.saved = p.saved;
+  r.exchange = exchange;
 }
 
 // Hands out the parts of one block of scratch memory, one after another; null for a part of 0

@@ -153,7 +153,7 @@ Traffic of_gate_backward(const BackwardPlan& plan, const BackwardProblem& p, con
 Traffic of_hidden_backward(const Sizes& n) {
   Traffic t;
   t.weights_read = n.walks * n.weight * n.hidden * n.channels;
-  t.small_read = n.samples * ceil_div(n.channels, kGateChannels) * 2 * n.hidden * n.acc;
+  t.small_read = n.samples * ceil_div(n.channels, kBackwardChannels) * 2 * n.hidden * n.acc;
   t.small_written = n.samples * 2 * n.channels * n.acc;
   return t;
 }
@@ -192,7 +192,7 @@ Traffic of_weights(const BackwardPlan& plan, const BackwardProblem& p) {
   const Shape& s = p.shape;
   const Gradients& g = p.gradients;
   const int64_t n = s.samples, acc = bytes_of_accumulator(p.dtype);
-  const int64_t boxes = n * plan.stencil.boxes();
+  const int64_t boxes = n * plan.boxes().boxes();
   Traffic t = of_outer(g.fc1_weight, s.hidden, s.channels, 2 * n, 2 * n, acc);
   t += of_outer(g.fc2_weight, s.channels, s.hidden, n, 2 * n, acc);
   t += of_sum(g.fc1_bias, s.hidden, 2 * n, acc);
@@ -203,7 +203,7 @@ Traffic of_weights(const BackwardPlan& plan, const BackwardProblem& p) {
 }
 
 // What the blocks of a team that is no cluster tell each other.
-Traffic of_exchange(const ResidentGeometry& g, const ForwardProblem& p, const Sizes& n) {
+Traffic of_exchange(const ResidentForwardGeometry& g, const ForwardProblem& p, const Sizes& n) {
   const int64_t visits = ceil_div(n.samples, g.samples), each_map = 2 * n.acc + n.index;
   const int64_t hidden = visits * n.hidden * g.vectors() * n.acc;
   Traffic t;
@@ -215,7 +215,7 @@ Traffic of_exchange(const ResidentGeometry& g, const ForwardProblem& p, const Si
 }
 
 Traffic of_resident(const ForwardPlan& plan, const ForwardProblem& p, const Sizes& n) {
-  const ResidentGeometry& g = *plan.resident;
+  const ResidentForwardGeometry& g = *plan.resident;
   const int64_t visits = ceil_div(n.samples, g.samples);
   Traffic t;
   if (n.samples == 0) return t;
@@ -230,6 +230,40 @@ Traffic of_resident(const ForwardPlan& plan, const ForwardProblem& p, const Size
   if (p.training())
     t.small_written += n.samples * (n.channels * (3 * n.acc + 4) + 2 * n.hidden * n.acc +
                                     n.pixels * (n.acc + 4 + 2 * bytes_of(p.dtype)));
+  return t;
+}
+
+// The same backwards.
+Traffic of_exchange(const ResidentBackwardGeometry& g, const Sizes& n, int64_t staged) {
+  const int64_t visits = ceil_div(n.samples, g.samples), each_pixel = 3 * n.acc + 4;
+  Traffic t;
+  t.small_written = g.team * (visits * n.hidden * g.mlp_samples() + n.samples * n.pixels) * n.acc +
+                    n.samples * n.pixels * each_pixel;
+  t.small_read =
+      g.team * n.samples * (n.pixels * each_pixel + staged * n.acc + g.team * n.hidden * n.acc);
+  return t;
+}
+
+Traffic of_resident(const BackwardPlan& plan, const BackwardProblem& p, const Sizes& n) {
+  const ResidentBackwardGeometry& g = *plan.resident;
+  const int64_t visits = ceil_div(n.samples, g.samples), boxes = n.samples * g.boxes.boxes();
+  const int64_t staged = read_by_boxes(g.boxes, p.shape);
+  const bool conv = p.gradients.conv(), mlp = p.gradients.mlp();
+  Traffic t;
+  if (n.samples == 0) return t;
+  if (!g.cluster) t = of_exchange(g, n, staged);
+  t.x_read = (g.holds_x() ? 2 : 3) * n.x;
+  if (p.gradients.x) t.out_written = n.x;
+  t.weights_read = visits * n.weight * 2 * n.hidden * n.channels;
+  t.small_read +=
+      g.teams * g.team * 2 * p.shape.taps() * n.weight +
+      n.samples * n.channels * (n.acc + 4 + (p.d_channel_gate ? n.acc : 0)) +
+      n.samples * g.team * 2 * n.hidden * n.acc +
+      n.samples * staged *
+          (n.acc + (p.d_spatial_gate ? n.acc : 0) + (conv ? 2 * bytes_of(p.dtype) : 0)) +
+      n.samples * n.pixels * (n.acc + 4);
+  if (mlp) t.small_written += n.samples * (n.channels + 2 * n.hidden) * n.acc;
+  if (conv) t.small_written += boxes * (2 * p.shape.taps() + 1) * n.acc;
   return t;
 }
 
@@ -277,6 +311,7 @@ std::vector<Stage> stages(const ForwardPlan& plan, const ForwardProblem& p, int6
 
 std::vector<Stage> stages(const BackwardPlan& plan, const BackwardProblem& p, int64_t samples) {
   const Sizes n(p, samples);
+  if (plan.resident) return {{"resident", resident_grid(plan, p), of_resident(plan, p, n)}};
   const BackwardGrids g = grids(plan, p, samples);
   std::vector<Stage> launched = {
       {"sums of dout * x", g.cross, of_cross(plan, p, n)},
@@ -305,7 +340,7 @@ int64_t device_memory_bytes(const ForwardPlan& plan, const ForwardProblem& p) {
 int64_t device_memory_bytes(const BackwardPlan& plan, const BackwardProblem& p) {
   const Traffic t = traffic(plan, p);
   const int64_t once = p.shape.samples * p.shape.channels * p.shape.pixels() * bytes_of(p.dtype);
-  return (plan.group.in_cache ? 2 * once : t.x_read) + t.out_written;
+  return (plan.group.in_cache || plan.resident ? 2 * once : t.x_read) + t.out_written;
 }
 
 }  // namespace cbam::cuda

@@ -162,6 +162,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
                                  std::to_string(emulator::kMostShared));
       opt_in.shared_bytes = static_cast<size_t>(value);
       return cudaSuccess;
+    case cudaFuncAttributePreferredSharedMemoryCarveout: return cudaSuccess;  // there is no cache
     case cudaFuncAttributeNonPortableClusterSizeAllowed:
       opt_in.large_clusters = value != 0;
       return cudaSuccess;

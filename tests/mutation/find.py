@@ -18,6 +18,8 @@ BARRIERS = (
     "__threadfence",
     "block.team.barrier",
     "wait_for_chunk",
+    "loads.wait",
+    "of.wait",
     "publish_inits",
 )
 

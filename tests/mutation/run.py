@@ -31,9 +31,11 @@ RUNS = (
     (Case("volume", (2, 10, 4, 6, 9), 2, (3, 3, 3)), SHORT[:1], BOTH),
     (Case("boxes along the depth", (1, 3, 400, 2, 3), 1, (5, 1, 3)), SHORT[:1], BOTH),
 )
-# The resident forward: cases, and the slices of GPUs whose teams take them.
+# The resident kernels: cases, and the slices of GPUs whose teams take them.
 FIRST, HALF = BOTH[:1], SHORT[1:]
-RESIDENT = (
+UNEVEN = Case("boxes that the image cuts", (3, 64, 14, 14), 3, (5, 5))
+RESIDENT_FORWARD = (
+    (UNEVEN, HALF, BOTH, (("H100", 4),)),
     (Case("teams come back", (7, 32, 8, 8), 3, (5, 5)), SHORT, BOTH, (("H100", 2), ("T4", 2))),
     (Case("visits of several samples", (19, 512, 7, 7), 128, (3, 3)), HALF, BOTH, (("H100", 8),)),
     (
@@ -48,30 +50,57 @@ RESIDENT = (
     (Case("several boxes a block", (1, 256, 56, 56), 2, (7, 7)), HALF, FIRST, (("T4", 40),)),
     (Case("resident volume", (3, 64, 4, 8, 8), 2, (3, 3, 3)), SHORT[:1], BOTH, (("A100", 4),)),
 )
+RESIDENT_BACKWARD = (
+    (UNEVEN, SHORT, BOTH, (("H100", 4),)),
+    (Case("teams come back", (7, 32, 8, 8), 3, (5, 5)), SHORT, BOTH, (("H100", 2), ("T4", 2))),
+    (
+        Case("visits of several samples", (19, 512, 7, 7), 128, (3, 3)),
+        HALF,
+        BOTH,
+        (("H100", 32), ("A100", 32)),
+    ),
+    (Case("one row at a time", (1, 34, 16, 16), 6, (7, 7)), SHORT, FIRST, (("H100", 16),)),
+    (Case("x comes and goes", (3, 128, 28, 28), 8, (5, 5)), HALF, BOTH, (("A100", 2),)),
+    (Case("x comes and goes", (3, 128, 28, 28), 8, (5, 5)), HALF, FIRST, (("T4", 8),)),
+    (Case("x comes and goes", (5, 64, 40, 40), 4, (5, 5)), HALF, BOTH, (("H100", 4),)),
+    (Case("packed x comes", (4, 1024, 7, 7), 16, (3, 3)), HALF, FIRST, (("RTX 5090", 2),)),
+    (Case("resident volume", (3, 64, 4, 8, 8), 2, (3, 3, 3)), SHORT, BOTH, (("A100", 4),)),
+    (Case("resident sequence", (2, 16, 2000), 2, (9,)), HALF, FIRST, (("H100", 4),)),
+)
 SCHEDULES = ("ascending", "descending")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A forward and a backward that stream x, or a forward that holds it on a slice of a GPU."""
+    """A forward and a backward that stream x, or one of them that holds it on a slice of a GPU."""
 
     name: str
     tensors: tuple[torch.Tensor, torch.Tensor]  # x and the gradient of the output
     weights: tuple[torch.Tensor, ...]
-    resident_on: tuple[str, int] | None = None
+    device: tuple[str, int] = ("H100", 0)
+    resident: str = ""  # the direction
+
+    def may_notice(self, sources: list[str]) -> bool:
+        """Whether it launches a kernel of one of these files."""
+        held = {f"cuda/kernels/resident_{direction}.cu" for direction in ("forward", "backward")}
+        own = (
+            {f"cuda/kernels/resident_{self.resident}.cu"} if self.resident else set(sources) - held
+        )
+        return not own.isdisjoint(sources)
 
     def results(self) -> tuple[torch.Tensor, ...]:
         backend, (x, grad) = operators("emulated"), self.tensors
+        choose("resident" if self.resident == "forward" else "streaming")
         saved = backend.forward_train(x, *self.weights)
-        if self.resident_on:
+        if self.resident == "forward":
             return (backend.forward(x, *self.weights), *saved)
+        choose("resident" if self.resident else "streaming")
         mask = [True] * 7
         return (*saved, *backend.backward(grad, *saved[1:3], x, *self.weights, *saved[1:], mask))
 
     def digest(self, emulator: ctypes.CDLL) -> str:
         """Of all that comes out, and of the bytes that were moved."""
-        os.environ["CBAM_CUDA_STRATEGY"] = "resident" if self.resident_on else "streaming"
-        name, multiprocessors = self.resident_on or ("H100", 0)
+        name, multiprocessors = self.device
         nothing = ctypes.c_longlong(0)
         emulator.emulated_device(name.encode(), nothing, nothing, multiprocessors)
         emulator.emulator_reset_counts()
@@ -82,10 +111,14 @@ class Run:
         return digest.hexdigest()
 
 
-def make_run(case: Case, dtype: torch.dtype, layout: str, *resident_on: tuple[str, int]) -> Run:
-    words = (str(case), str(dtype).removeprefix("torch."), layout, *map(str, resident_on))
+def choose(strategy: str) -> None:
+    os.environ["CBAM_CUDA_STRATEGY"] = strategy
+
+
+def make_run(case: Case, dtype: torch.dtype, layout: str, *resident: object) -> Run:
+    words = (str(case), str(dtype).removeprefix("torch."), layout, *map(str, resident))
     x, grad = (LAYOUTS[layout](make_x(case, dtype, seed=seed)) for seed in (1, 2))
-    return Run(", ".join(words), (x, grad), make_weights(case, dtype), *resident_on)
+    return Run(", ".join(words), (x, grad), make_weights(case, dtype), *resident)
 
 
 def make_runs() -> list[Run]:
@@ -96,8 +129,9 @@ def make_runs() -> list[Run]:
         for layout in layouts
     ]
     resident = [
-        make_run(case, dtype, layout, device)
-        for case, dtypes, layouts, devices in RESIDENT
+        make_run(case, dtype, layout, device, direction)
+        for direction, cases in (("forward", RESIDENT_FORWARD), ("backward", RESIDENT_BACKWARD))
+        for case, dtypes, layouts, devices in cases
         for dtype in dtypes
         for layout in layouts
         for device in devices
@@ -112,12 +146,17 @@ def load(path: Path) -> ctypes.CDLL:
     return emulator
 
 
-def first_difference(path: Path, runs: list[Run], expected: list[str]) -> str:
-    """The first run that notices, under one schedule or the other; empty where none does."""
+def first_difference(path: Path, runs: list[Run], expected: list[str], sources: list[str]) -> str:
+    """The first run that notices, under one schedule or the other; empty where none does.
+
+    `sources` are the files that were compiled with the mistake.
+    """
     emulator = load(path)
     for schedule in SCHEDULES:
         emulator.emulator_set_schedule(schedule.encode())
         for run, digest in zip(runs, expected, strict=True):
+            if not run.may_notice(sources):
+                continue
             try:
                 if run.digest(emulator) == digest:
                     continue

@@ -30,6 +30,9 @@ struct TileGeometry {
 
 // Columns of a tile, at most: a lane keeps what belongs to its columns in registers.
 constexpr int kTileColumns = 256;
+// The same for channels that are columns of the map terms, which take up to two of them to a
+// thread: every tile reads what belongs to all pixels again.
+constexpr int kTermChannels = 2 * kThreads;
 
 template <class A>
 struct TileShared {
@@ -122,6 +125,8 @@ struct ChannelGateBackward {
   void* d_pooled;  // acc [samples, 2, channels]: d_avg / pixels, d_top
 };
 constexpr int kBackwardUnits = 64;  // hidden units of a block in the second layer's backward
+// Channels, and threads, of a block in the first layer's: each reads d_hidden of all units.
+constexpr int kBackwardChannels = 256;
 
 void gate_layer_backward(const ChannelGateBackward& p, const Grid& grid, Stream stream);
 void hidden_layer_backward(const ChannelGateBackward& p, const Grid& grid, Stream stream);
@@ -160,20 +165,35 @@ struct InputGradient {
 };
 void input_gradient(DType dtype, const InputGradient& p, const Grid& grid, Stream stream);
 
-// What belongs to a pixel or a channel: a gate, what is added to every element, what is added where
-// the other one's index is `index`.
+// What belongs to pixels or channels: a gate, what is added to every element, what is added where
+// the other one's index is `index`. Four arrays behind each other, so that one address is enough.
 template <class A>
-struct StagedTerms {
-  A* gate;
-  A* first;
-  A* second;
-  int32_t* index;
+class StagedTerms {
+ public:
+  template <class Carver>
+  CBAM_INLINE_MEMBER StagedTerms(Carver& carver, int64_t count)
+      : pitch_(static_cast<int>((count + kTogether - 1) / kTogether * kTogether)),
+        values_(carver.template array<A>(4 * int64_t{pitch_}, "terms")) {}
 
-  CBAM_INLINE_MEMBER StagedTerms(SharedCarver& carver, int count)
-      : gate(carver.array<A>(count, "gate")),
-        first(carver.array<A>(count, "first")),
-        second(carver.array<A>(count, "second")),
-        index(carver.array<int32_t>(count, "index")) {}
+  CBAM_INLINE_MEMBER A* gate() const { return values_; }
+  CBAM_INLINE_MEMBER A* first() const { return values_ + pitch_; }
+  CBAM_INLINE_MEMBER A* second() const { return values_ + 2 * pitch_; }
+  CBAM_INLINE_MEMBER int32_t* index() const {
+    return reinterpret_cast<int32_t*>(values_ + 3 * pitch_);
+  }
+  // The same from number `skipped` on; for A of 4 bytes.
+  CBAM_INLINE_MEMBER StagedTerms from(int64_t skipped) const {
+    static_assert(sizeof(A) == sizeof(int32_t));
+    StagedTerms rest = *this;
+    rest.values_ += skipped;
+    return rest;
+  }
+
+ private:
+  static constexpr int kTogether = kVectorBytes / static_cast<int>(sizeof(A));
+
+  int pitch_;
+  A* values_;
 };
 
 template <class A>
@@ -192,16 +212,33 @@ struct Vectors {
   int64_t count;
   int parts, length;
 };
-struct OuterSums {
+// Those that nobody asked for are vectors of length 0.
+struct OuterSum {
   Vectors a, b;  // as many of each
   void* out;     // acc [a.length, b.length]
 };
-struct VectorSums {
+struct OuterSums {
+  OuterSum first, second;
+};
+struct VectorSum {
   Vectors a;  // of one part
   double scale;
   void* out;  // acc [length]
 };
+constexpr int kMostVectorSums = 4;
+struct VectorSums {
+  VectorSum sum[kMostVectorSums];
+};
 constexpr int kOuterTile = 32, kOuterDepth = 32;
+constexpr int kSummedTogether = 32;  // elements of the vectors that a block of the others sums
+
+// Blocks of each.
+CBAM_INLINE int64_t outer_blocks(int64_t rows, int64_t cols) {
+  return (rows + kOuterTile - 1) / kOuterTile * ((cols + kOuterTile - 1) / kOuterTile);
+}
+CBAM_INLINE int64_t vector_blocks(int64_t length) {
+  return (length + kSummedTogether - 1) / kSummedTogether;
+}
 
 void outer_sums(DType dtype, const OuterSums& p, const Grid& grid, Stream stream);
 void vector_sums(DType dtype, const VectorSums& p, const Grid& grid, Stream stream);

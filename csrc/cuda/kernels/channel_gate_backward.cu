@@ -91,22 +91,22 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// grid    ceil(samples / kSamplesPerWalk) * ceil(channels / kGateChannels) blocks of kGateChannels
-//         threads; a thread takes one channel
+// grid    ceil(samples / kSamplesPerWalk) * ceil(channels / kBackwardChannels) blocks of
+//         kBackwardChannels threads; a thread takes one channel
 // shared  d_hidden of a chunk of hidden units
 // bytes   reads W1 once a group of samples; every block of the group reads d_hidden
 template <class W, class A>
-__global__ void __launch_bounds__(kGateChannels)
+__global__ void __launch_bounds__(kBackwardChannels)
     hidden_layer_backward_kernel(const ChannelGateBackward p) {
-  const int tiles = (p.channels + kGateChannels - 1) / kGateChannels;
-  const int channel = blockIdx.x % tiles * kGateChannels + threadIdx.x;
+  const int tiles = (p.channels + kBackwardChannels - 1) / kBackwardChannels;
+  const int channel = blockIdx.x % tiles * kBackwardChannels + threadIdx.x;
   const int64_t first_sample = static_cast<int64_t>(blockIdx.x / tiles) * kSamplesPerWalk;
   SharedCarver carver(dynamic_shared_memory());
   const HiddenBackwardShared<A> shared(carver);
   A sum[2 * kSamplesPerWalk] = {};
   for (int first = 0; first < p.hidden_units; first += kUnitChunk) {
     const int count = min(kUnitChunk, p.hidden_units - first);
-    for (int i = threadIdx.x; i < 2 * kSamplesPerWalk * kUnitChunk; i += kGateChannels) {
+    for (int i = threadIdx.x; i < 2 * kSamplesPerWalk * kUnitChunk; i += kBackwardChannels) {
       const int v = i / kUnitChunk, u = i % kUnitChunk;
       const int64_t vector = first_sample * 2 + v;
       shared.d_hidden[i] =

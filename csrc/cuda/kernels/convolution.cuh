@@ -25,6 +25,15 @@ __device__ __forceinline__ void stage_maps(const Box& box, const Space& s, int f
   }
 }
 
+// What backward reads of a pixel's maps: x's dtype [samples, 2, pixels].
+template <class T>
+__device__ __forceinline__ void save_maps(void* maps, int64_t sample, int pixels, int pixel,
+                                          acc_t<T> mean, acc_t<T> max) {
+  T* saved = static_cast<T*>(maps) + sample * 2 * pixels + pixel;
+  saved[0] = narrow<T>(mean);
+  saved[pixels] = narrow<T>(max);
+}
+
 // Weights of the convolution, and behind them the bias.
 template <class T, class A>
 __device__ __forceinline__ void stage_conv_weights(const void* weights, const void* bias,

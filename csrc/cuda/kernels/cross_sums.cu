@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, 2) cross_sums_kernel(const CrossSums
         column_sum);
     __syncthreads();
   }
-  write_columns(shared.column_sums, own, block.cols, column_sum, col_sums);
+  write_columns(shared.column_sums, own, column_sum, col_sums);
 }
 
 }  // namespace

@@ -83,14 +83,14 @@ __device__ __forceinline__ void sum_channel_rows(const MapTerms& p, const TileBl
   }
 }
 
-// Channels are columns: what belongs to the pixels comes with their rows.
+// Channels are columns, up to two to a thread: what belongs to the pixels comes with their rows.
 template <Access kAccess, int kCount, class T, class A>
 __device__ __forceinline__ void sum_channel_columns(const MapTerms& p, const TileBlock& block,
                                                     const T* x, const TileShared<A>& shared) {
   const TileGeometry& g = p.geometry;
   const PixelTerms<A> terms(p, block.sample, block.first_row);
-  const TileColumn own(block.cols);
-  A sum = A(0);
+  const TileColumn own[] = {TileColumn(block.cols), TileColumn(block.cols, kThreads)};
+  A sum[2] = {};
   for (int done = 0; done < block.rows; done += g.chunk) {
     const int rows = min(g.chunk, block.rows - done);
     stage_chunk<kAccess, kCount>(g, x + done * p.x.row_stride, p.x.row_stride, rows, block.cols,
@@ -101,18 +101,23 @@ __device__ __forceinline__ void sum_channel_columns(const MapTerms& p, const Til
       shared.row_index[r] = terms.channel[done + r];
     }
     __syncthreads();
-    sum_column(
-        shared.staged, rows, block.cols, own,
-        [&](int row) {
-          const bool is_max = shared.row_index[row] == block.first_col + own.column;
-          return is_max ? shared.row_factor[row] + shared.row_extra[row] : shared.row_factor[row];
-        },
-        sum);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      sum_column(
+          shared.staged, rows, block.cols, own[i],
+          [&](int row) {
+            const bool is_max = shared.row_index[row] == block.first_col + own[i].column;
+            return is_max ? shared.row_factor[row] + shared.row_extra[row] : shared.row_factor[row];
+          },
+          sum[i]);
     __syncthreads();
   }
   A* sums = static_cast<A*>(p.channels.values) +
             (block.sample * p.channels.parts + block.split) * p.x.cols + block.first_col;
-  write_columns(shared.column_sums, own, block.cols, sum, sums);
+  write_columns(shared.column_sums, own[0], sum[0], sums);
+  if (block.cols <= kThreads) return;
+  __syncthreads();
+  write_columns(shared.column_sums, own[1], sum[1], sums);
 }
 
 template <class T, Access kAccess, bool kChannelsFirst>

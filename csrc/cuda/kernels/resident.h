@@ -1,6 +1,5 @@
-// What the resident forward is handed, and the shared memory that it takes. A team of blocks holds
-// some samples of x in shared memory, each block a slice of the channels, from the first read of x
-// to the last write of out.
+// What both resident kernels are handed: how a team of blocks holds samples on the chip, each block
+// a slice of the channels, from the first read of x to the last write.
 #pragma once
 
 #include "../primitives/async_copy.cuh"
@@ -8,8 +7,6 @@
 
 namespace cbam::cuda {
 
-// Threads of a block: on every multiprocessor 512 in all, with 128 registers each.
-constexpr int kMostTeamThreads = 512;
 // Samples of a visit, at most: they share one reading of the MLP's weights.
 constexpr int kMostVisited = 8;
 
@@ -34,32 +31,33 @@ struct ResidentGeometry {
   int lanes;        // threads that share a row where sums run along rows
   int groups;       // and a column where they run down columns
   Copy copy;
-  int band;           // pixels whose maps are exchanged at a time
-  BoxGeometry boxes;  // what the spatial gate is computed in; boxes go round the blocks of the team
+  BoxGeometry boxes;  // what the convolution is computed in; boxes go round the blocks of the team
   int boxes_each;     // boxes of a visit that a block takes, at most
   int64_t exchange;   // bytes that a block puts out for the others in global memory; 0 in a cluster
 
-  // The pooled vectors that the MLP's sums are made for; those of absent samples are zeros.
-  CBAM_INLINE_MEMBER int vectors() const { return samples == 1 ? 2 : 2 * kMostVisited; }
+  // The samples that the MLP's sums are made for; what belongs to absent ones is zero.
+  CBAM_INLINE_MEMBER int mlp_samples() const { return samples == 1 ? 1 : kMostVisited; }
 };
 
-// resident_forward.cu
+// What is the same in both directions.
 struct Resident {
   int64_t samples;
   int channels, hidden;
   Space space;
-  const void* x;
-  int64_t x_sample_stride, x_row_stride;  // in elements
-  void* out;
-  int64_t out_sample_stride, out_row_stride;
+  Matrix x;
   Weights weights;
-  Saved saved;     // all null in inference
+  Saved saved;     // written by the forward, all null in inference; read by the backward
   void* exchange;  // teams * team * geometry.exchange bytes, or null
-  ResidentGeometry geometry;
+  SharedLayout layout;
 };
-void resident_forward(DType dtype, bool channels_first, const Resident& p, const Grid& grid,
-                      Stream stream);
-bool can_run_resident(DType dtype, bool channels_first, bool training, const Grid& grid);
+
+// Where threads that share a column leave what each has of it.
+template <class A>
+struct ColumnScratch {
+  A* sum;  // [threads]; so are the following, which sums alone do not need
+  A* max;
+  int32_t* argmax;
+};
 
 // Hands out parts of global memory as SharedCarver does of shared memory.
 class ExchangeCarver {
@@ -77,68 +75,6 @@ class ExchangeCarver {
  private:
   char* base_;
   int64_t used_ = 0;
-};
-
-// What the blocks of a team read of each other: in the shared memory of each, or in global memory.
-template <class A>
-struct Exchange {
-  A* hidden;        // [hidden, vectors]: this block's share of the first layer's sums
-  A* maps;          // [2, samples, band]: mean and max over this block's channels
-  int32_t* argmax;  // [samples, band]
-  A* gates;         // [boxes_each, pixels of a box]
-
-  template <class Carver>
-  CBAM_INLINE_MEMBER Exchange(Carver& carver, const ResidentGeometry& g, int units,
-                              const Space& space, bool training)
-      : hidden(carver.template array<A>(int64_t{units} * g.vectors(), "hidden")),
-        maps(carver.template array<A>(map_values(g, space), "maps")),
-        argmax(
-            carver.template array<int32_t>(training ? int64_t{g.samples} * g.band : 0, "argmax")),
-        gates(carver.template array<A>(int64_t{g.boxes_each} * g.boxes.pixels(), "gates")) {}
-
- private:
-  // In a cluster the spatial gates follow in the same place, once the maps are gates.
-  CBAM_INLINE_MEMBER static int64_t map_values(const ResidentGeometry& g, const Space& space) {
-    const int64_t maps = int64_t{2} * g.samples * g.band;
-    const int64_t gates = int64_t{g.samples} * space.pixels();
-    return g.cluster && gates > maps ? gates : maps;
-  }
-};
-
-// What a block alone looks at.
-template <class T, class A>
-struct ResidentShared {
-  T* tile;              // [samples, rows, pitch]
-  CopyBarrier* landed;  // [samples, chunks]; none where copies go through registers
-  A* pooled;            // [vectors, channels]: mean and max of each sample in turn
-  A* both;              // [vectors / 2, hidden]: the sum of both hidden vectors
-  A* gate;              // [samples, channels]
-  A* weight;            // [2, taps], and the bias
-  A* staged;            // [2, a box with its halo, rows padded]
-  A* spatial;           // [samples, pixels]; null where Exchange has room for it
-  A* sum;               // [threads]: where several share a column
-  A* max;               // [threads]
-  int32_t* argmax;      // [threads]
-
-  CBAM_INLINE_MEMBER ResidentShared(SharedCarver& carver, const ResidentGeometry& g, int units,
-                                    const Space& space, bool training)
-      : tile(carver.array<T>(int64_t{g.samples} * g.rows * g.pitch, "tile")),
-        landed(carver.array<CopyBarrier>(g.copy == Copy::kPlain ? 0 : int64_t{g.samples} * g.chunks,
-                                         "landed")),
-        pooled(carver.array<A>(int64_t{g.vectors()} * g.channels, "pooled")),
-        both(carver.array<A>(int64_t{g.vectors()} / 2 * units, "both")),
-        gate(carver.array<A>(int64_t{g.samples} * g.channels, "gate")),
-        weight(carver.array<A>(int64_t{2} * space.taps() + 1, "weight")),
-        staged(carver.array<A>(2 * g.boxes.staged(space), "staged")),
-        spatial(carver.array<A>(g.cluster ? 0 : int64_t{g.samples} * space.pixels(), "spatial")),
-        sum(carver.array<A>(scratch(g), "sum")),
-        max(carver.array<A>(scratch(g), "max")),
-        argmax(carver.array<int32_t>(training ? scratch(g) : 0, "argmax")) {}
-
- private:
-  CBAM_INLINE_MEMBER static int scratch(const ResidentGeometry& g) {
-    return g.groups > 1 ? g.threads : 0;
-  }
 };
 
 }  // namespace cbam::cuda

@@ -6,53 +6,16 @@
 // of ranks, and every block makes the gates of its own channels: the team reads the weights once.
 #pragma once
 
-#include "resident_tile.cuh"
+#include "resident_extremes.cuh"
+#include "resident_mlp.cuh"
 
 namespace cbam::cuda {
 
-// Brings the weights of the block's channels to the cache while the first samples arrive.
-template <bool kChannelsFirst, class T>
-__device__ __forceinline__ void prefetch_weights(const Resident& p,
-                                                 const ResidentBlock<T, kChannelsFirst>& block) {
-  const auto size = static_cast<int64_t>(bytes_of(p.weights.dtype));
-  const int64_t lines = (block.channels * size + kLineBytes - 1) / kLineBytes;
-  const int64_t row = p.hidden * size, end = block.channels * row;
-  const auto* fc1 = static_cast<const char*>(p.weights.fc1_weight) + block.first_channel * size;
-  const auto* fc2 = static_cast<const char*>(p.weights.fc2_weight) + block.first_channel * row;
-  for (int64_t i = threadIdx.x; i < lines * p.hidden; i += p.geometry.threads) {
-    prefetch(fc1 + i / lines * p.channels * size + i % lines * kLineBytes);
-    if (i * kLineBytes < end) prefetch(fc2 + i * kLineBytes);
-  }
-}
-
-// A warp's products of kRows rows of a matrix with kVectors vectors: lane i gets that of row
-// i / kVectors and vector i % kVectors.
-template <int kRows, int kVectors, class A, class Weight>
-__device__ __forceinline__ A warp_products(int count, const A* vectors, int pitch, Weight weight) {
-  constexpr int kAtOnce = kRows < 8 ? kRows : 8;  // weights under way
-  A sum[kRows * kVectors] = {};
-  for (int k = threadIdx.x % 32; k < count; k += 32) {
-#pragma unroll
-    for (int first = 0; first < kRows; first += kAtOnce) {
-      A of_row[kAtOnce];
-#pragma unroll
-      for (int r = 0; r < kAtOnce; ++r) of_row[r] = weight(first + r, k);
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        const A value = vectors[v * pitch + k];
-#pragma unroll
-        for (int r = 0; r < kAtOnce; ++r) sum[(first + r) * kVectors + v] += of_row[r] * value;
-      }
-    }
-  }
-  return sums_of_warp(sum);
-}
-
 // This block's share of the first layer: the sums over its own channels.
 template <int kVectors, bool kChannelsFirst, class T>
-__device__ __forceinline__ void hidden_shares(const Resident& p,
+__device__ __forceinline__ void hidden_shares(const ResidentForward& p,
                                               const ResidentBlock<T, kChannelsFirst>& block,
-                                              const Memory<T>& m) {
+                                              const ForwardMemory<T>& m) {
   constexpr int kRows = 32 / kVectors;
   const int row = threadIdx.x % 32 / kVectors, vector = threadIdx.x % kVectors;
   for (int unit = threadIdx.x / 32 * kRows; unit < p.hidden;
@@ -69,11 +32,11 @@ __device__ __forceinline__ void hidden_shares(const Resident& p,
 
 // The hidden vectors of mean and max, summed over the team and then over both.
 template <bool kTraining, bool kChannelsFirst, class T>
-__device__ __forceinline__ void merge_hidden(const Resident& p,
+__device__ __forceinline__ void merge_hidden(const ResidentForward& p,
                                              const ResidentBlock<T, kChannelsFirst>& block,
-                                             const Memory<T>& m) {
+                                             const ForwardMemory<T>& m) {
   using A = acc_t<T>;
-  const int vectors = p.geometry.vectors(), samples = vectors / 2;
+  const int samples = p.geometry.mlp_samples(), vectors = 2 * samples;
   const Team& team = block.team;
   for (int i = threadIdx.x; i < p.hidden * samples; i += p.geometry.threads) {
     const int unit = i / samples, sample = i % samples;
@@ -89,7 +52,7 @@ __device__ __forceinline__ void merge_hidden(const Resident& p,
     max = relu(max + b);
     m.shared.both[sample * p.hidden + unit] = mean + max;
     if (kTraining && team.rank == 0 && sample < block.samples) {
-      const int64_t n = block.first_sample + sample;
+      const int64_t n = block.first_sample() + sample;
       A* saved = static_cast<A*>(p.saved.hidden) + n * 2 * p.hidden + unit;
       saved[0] = mean;
       saved[p.hidden] = max;
@@ -100,9 +63,9 @@ __device__ __forceinline__ void merge_hidden(const Resident& p,
 
 // The gates of the block's own channels.
 template <int kSamples, bool kTraining, bool kChannelsFirst, class T>
-__device__ __forceinline__ void gate_channels(const Resident& p,
+__device__ __forceinline__ void gate_channels(const ResidentForward& p,
                                               const ResidentBlock<T, kChannelsFirst>& block,
-                                              const Memory<T>& m) {
+                                              const ForwardMemory<T>& m) {
   using A = acc_t<T>;
   constexpr int kRows = 32 / kSamples;
   const int row = threadIdx.x % 32 / kSamples, sample = threadIdx.x % kSamples;
@@ -122,16 +85,16 @@ __device__ __forceinline__ void gate_channels(const Resident& p,
     const A gate = sigmoid(sum + A(2) * b);
     m.shared.gate[sample * p.geometry.channels + c] = gate;
     if constexpr (kTraining)
-      static_cast<A*>(p.saved.channel_gate)[(block.first_sample + sample) * p.channels + channel] =
-          gate;
+      static_cast<A*>(
+          p.saved.channel_gate)[(block.first_sample() + sample) * p.channels + channel] = gate;
   }
   __syncthreads();
 }
 
 template <bool kTraining, bool kChannelsFirst, class T>
-__device__ __forceinline__ void gate_all_channels(const Resident& p,
+__device__ __forceinline__ void gate_all_channels(const ResidentForward& p,
                                                   const ResidentBlock<T, kChannelsFirst>& block,
-                                                  const Memory<T>& m) {
+                                                  const ForwardMemory<T>& m) {
   const bool one = p.geometry.samples == 1;
   if (block.samples > 0 && one)
     hidden_shares<2>(p, block, m);

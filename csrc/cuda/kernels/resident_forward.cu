@@ -21,26 +21,25 @@ namespace cbam::cuda {
 namespace {
 
 template <bool kTraining, class T>
-__device__ __forceinline__ Memory<T> carve(const Resident& p) {
+__device__ __forceinline__ ForwardMemory<T> memory_of(const ResidentForward& p) {
   using A = acc_t<T>;
-  const ResidentGeometry& g = p.geometry;
-  SharedCarver carver(dynamic_shared_memory());
-  const ResidentShared<T, A> shared(carver, g, p.hidden, p.space, kTraining);
+  const ResidentForwardGeometry& g = p.geometry;
+  LaidOutCarver carver(dynamic_shared_memory(), p.layout);
+  const ResidentForwardShared<T, A> shared(carver, g, p.hidden, p.space, kTraining);
   if (kHasClusters && g.cluster) {
-    const Exchange<A> exchange(carver, g, p.hidden, p.space, kTraining);
+    const ForwardExchange<A> exchange(carver, g, p.hidden, p.space, kTraining);
     return {shared, exchange, exchange.maps};
   }
   ExchangeCarver global(static_cast<char*>(p.exchange) + blockIdx.x * g.exchange);
-  return {shared, Exchange<A>(global, g, p.hidden, p.space, kTraining), shared.spatial};
+  return {shared, ForwardExchange<A>(global, g, p.hidden, p.space, kTraining), shared.spatial};
 }
 
 // The weights of the convolution, and where copies end.
 template <class T>
-__device__ __forceinline__ void prepare(const Resident& p, const Memory<T>& m) {
-  const ResidentGeometry& g = p.geometry;
-  if (threadIdx.x == 0 && g.copy != Copy::kPlain) {
-    for (int i = 0; i < g.samples * g.chunks; ++i)
-      init(m.shared.landed + i, g.copy == Copy::kBulk ? 1 : g.threads);
+__device__ __forceinline__ void prepare(const ResidentForward& p, const ForwardMemory<T>& m) {
+  const ResidentForwardGeometry& g = p.geometry;
+  if (threadIdx.x == 0) {
+    init_landed(g, m.shared.landed, g.samples * g.chunks);
     publish_inits();
   }
   stage_conv_weights<T>(p.weights.conv_weight, p.weights.conv_bias, p.weights.dtype, p.space,
@@ -50,36 +49,33 @@ __device__ __forceinline__ void prepare(const Resident& p, const Memory<T>& m) {
 
 // Mean and maximum over space of the block's channels; zeros for samples that are not there.
 template <bool kTraining, bool kChannelsFirst, class T>
-__device__ __forceinline__ void pool(const Resident& p,
+__device__ __forceinline__ void pool(const ResidentForward& p,
                                      const ResidentBlock<T, kChannelsFirst>& block,
-                                     const Memory<T>& m) {
+                                     const ForwardMemory<T>& m) {
   using A = acc_t<T>;
-  const ResidentGeometry& g = p.geometry;
+  const ResidentForwardGeometry& g = p.geometry;
   A* pooled = m.shared.pooled;
   const auto put = [&](int sample, int c, const Extremes<A, kTraining>& e) {
-    const A mean = e.sum / static_cast<A>(block.pixels);
+    const A mean = e.sum / static_cast<A>(block.pixels());
     pooled[2 * sample * g.channels + c] = mean;
     pooled[(2 * sample + 1) * g.channels + c] = e.max;
     if constexpr (kTraining) {
-      const int64_t n = block.first_sample + sample, channel = block.first_channel + c;
+      const int64_t n = block.first_sample() + sample, channel = block.first_channel + c;
       A* saved = static_cast<A*>(p.saved.pooled) + n * 2 * p.channels + channel;
       saved[0] = mean;
       saved[p.channels] = e.max;
       p.saved.pixel_argmax[n * p.channels + channel] = e.argmax_or(0);
     }
   };
+  const auto ready = [&](int sample, int chunk) {
+    wait_for_chunk(g, m.shared.landed + sample * g.chunks + chunk, block.parity());
+  };
   if constexpr (kChannelsFirst)
     walk_rows<false, kTraining>(
         g, block, m.shared.tile, 0, block.channels, 0, nullptr,
-        [&](int sample, int row) {
-          wait_for_chunk(p, block, m.shared.landed, sample, row / g.chunk);
-        },
-        put);
+        [&](int sample, int row) { ready(sample, row / g.chunk); }, put);
   else
-    walk_columns<false, kTraining>(
-        g, block, m.shared, 0, block.channels, 0, nullptr,
-        [&](int sample, int chunk) { wait_for_chunk(p, block, m.shared.landed, sample, chunk); },
-        put);
+    walk_columns<false, kTraining>(g, block, m, 0, block.channels, 0, nullptr, ready, put);
   for (int i = 2 * block.samples * g.channels + threadIdx.x; i < g.vectors() * g.channels;
        i += g.threads)
     pooled[i] = A(0);
@@ -112,26 +108,26 @@ struct VectorGates {
 
 // out of one chunk.
 template <bool kWhole, bool kChannelsFirst, class T>
-__device__ __forceinline__ void scale_chunk(const Resident& p,
+__device__ __forceinline__ void scale_chunk(const ResidentForward& p,
                                             const ResidentBlock<T, kChannelsFirst>& block,
-                                            const Memory<T>& m, int sample, int number) {
+                                            const ForwardMemory<T>& m, int sample, int number) {
   using A = acc_t<T>;
   constexpr int kCount = kVector<T>;
-  const ResidentGeometry& g = p.geometry;
-  const Chunk chunk(g, block.rows, number);
+  const ResidentForwardGeometry& g = p.geometry;
+  const Chunk chunk(g, block.rows(), number);
   const A* channels = m.shared.gate + sample * g.channels;
-  const A* pixels = m.spatial + sample * block.pixels;
+  const A* pixels = m.spatial + sample * block.pixels();
   const T* tile = m.shared.tile + int64_t{sample} * g.rows * g.pitch;
-  T* out = static_cast<T*>(p.out) + (block.first_sample + sample) * p.out_sample_stride +
+  T* out = static_cast<T*>(p.out) + (block.first_sample() + sample) * p.out_sample_stride +
            block.first_channel * (kChannelsFirst ? p.out_row_stride : 1);
   // Counted from the slice's first element, as if there were no gaps between rows.
-  const int begin = chunk.first * block.cols, vectors = chunk.count * block.cols / kCount;
+  const int begin = chunk.first * block.cols(), vectors = chunk.count * block.cols() / kCount;
   for (int v = threadIdx.x; v < vectors; v += g.threads) {
-    const int at = begin + v * kCount, row = at / block.cols, col = at - row * block.cols;
+    const int at = begin + v * kCount, row = at / block.cols(), col = at - row * block.cols();
     const T* from = tile + (kChannelsFirst ? at : row * g.pitch + col);
     auto pack = widen(load_staged<kCount>(from));
     const VectorGates<kChannelsFirst, kWhole, kCount, A> gates(channels, pixels, row, col,
-                                                               block.cols);
+                                                               block.cols());
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
       pack.value[i] = pack.value[i] * gates.channel[i] * gates.pixel[i];
@@ -140,28 +136,29 @@ __device__ __forceinline__ void scale_chunk(const Resident& p,
 }
 
 template <class T, bool kChannelsFirst, bool kTraining>
-__global__ void __launch_bounds__(kMostTeamThreads, 1) resident_forward_kernel(const Resident p) {
-  const ResidentGeometry& g = p.geometry;
-  const Memory<T> m = carve<kTraining, T>(p);
-  ResidentBlock<T, kChannelsFirst> block(p);
+__global__ void __launch_bounds__(kForwardThreads, 1)
+    resident_forward_kernel(const ResidentForward p) {
+  const ResidentForwardGeometry& g = p.geometry;
+  const ForwardMemory<T> m = memory_of<kTraining, T>(p);
+  ResidentBlock<T, kChannelsFirst> block(p, g);
   prepare(p, m);
-  const auto load = [&](int64_t visit, int sample, int number) {
-    load_chunk(p, block, m.shared.tile, m.shared.landed, visit * g.samples, sample, number);
+  const auto load = [&](int round, int sample, int number) {
+    T* to = m.shared.tile + (int64_t{sample} * g.rows + number * g.chunk) * g.pitch;
+    load_chunk(g, block, p.x, round, sample, number, to,
+               m.shared.landed + sample * g.chunks + number);
   };
-  for (int sample = 0; sample < block.samples_of(p, block.number); ++sample)
-    for (int number = 0; number < g.chunks; ++number) load(block.number, sample, number);
+  for (int sample = 0; sample < block.samples_in(0); ++sample)
+    for (int number = 0; number < g.chunks; ++number) load(0, sample, number);
   prefetch_weights(p, block);
-  const bool whole = block.cols % kVector<T> == 0;  // of a row: always so where channels come last
-  const int64_t visits = (p.samples + g.samples - 1) / g.samples;
-  const int64_t rounds = (visits + g.teams - 1) / g.teams;  // of every team, for its barriers' sake
-  for (int64_t round = 0; round < rounds; ++round) {
-    const int64_t visit = block.number + round * g.teams, next = visit + g.teams;
-    block.start(p, visit, round);
+  const bool whole =
+      block.cols() % kVector<T> == 0;  // of a row: always so where channels come last
+  for (int round = 0; round < rounds_of(p, g); ++round) {
+    block.start(round);
     __syncthreads();
     pool<kTraining>(p, block, m);
     gate_all_channels<kTraining>(p, block, m);
     gate_all_pixels<kTraining>(p, block, m);
-    const int following = block.samples_of(p, next);
+    const int following = block.samples_in(round + 1);
     for (int sample = 0; sample < block.samples; ++sample)
       for (int number = 0; number < g.chunks; ++number) {
         if (whole)
@@ -169,7 +166,7 @@ __global__ void __launch_bounds__(kMostTeamThreads, 1) resident_forward_kernel(c
         else
           scale_chunk<false>(p, block, m, sample, number);
         __syncthreads();
-        if (sample < following) load(next, sample, number);
+        if (sample < following) load(round + 1, sample, number);
       }
   }
   if (kHasClusters && g.cluster)
@@ -191,13 +188,13 @@ void with_kernel(DType dtype, bool channels_first, bool training, Body body) {
 
 }  // namespace
 
-void resident_forward(DType dtype, bool channels_first, const Resident& p, const Grid& grid,
+void resident_forward(DType dtype, bool channels_first, const ResidentForward& p, const Grid& grid,
                       Stream stream) {
   with_kernel(dtype, channels_first, p.saved.spatial_gate != nullptr,
               [&](auto kernel) { launch("resident_forward", kernel, grid, stream, p); });
 }
 
-bool can_run_resident(DType dtype, bool channels_first, bool training, const Grid& grid) {
+bool can_run_resident_forward(DType dtype, bool channels_first, bool training, const Grid& grid) {
   bool can = false;
   with_kernel(dtype, channels_first, training, [&](auto kernel) { can = can_run(kernel, grid); });
   return can;

@@ -9,17 +9,17 @@
 #pragma once
 
 #include "convolution.cuh"
-#include "resident_tile.cuh"
+#include "resident_extremes.cuh"
 
 namespace cbam::cuda {
 
 // Mean and maximum over the block's channels, for the pixels of a band.
 template <bool kTraining, bool kChannelsFirst, class T>
-__device__ __forceinline__ void put_out_maps(const Resident& p,
+__device__ __forceinline__ void put_out_maps(const ResidentForward& p,
                                              const ResidentBlock<T, kChannelsFirst>& block,
-                                             const Memory<T>& m, int first, int end) {
+                                             const ForwardMemory<T>& m, int first, int end) {
   using A = acc_t<T>;
-  const ResidentGeometry& g = p.geometry;
+  const ResidentForwardGeometry& g = p.geometry;
   const auto put = [&](int sample, int pixel, const Extremes<A, kTraining>& e) {
     const int at = sample * g.band + pixel - first;
     m.exchange.maps[at] = e.sum / static_cast<A>(p.channels);
@@ -28,8 +28,8 @@ __device__ __forceinline__ void put_out_maps(const Resident& p,
   };
   const auto ready = [](int, int) {};  // the pool has waited
   if constexpr (kChannelsFirst)
-    walk_columns<true, kTraining>(g, block, m.shared, first, end, block.first_channel,
-                                  m.shared.gate, ready, put);
+    walk_columns<true, kTraining>(g, block, m, first, end, block.first_channel, m.shared.gate,
+                                  ready, put);
   else
     walk_rows<true, kTraining>(g, block, m.shared.tile, first, end, block.first_channel,
                                m.shared.gate, ready, put);
@@ -37,12 +37,12 @@ __device__ __forceinline__ void put_out_maps(const Resident& p,
 
 // A pixel's maps, merged over the team; kept for backward where the pixel is one of this block's.
 template <bool kTraining, bool kChannelsFirst, class T>
-__device__ __forceinline__ void merge_maps(const Resident& p,
+__device__ __forceinline__ void merge_maps(const ResidentForward& p,
                                            const ResidentBlock<T, kChannelsFirst>& block,
-                                           const Memory<T>& m, int sample, int pixel, int first,
-                                           bool inside, acc_t<T>& mean, acc_t<T>& max) {
+                                           const ForwardMemory<T>& m, int sample, int pixel,
+                                           int first, bool inside, acc_t<T>& mean, acc_t<T>& max) {
   using A = acc_t<T>;
-  const ResidentGeometry& g = p.geometry;
+  const ResidentForwardGeometry& g = p.geometry;
   const int at = sample * g.band + pixel - first;
   const auto read = [&](int from) {
     Extremes<A, kTraining> e;
@@ -57,22 +57,20 @@ __device__ __forceinline__ void merge_maps(const Resident& p,
   max = merged.max;
   if constexpr (kTraining) {
     if (!inside) return;
-    const int64_t n = block.first_sample + sample;
-    T* saved = static_cast<T*>(p.saved.maps) + n * 2 * block.pixels + pixel;
-    saved[0] = narrow<T>(mean);
-    saved[block.pixels] = narrow<T>(max);
-    p.saved.channel_argmax[n * block.pixels + pixel] = merged.argmax;
+    const int64_t n = block.first_sample() + sample;
+    save_maps<T>(p.saved.maps, n, block.pixels(), pixel, mean, max);
+    p.saved.channel_argmax[n * block.pixels() + pixel] = merged.argmax;
   }
 }
 
 // Of this block's boxes: the maps as far as they are in the band, and behind the last band the
 // gates.
 template <bool kTraining, bool kChannelsFirst, class T>
-__device__ __forceinline__ void gate_boxes(const Resident& p,
+__device__ __forceinline__ void gate_boxes(const ResidentForward& p,
                                            const ResidentBlock<T, kChannelsFirst>& block,
-                                           const Memory<T>& m, int first, int end) {
+                                           const ForwardMemory<T>& m, int first, int end) {
   using A = acc_t<T>;
-  const ResidentGeometry& g = p.geometry;
+  const ResidentForwardGeometry& g = p.geometry;
   const auto boxes = static_cast<int>(block.samples * g.boxes.boxes());
   for (int k = 0; k < g.boxes_each; ++k) {
     const int number = block.team.rank + k * g.team;
@@ -83,14 +81,14 @@ __device__ __forceinline__ void gate_boxes(const Resident& p,
                [&](int pixel, bool inside, A& mean, A& max) {
                  merge_maps<kTraining>(p, block, m, sample, pixel, first, inside, mean, max);
                });
-    if (end < block.pixels) return;
+    if (end < block.pixels()) return;
     __syncthreads();
     A* gates = m.exchange.gates + k * g.boxes.pixels();
     gate_box(box, p.space, m.shared.staged, m.shared.weight, [&](int at, int pixel, A gate) {
       gates[at] = gate;
       if constexpr (kTraining)
         static_cast<A*>(
-            p.saved.spatial_gate)[(block.first_sample + sample) * block.pixels + pixel] = gate;
+            p.saved.spatial_gate)[(block.first_sample() + sample) * block.pixels() + pixel] = gate;
     });
     __syncthreads();
   }
@@ -98,10 +96,10 @@ __device__ __forceinline__ void gate_boxes(const Resident& p,
 
 // The gates of all pixels, from the blocks that computed them.
 template <bool kChannelsFirst, class T>
-__device__ __forceinline__ void collect_gates(const Resident& p,
+__device__ __forceinline__ void collect_gates(const ResidentForward& p,
                                               const ResidentBlock<T, kChannelsFirst>& block,
-                                              const Memory<T>& m) {
-  const ResidentGeometry& g = p.geometry;
+                                              const ForwardMemory<T>& m) {
+  const ResidentForwardGeometry& g = p.geometry;
   using A = acc_t<T>;
   const auto boxes = static_cast<int>(block.samples * g.boxes.boxes());
   for (int i = threadIdx.x; i < g.boxes.pixels(); i += g.threads)
@@ -117,18 +115,18 @@ __device__ __forceinline__ void collect_gates(const Resident& p,
           const int x = i % box.width, y = i / box.width % box.height,
                     z = i / box.width / box.height;
           if (i < box.pixels())
-            m.spatial[box.sample * block.pixels + box.pixel(p.space, z, y, x)] = gate;
+            m.spatial[box.sample * block.pixels() + box.pixel(p.space, z, y, x)] = gate;
         });
   __syncthreads();
 }
 
 template <bool kTraining, bool kChannelsFirst, class T>
-__device__ __forceinline__ void gate_all_pixels(const Resident& p,
+__device__ __forceinline__ void gate_all_pixels(const ResidentForward& p,
                                                 const ResidentBlock<T, kChannelsFirst>& block,
-                                                const Memory<T>& m) {
+                                                const ForwardMemory<T>& m) {
   const int band = p.geometry.band;
-  for (int first = 0; first < block.pixels; first += band) {
-    const int end = min(first + band, block.pixels);
+  for (int first = 0; first < block.pixels(); first += band) {
+    const int end = min(first + band, block.pixels());
     put_out_maps<kTraining>(p, block, m, first, end);
     block.team.barrier();
     gate_boxes<kTraining>(p, block, m, first, end);

@@ -49,11 +49,7 @@ __device__ __forceinline__ void stage_block(const SpatialGate& p, const ScaleBlo
       mean = e.sum;
       max = e.max;
     }
-    if (saves) {
-      T* saved = static_cast<T*>(p.saved_maps) + block.sample * 2 * pixels + pixel;
-      saved[0] = narrow<T>(mean);
-      saved[pixels] = narrow<T>(max);
-    }
+    if (saves) save_maps<T>(p.saved_maps, block.sample, pixels, pixel, mean, max);
   };
   stage_maps(block, p.space, 0, pixels, staged, maps_at);
 }

@@ -78,13 +78,14 @@ __device__ __forceinline__ void sum_rows(const A* staged, int rows, int cols, Fa
 
 static_assert(kTileColumns <= kThreads, "a thread for each column");
 
-// The column of this thread and its share of the rows.
+// The column of this thread and its share of the rows, where threads take columns from `from` on.
 struct TileColumn {
-  int column, first, step;
+  int from, cols, column, first, step;
 
-  __device__ __forceinline__ explicit TileColumn(int cols) {
-    column = threadIdx.x % cols;
-    first = threadIdx.x / cols;
+  __device__ __forceinline__ explicit TileColumn(int tile, int from_ = 0)
+      : from(from_), cols(max(1, min(kThreads, tile - from_))) {
+    column = from + threadIdx.x % cols;
+    first = from < tile ? threadIdx.x / cols : INT_MAX;
     step = kThreads / cols;
   }
 };
@@ -99,14 +100,13 @@ __device__ __forceinline__ void sum_column(const A* staged, int rows, int cols,
 
 // Adds the sums of the threads that share a column and writes one value a column.
 template <class A>
-__device__ __forceinline__ void write_columns(A* shared, const TileColumn& own, int cols, A sum,
-                                              A* out) {
+__device__ __forceinline__ void write_columns(A* shared, const TileColumn& own, A sum, A* out) {
   shared[threadIdx.x] = sum;
   __syncthreads();
-  if (static_cast<int>(threadIdx.x) < cols) {
+  if (own.first == 0) {
     A total = A(0);
-    for (int i = 0; i < own.step; ++i) total += shared[i * cols + threadIdx.x];
-    out[threadIdx.x] = total;
+    for (int i = 0; i < own.step; ++i) total += shared[i * own.cols + threadIdx.x];
+    out[own.column] = total;
   }
 }
 

@@ -26,7 +26,7 @@ __device__ __forceinline__ void stage(const Vectors& from, int64_t first_k, int 
   }
 }
 
-//   out[i][j] = sum_k a[k][i] * b[k][j]
+//   out[i][j] = sum_k a[k][i] * b[k][j]      of two pairs of a and b
 //
 // grid    a block of 256 threads for each kSide x kSide outputs, four to a thread
 //
@@ -34,10 +34,14 @@ __device__ __forceinline__ void stage(const Vectors& from, int64_t first_k, int 
 //
 // bytes   reads a and b once for each tile that they touch, writes out once
 template <class A>
-__global__ void __launch_bounds__(kThreads) outer_sums_kernel(const OuterSums p) {
+__global__ void __launch_bounds__(kThreads) outer_sums_kernel(const OuterSums both) {
   constexpr int kEach = kSide * kSide / kThreads, kRowStep = kThreads / kSide;
+  const auto blocks = static_cast<int>(outer_blocks(both.first.a.length, both.first.b.length));
+  const bool second = static_cast<int>(blockIdx.x) >= blocks;
+  const OuterSum p = second ? both.second : both.first;
   const int tiles = (p.b.length + kSide - 1) / kSide;
-  const int first_row = blockIdx.x / tiles * kSide, first_col = blockIdx.x % tiles * kSide;
+  const int block = blockIdx.x - (second ? blocks : 0);
+  const int first_row = block / tiles * kSide, first_col = block % tiles * kSide;
   const int x = threadIdx.x % kSide, y = threadIdx.x / kSide;
   SharedCarver carver(dynamic_shared_memory());
   const OuterShared<A> shared(carver);
@@ -61,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) outer_sums_kernel(const OuterSums p)
   }
 }
 
-//   out[i] = scale * sum_k a[k][i]
+//   out[i] = scale * sum_k a[k][i]      of several a
 //
 // grid    a block of 256 threads for each 32 outputs, a warp for every eighth k
 //
@@ -69,9 +73,19 @@ __global__ void __launch_bounds__(kThreads) outer_sums_kernel(const OuterSums p)
 //
 // bytes   reads a once, writes out once
 template <class A>
-__global__ void __launch_bounds__(kThreads) vector_sums_kernel(const VectorSums p) {
+__global__ void __launch_bounds__(kThreads) vector_sums_kernel(const VectorSums all) {
+  static_assert(kSummedTogether == 32, "one for each lane");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int column = blockIdx.x * 32 + lane;
+  int block = blockIdx.x;
+  VectorSum p = all.sum[0];
+#pragma unroll
+  for (int i = 1; i < kMostVectorSums; ++i) {
+    const auto blocks = static_cast<int>(vector_blocks(p.a.length));
+    if (block < blocks) break;
+    block -= blocks;
+    p = all.sum[i];
+  }
+  const int column = block * kSummedTogether + lane;
   SharedCarver carver(dynamic_shared_memory());
   const VectorSumsShared<A> shared(carver);
   A sum = A(0);

@@ -79,6 +79,15 @@ __device__ __forceinline__ A sums_of_warp(const A (&v)[kCount]) {
   }
 }
 
+// Each of v over groups of `lanes` neighbours, a power of two; all 32 lanes of the warp take part.
+template <int kCount, class A>
+__device__ __forceinline__ void sum_lanes(A (&v)[kCount], int lanes) {
+#pragma unroll 1
+  for (int distance = lanes / 2; distance > 0; distance /= 2)
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], distance);
+}
+
 template <class A>
 __device__ __forceinline__ A sum_of_warp(A v) {
 #pragma unroll

@@ -52,4 +52,52 @@ class SharedCarver {
   size_t used_ = 0;
 };
 
+// Where the arrays of a block stand: laid out by the host and handed to the kernel, for kernels
+// that have so many that their addresses would fill the registers.
+struct SharedLayout {
+  static constexpr int kMost = 32;
+  int32_t offset[kMost];
+};
+
+// Lays out, as SharedCarver counts.
+class LayoutCarver {
+ public:
+  explicit LayoutCarver(SharedLayout& layout) : layout_(layout), carver_(nullptr) {}
+
+  template <class E>
+  E* array(int64_t count, const char* name) {
+    layout_.offset[next_++] = static_cast<int32_t>(carver_.bytes());
+    return carver_.array<E>(count, name);
+  }
+  size_t bytes() const { return carver_.bytes(); }
+
+ private:
+  SharedLayout& layout_;
+  SharedCarver carver_;
+  int next_ = 0;
+};
+
+// Hands out what was laid out, to the same calls.
+class LaidOutCarver {
+ public:
+  CBAM_INLINE_MEMBER LaidOutCarver(unsigned char* base, const SharedLayout& layout)
+      : base_(base), layout_(layout) {}
+
+  template <class E>
+  CBAM_INLINE_MEMBER E* array([[maybe_unused]] int64_t count, [[maybe_unused]] const char* name) {
+    const int32_t offset = layout_.offset[next_++];
+#if defined(CBAM_EMULATED)
+    const size_t bytes = static_cast<size_t>(count) * sizeof(E);
+    return static_cast<E*>(emulator::shared_array(static_cast<size_t>(offset), bytes, name));
+#else
+    return reinterpret_cast<E*>(base_ + offset);
+#endif
+  }
+
+ private:
+  [[maybe_unused]] unsigned char* base_;
+  const SharedLayout& layout_;
+  int next_ = 0;
+};
+
 }  // namespace cbam::cuda

@@ -21,8 +21,9 @@ struct Pack {
 // `kCount` elements as they came from memory: loads can be under way before any is looked at.
 template <class T, int kCount>
 union Raw {
-  uint4 words;
+  std::conditional_t<kCount == kVector<T>, uint4, uint2> words;
   T element[kCount];
+  static_assert(sizeof words == sizeof element);
 };
 template <class T>
 union Raw<T, 1> {
@@ -42,12 +43,14 @@ __device__ __forceinline__ Raw<T, kCount> load(const T* p) {
   return raw;
 }
 
-// From shared memory, on a multiple of 16 bytes.
+// From shared memory, on a multiple of what they take together: a vector, or half of one.
 template <int kCount, class T>
 __device__ __forceinline__ Raw<T, kCount> load_staged(const T* p) {
-  static_assert(kCount == kVector<T>);
   Raw<T, kCount> raw;
-  raw.words = *reinterpret_cast<const uint4*>(p);
+  if constexpr (kCount == 1)
+    raw.element[0] = *p;
+  else
+    raw.words = *reinterpret_cast<const decltype(raw.words)*>(p);
   return raw;
 }
 
@@ -73,13 +76,15 @@ __device__ __forceinline__ void for_batches(int first, int end, int step, Load l
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) body(index + b * step, loaded[b]);
   }
-  Loaded rest[kBatch - 1];
+  if constexpr (kBatch > 1) {
+    Loaded rest[kBatch - 1];
 #pragma unroll
-  for (int b = 0; b < kBatch - 1; ++b)
-    if (index + b * step < end) rest[b] = load(index + b * step);
+    for (int b = 0; b < kBatch - 1; ++b)
+      if (index + b * step < end) rest[b] = load(index + b * step);
 #pragma unroll
-  for (int b = 0; b < kBatch - 1; ++b)
-    if (index + b * step < end) body(index + b * step, rest[b]);
+    for (int b = 0; b < kBatch - 1; ++b)
+      if (index + b * step < end) body(index + b * step, rest[b]);
+  }
 }
 
 // Bytes that the cache fetches together.
@@ -106,15 +111,17 @@ __device__ __forceinline__ void store(T* p, const Pack<T, kCount>& pack) {
   }
 }
 
-// kCount neighbours in shared memory; `aligned` where they start on a multiple of 16 bytes.
+// kCount neighbours in shared memory; `aligned` where they start on a multiple of 16 bytes, or of
+// what they take together.
 template <int kCount, class A>
 __device__ __forceinline__ void load_shared(const A* p, bool aligned, A (&value)[kCount]) {
-  constexpr int kEach = kVectorBytes / static_cast<int>(sizeof(A));
+  constexpr int kVectors = kVectorBytes / static_cast<int>(sizeof(A));
+  constexpr int kEach = kCount == 2 && kVectors == 4 ? 2 : kVectors;
   if (kCount % kEach == 0 && aligned) {
 #pragma unroll
     for (int i = 0; i < kCount; i += kEach) {
       Raw<A, kEach> raw;
-      raw.words = *reinterpret_cast<const uint4*>(p + i);
+      raw.words = *reinterpret_cast<const decltype(raw.words)*>(p + i);
 #pragma unroll
       for (int k = 0; k < kEach; ++k) value[i + k] = raw.element[k];
     }

@@ -21,8 +21,11 @@ enum cudaError_t {
 
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9,
   cudaFuncAttributeNonPortableClusterSizeAllowed = 14,
 };
+
+enum cudaSharedCarveout { cudaSharedmemCarveoutMaxShared = 100 };
 
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 

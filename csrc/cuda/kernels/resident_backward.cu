@@ -1,0 +1,169 @@
+// The whole backward in one launch, but for the sums over the batch: a team of blocks holds a few
+// samples of dout, and of x where both fit, each block a slice of the channels. The formulas stand
+// with the stages: resident_spatial_gate_backward.cuh, resident_channel_gate_backward.cuh,
+// input_gradient.cuh.
+//
+// grid    teams * team blocks of 192 or 384 threads, as clusters of `team` blocks or all at once; a
+//         team visits `samples` samples, then those `teams` visits further on, which begin to
+//         arrive while it writes dx
+// shared  the slice of dout, that of x or a few chunks of it; what belongs to all pixels; dz of the
+//         block's boxes with their halo; what it puts out for the other blocks of a cluster
+// bytes   reads dout once and x once, or twice where it does not stay; writes dx once; reads the
+//         weights of the MLP once a visit, what the forward saved once. Blocks that are no cluster
+//         exchange through global memory. What nobody asks for is not written, but computed, so
+//         that no gradient depends on which others are asked for.
+#include "../dispatch.cuh"
+#include "../launch.cuh"
+#include "input_gradient.cuh"
+#include "resident_channel_gate_backward.cuh"
+#include "resident_spatial_gate_backward.cuh"
+
+namespace cbam::cuda {
+namespace {
+
+template <class T>
+__device__ __forceinline__ BackwardMemory<T> memory_of(const ResidentBackward& p) {
+  using A = acc_t<T>;
+  const ResidentBackwardGeometry& g = p.geometry;
+  LaidOutCarver carver(dynamic_shared_memory(), p.layout);
+  const ResidentBackwardShared<T, A> shared(carver, g, p.hidden, p.space);
+  if (kHasClusters && g.cluster)
+    return {shared, BackwardExchange<A>(carver, g, p.hidden, p.space, shared.of_pixels)};
+  ExchangeCarver global(static_cast<char*>(p.exchange) + blockIdx.x * g.exchange);
+  return {shared, BackwardExchange<A>(global, g, p.hidden, p.space)};
+}
+
+// The weights of the convolution, and where copies end.
+template <class T>
+__device__ __forceinline__ void prepare(const ResidentBackward& p, const BackwardMemory<T>& m) {
+  const ResidentBackwardGeometry& g = p.geometry;
+  if (threadIdx.x == 0) {
+    init_landed(g, m.shared.dout_landed, g.samples * g.chunks);
+    init_landed(g, m.shared.x_landed, g.x_slots);
+    publish_inits();
+  }
+  for (int i = threadIdx.x; i < 2 * p.space.taps(); i += g.threads)
+    m.shared.weight[i] = weight_at<T>(p.weights.conv_weight, p.weights.dtype, i);
+  __syncthreads();
+}
+
+// The gates of the block's own channels, as the forward saved them.
+template <bool kChannelsFirst, class T>
+__device__ __forceinline__ void stage_gates(const ResidentBackward& p,
+                                            const ResidentBlock<T, kChannelsFirst>& block,
+                                            const BackwardMemory<T>& m) {
+  using A = acc_t<T>;
+  const A* gate = static_cast<const A*>(p.saved.channel_gate) + block.first_sample() * p.channels +
+                  block.first_channel;
+  for (int i = threadIdx.x; i < block.samples * block.channels; i += p.geometry.threads) {
+    const int sample = i / block.channels, c = i % block.channels;
+    m.shared.gate[sample * p.geometry.channels + c] = gate[int64_t{sample} * p.channels + c];
+  }
+  __syncthreads();
+}
+
+// dx of one sample; drained(chunk) once nobody reads a chunk of dout any more.
+template <Access kAccess, bool kChannelsFirst, class T, class Drained>
+__device__ __forceinline__ void write_sample(const ResidentBackward& p,
+                                             const ResidentBlock<T, kChannelsFirst>& block,
+                                             const BackwardMemory<T>& m, int sample,
+                                             Drained drained) {
+  const ResidentBackwardGeometry& g = p.geometry;
+  const auto channels = m.shared.of_channels.from(sample * g.channels);
+  const auto pixels = m.shared.of_pixels.from(int64_t{sample} * block.pixels());
+  const T* dout = m.shared.dout + int64_t{sample} * g.rows * g.pitch;
+  T* dx = static_cast<T*>(p.dx) + (block.first_sample() + sample) * p.dx_sample_stride +
+          block.first_channel * (kChannelsFirst ? p.dx_row_stride : 1);
+  InputGradientThread<T, kAccess, kChannelsFirst> thread(
+      {kChannelsFirst ? channels : pixels, kChannelsFirst ? pixels : channels,
+       kChannelsFirst ? block.first_channel : 0, kChannelsFirst ? 0 : block.first_channel,
+       block.cols(), g.row_group, g.threads_along});
+  for (int number = 0; number < g.chunks; ++number) {
+    const Chunk chunk(g, block.rows(), number);
+    if (p.dx)
+      thread.template write<1>(
+          chunk.first, chunk.first + chunk.count,
+          [&](int row, int col) { return load_staged<kVector<T>>(dout + row * g.pitch + col); }, dx,
+          p.dx_row_stride);
+    __syncthreads();
+    drained(number);
+  }
+}
+
+template <class T, Access kAccess, bool kChannelsFirst>
+__global__ void __launch_bounds__(kBackwardThreads, 1)
+    resident_backward_kernel(const ResidentBackward p) {
+  const ResidentBackwardGeometry& g = p.geometry;
+  const BackwardMemory<T> m = memory_of<T>(p);
+  ResidentBlock<T, kChannelsFirst> block(p, g);
+  Loads<T, kChannelsFirst> loads(p, block, m);
+  prepare(p, m);
+  const auto load_dout = [&](int round, int sample, int number) {
+    load_chunk(g, block, p.dout, round, sample, number,
+               m.shared.dout + (int64_t{sample} * g.rows + number * g.chunk) * g.pitch,
+               m.shared.dout_landed + sample * g.chunks + number);
+  };
+  for (int n = 0; n < max(loads.slots, g.samples * g.chunks); ++n) {
+    if (n < loads.slots) loads.load(n);
+    const int sample = n / g.chunks;
+    if (sample < block.samples_in(0)) load_dout(0, sample, n % g.chunks);
+  }
+  prefetch_weights(p, block);
+  for (int round = 0; round < rounds_of(p, g); ++round) {
+    block.start(round);
+    __syncthreads();
+    stage_gates(p, block, m);
+    put_out_spatial_shares(p, loads, m);
+    block.team.barrier();
+    put_out_pixels(p, block, m);
+    block.team.barrier();
+    collect_pixels(p, block, m);
+    sum_over_pixels<kAccess == Access::kVector>(p, loads, m);
+    if (g.holds_x())
+      for (int n = 0; n < loads.per_walk(); ++n) loads.load(loads.first + loads.slots + n);
+    channel_gate_backward(p, block, m);
+    const int following = block.samples_in(round + 1);
+    for (int sample = 0; sample < block.samples; ++sample)
+      write_sample<kAccess>(p, block, m, sample, [&](int number) {
+        if (sample < following) load_dout(round + 1, sample, number);
+      });
+    if (p.d_conv) write_conv_shares(p, block, m);
+  }
+  if (kHasClusters && g.cluster)
+    block.team.barrier();  // others may still read what this block put out
+}
+
+// Calls body with the kernel for these. Rows of channels are whole vectors, and packed pixels are
+// the only others.
+template <class Body>
+void with_kernel(DType dtype, bool channels_first, Access access, Body body) {
+  with_storage(dtype, [&](auto storage) {
+    using T = typename decltype(storage)::type;
+    if constexpr (!std::is_same_v<T, double>) {
+      if (!channels_first)
+        body(resident_backward_kernel<T, Access::kVector, false>);
+      else if (access == Access::kVector)
+        body(resident_backward_kernel<T, Access::kVector, true>);
+      else
+        body(resident_backward_kernel<T, Access::kPacked, true>);
+    }
+  });
+}
+
+}  // namespace
+
+void resident_backward(DType dtype, bool channels_first, const ResidentBackward& p,
+                       const Grid& grid, Stream stream) {
+  with_kernel(dtype, channels_first, p.geometry.access,
+              [&](auto kernel) { launch("resident_backward", kernel, grid, stream, p); });
+}
+
+bool can_run_resident_backward(DType dtype, bool channels_first,
+                               const ResidentBackwardGeometry& geometry, const Grid& grid) {
+  bool can = false;
+  with_kernel(dtype, channels_first, geometry.access,
+              [&](auto kernel) { can = can_run(kernel, grid); });
+  return can;
+}
+
+}  // namespace cbam::cuda

@@ -1,0 +1,108 @@
+// What the resident backward is handed, and the shared memory that it takes.
+#pragma once
+
+#include "backward.h"
+#include "resident.h"
+
+namespace cbam::cuda {
+
+// Threads of the blocks on a multiprocessor, with 168 registers each.
+constexpr int kBackwardThreads = 384;
+// Rows whose sums a thread makes together, and bytes of each that it reads at once: what belongs
+// to the columns is read once for the rows. More would not fit into registers.
+constexpr int kRowsTogether = 4, kBytesTogether = 8;
+
+struct ResidentBackwardGeometry : ResidentGeometry {
+  // Chunks of x that a block has room for: all of a visit's, or a few that come and go, so that x
+  // is read twice. dout stays in any case.
+  int x_slots;
+  // How columns are read while dx is written: as in TileGeometry.
+  Access access;
+  int row_group;
+  int threads_along;
+
+  CBAM_INLINE_MEMBER bool holds_x() const { return x_slots == samples * chunks; }
+};
+
+// resident_backward.cu
+struct ResidentBackward : Resident {
+  Matrix dout;
+  void* dx;  // or null
+  int64_t dx_sample_stride, dx_row_stride;
+  const void* d_channel_gate;  // acc [samples, channels], or null: what else reached the gate
+  const void* d_spatial_gate;  // acc [samples, pixels], or null
+  // For the gradients of the weights, null where nobody asked for them.
+  void* dm;        // acc [samples, channels]
+  void* d_hidden;  // acc [samples, 2, hidden]
+  void* d_conv;    // acc [samples * boxes, 2 * taps + 1], the bias last
+  ResidentBackwardGeometry geometry;
+};
+void resident_backward(DType dtype, bool channels_first, const ResidentBackward& p,
+                       const Grid& grid, Stream stream);
+bool can_run_resident_backward(DType dtype, bool channels_first,
+                               const ResidentBackwardGeometry& geometry, const Grid& grid);
+
+// What the blocks of a team read of each other: in the shared memory of each, or in global memory.
+template <class A>
+struct BackwardExchange {
+  A* d_spatial;          // [samples, pixels]: this block's share of the sums over channels
+  A* hidden;             // [mlp_samples, hidden]: its share of the second layer's sums
+  StagedTerms<A> terms;  // [samples, pixels]: of the pixels in this block's boxes
+
+  // In a cluster, where every block has what belongs to all pixels in the same place.
+  template <class Carver>
+  CBAM_INLINE_MEMBER BackwardExchange(Carver& carver, const ResidentBackwardGeometry& g, int units,
+                                      const Space& space, const StagedTerms<A>& of_pixels)
+      : d_spatial(carver.template array<A>(int64_t{g.samples} * space.pixels(), "d_spatial")),
+        hidden(carver.template array<A>(int64_t{units} * g.mlp_samples(), "hidden")),
+        terms(of_pixels) {}
+
+  CBAM_INLINE_MEMBER BackwardExchange(ExchangeCarver& carver, const ResidentBackwardGeometry& g,
+                                      int units, const Space& space)
+      : d_spatial(carver.array<A>(int64_t{g.samples} * space.pixels(), "d_spatial")),
+        hidden(carver.array<A>(int64_t{units} * g.mlp_samples(), "hidden")),
+        terms(carver, int64_t{g.samples} * space.pixels()) {}
+};
+
+// What a block alone looks at.
+template <class T, class A>
+struct ResidentBackwardShared {
+  T* dout;                     // [samples, rows, pitch]
+  T* x;                        // [x_slots, chunk, pitch]
+  CopyBarrier* dout_landed;    // [samples, chunks]; none where copies go through registers
+  CopyBarrier* x_landed;       // [x_slots]
+  A* gate;                     // [samples, channels]
+  A* d_channel;                // [samples, channels]
+  A* dm;                       // [channels, mlp_samples]
+  A* d_hidden;                 // [hidden, 2 * mlp_samples]: of mean and of max of each sample
+  A* d_pooled;                 // [2 * mlp_samples, channels]
+  StagedTerms<A> of_channels;  // [samples, channels]
+  StagedTerms<A> of_pixels;    // [samples, pixels]
+  A* weight;                   // [2, taps]
+  A* dz;                       // [boxes_each, box with its halo, rows padded]
+  A* map;                      // [box with its halo]
+  A* sum;                      // [threads]: where several share a row or a column
+
+  template <class Carver>
+  CBAM_INLINE_MEMBER ResidentBackwardShared(Carver& carver, const ResidentBackwardGeometry& g,
+                                            int units, const Space& space)
+      : dout(carver.template array<T>(int64_t{g.samples} * g.rows * g.pitch, "dout tile")),
+        x(carver.template array<T>(int64_t{g.x_slots} * g.chunk * g.pitch, "x tile")),
+        dout_landed(carver.template array<CopyBarrier>(
+            g.copy == Copy::kPlain ? 0 : int64_t{g.samples} * g.chunks, "dout landed")),
+        x_landed(
+            carver.template array<CopyBarrier>(g.copy == Copy::kPlain ? 0 : g.x_slots, "x landed")),
+        gate(carver.template array<A>(int64_t{g.samples} * g.channels, "gate")),
+        d_channel(carver.template array<A>(int64_t{g.samples} * g.channels, "d_channel")),
+        dm(carver.template array<A>(int64_t{g.channels} * g.mlp_samples(), "dm")),
+        d_hidden(carver.template array<A>(int64_t{units} * 2 * g.mlp_samples(), "d_hidden")),
+        d_pooled(carver.template array<A>(int64_t{g.channels} * 2 * g.mlp_samples(), "d_pooled")),
+        of_channels(carver, int64_t{g.samples} * g.channels),
+        of_pixels(carver, int64_t{g.samples} * space.pixels()),
+        weight(carver.template array<A>(int64_t{2} * space.taps(), "weight")),
+        dz(carver.template array<A>(int64_t{g.boxes_each} * g.boxes.staged(space), "dz")),
+        map(carver.template array<A>(g.boxes.staged(space), "map")),
+        sum(carver.template array<A>(g.threads, "sum")) {}
+};
+
+}  // namespace cbam::cuda

@@ -1,0 +1,91 @@
+// What the resident forward is handed, and the shared memory that it takes.
+#pragma once
+
+#include "resident.h"
+
+namespace cbam::cuda {
+
+// Threads of the blocks on a multiprocessor, with 128 registers each.
+constexpr int kForwardThreads = 512;
+
+struct ResidentForwardGeometry : ResidentGeometry {
+  int band;  // pixels whose maps are exchanged at a time
+
+  // The pooled vectors that the MLP's sums are made for.
+  CBAM_INLINE_MEMBER int vectors() const { return 2 * mlp_samples(); }
+};
+
+// resident_forward.cu
+struct ResidentForward : Resident {
+  void* out;
+  int64_t out_sample_stride, out_row_stride;
+  ResidentForwardGeometry geometry;
+};
+void resident_forward(DType dtype, bool channels_first, const ResidentForward& p, const Grid& grid,
+                      Stream stream);
+bool can_run_resident_forward(DType dtype, bool channels_first, bool training, const Grid& grid);
+
+// What the blocks of a team read of each other: in the shared memory of each, or in global memory.
+template <class A>
+struct ForwardExchange {
+  A* hidden;        // [hidden, vectors]: this block's share of the first layer's sums
+  A* maps;          // [2, samples, band]: mean and max over this block's channels
+  int32_t* argmax;  // [samples, band]
+  A* gates;         // [boxes_each, pixels of a box]
+
+  template <class Carver>
+  CBAM_INLINE_MEMBER ForwardExchange(Carver& carver, const ResidentForwardGeometry& g, int units,
+                                     const Space& space, bool training)
+      : hidden(carver.template array<A>(int64_t{units} * g.vectors(), "hidden")),
+        maps(carver.template array<A>(map_values(g, space), "maps")),
+        argmax(
+            carver.template array<int32_t>(training ? int64_t{g.samples} * g.band : 0, "argmax")),
+        gates(carver.template array<A>(int64_t{g.boxes_each} * g.boxes.pixels(), "gates")) {}
+
+ private:
+  // In a cluster the spatial gates follow in the same place, once the maps are gates.
+  CBAM_INLINE_MEMBER static int64_t map_values(const ResidentForwardGeometry& g,
+                                               const Space& space) {
+    const int64_t maps = int64_t{2} * g.samples * g.band;
+    const int64_t gates = int64_t{g.samples} * space.pixels();
+    return g.cluster && gates > maps ? gates : maps;
+  }
+};
+
+// What a block alone looks at.
+template <class T, class A>
+struct ResidentForwardShared {
+  T* tile;              // [samples, rows, pitch]
+  CopyBarrier* landed;  // [samples, chunks]; none where copies go through registers
+  A* pooled;            // [vectors, channels]: mean and max of each sample in turn
+  A* both;              // [vectors / 2, hidden]: the sum of both hidden vectors
+  A* gate;              // [samples, channels]
+  A* weight;            // [2, taps], and the bias
+  A* staged;            // [2, a box with its halo, rows padded]
+  A* spatial;           // [samples, pixels]; null where ForwardExchange has room for it
+  ColumnScratch<A> scratch;
+
+  template <class Carver>
+  CBAM_INLINE_MEMBER ResidentForwardShared(Carver& carver, const ResidentForwardGeometry& g,
+                                           int units, const Space& space, bool training)
+      : tile(carver.template array<T>(int64_t{g.samples} * g.rows * g.pitch, "tile")),
+        landed(carver.template array<CopyBarrier>(
+            g.copy == Copy::kPlain ? 0 : int64_t{g.samples} * g.chunks, "landed")),
+        pooled(carver.template array<A>(int64_t{g.vectors()} * g.channels, "pooled")),
+        both(carver.template array<A>(int64_t{g.vectors()} / 2 * units, "both")),
+        gate(carver.template array<A>(int64_t{g.samples} * g.channels, "gate")),
+        weight(carver.template array<A>(int64_t{2} * space.taps() + 1, "weight")),
+        staged(carver.template array<A>(2 * g.boxes.staged(space), "staged")),
+        spatial(carver.template array<A>(g.cluster ? 0 : int64_t{g.samples} * space.pixels(),
+                                         "spatial")),
+        scratch{carver.template array<A>(shared_columns(g), "sum"),
+                carver.template array<A>(shared_columns(g), "max"),
+                carver.template array<int32_t>(training ? shared_columns(g) : 0, "argmax")} {}
+
+ private:
+  CBAM_INLINE_MEMBER static int shared_columns(const ResidentForwardGeometry& g) {
+    return g.groups > 1 ? g.threads : 0;
+  }
+};
+
+}  // namespace cbam::cuda

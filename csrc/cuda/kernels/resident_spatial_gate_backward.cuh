@@ -1,0 +1,170 @@
+// The spatial gate backwards, of samples that stay on the chip.
+//
+//   d_spatial[s]  = sum_c dout * x * channel_gate[c]
+//   dz            = d_spatial * spatial_gate * (1 - spatial_gate)
+//   d_mean, d_max = convolution transposed (dz), d_mean over channels
+//
+// Every block puts out its share of d_spatial, the sums over its own channels. The boxes of the
+// image go round the team: a block adds the shares for its boxes in the order of ranks, and puts
+// out what belongs to their pixels, which every block collects.
+#pragma once
+
+#include "convolution_backward.cuh"
+#include "resident_sums.cuh"
+
+namespace cbam::cuda {
+
+// The channel gate of the kCount channels of a vector, as factors of dout * x.
+template <int kCount, class A>
+struct GateFactors {
+  A gate[kCount];
+
+  __device__ __forceinline__ explicit GateFactors(const A* gates) {
+    load_shared(gates, true, gate);
+  }
+  __device__ __forceinline__ A operator()(int, int i, A x, A dout) const {
+    return x * dout * gate[i];
+  }
+};
+
+// This block's share of d_spatial.
+template <bool kChannelsFirst, class T>
+__device__ __forceinline__ void put_out_spatial_shares(const ResidentBackward& p,
+                                                       Loads<T, kChannelsFirst>& loads,
+                                                       const BackwardMemory<T>& m) {
+  using A = acc_t<T>;
+  const ResidentBackwardGeometry& g = p.geometry;
+  const int pixels = loads.block.pixels();
+  // Where they go through global memory, they are made in what is free until pixels are collected.
+  A* shares = g.cluster ? m.exchange.d_spatial : m.shared.of_pixels.gate();
+  walk_both(loads, 0, [&](const RowsOfBoth<T, kChannelsFirst>& of) {
+    if constexpr (kChannelsFirst)
+      sum_columns(
+          of,
+          [&](int sample, int row, int, A x, A dout) {
+            return x * dout * m.shared.gate[sample * g.channels + row];
+          },
+          [&](int sample, int pixel, A sum) {
+            A& share = shares[sample * pixels + pixel];
+            share = of.first == 0 ? sum : share + sum;
+          });
+    else
+      sum_rows<kColumnsTogether<T>>(
+          of,
+          [&](int sample, int channel) {
+            return GateFactors<kColumnsTogether<T>, A>(m.shared.gate + sample * g.channels +
+                                                       channel);
+          },
+          [&](int sample, int pixel, A sum) { shares[sample * pixels + pixel] = sum; });
+  });
+  if (g.cluster) return;
+  for (int i = threadIdx.x; i < loads.block.samples * pixels; i += g.threads)
+    m.exchange.d_spatial[i] = shares[i];
+}
+
+// What belongs to the pixels of this block's boxes.
+template <bool kChannelsFirst, class T>
+__device__ __forceinline__ void put_out_pixels(const ResidentBackward& p,
+                                               const ResidentBlock<T, kChannelsFirst>& block,
+                                               const BackwardMemory<T>& m) {
+  using A = acc_t<T>;
+  const ResidentBackwardGeometry& g = p.geometry;
+  const auto boxes = static_cast<int>(block.samples * g.boxes.boxes());
+  const int64_t staged = g.boxes.staged(p.space);
+  for (int k = 0; k < g.boxes_each; ++k) {
+    const int number = block.team.rank + k * g.team;
+    if (number >= boxes) return;
+    const Box box(g.boxes, p.space, number);
+    const int64_t of_visit = box.sample * block.pixels();
+    const int64_t of_batch = (block.first_sample() + box.sample) * block.pixels();
+    const A* gate = static_cast<const A*>(p.saved.spatial_gate) + of_batch;
+    const A* more = static_cast<const A*>(p.d_spatial_gate);
+    A* dz = m.shared.dz + k * staged;
+    stage_pixels(box, p.space, dz, [&](int pixel) {
+      A d = A(0);
+      for (int from = 0; from < g.team; ++from)
+        d += block.team.read(m.exchange.d_spatial + of_visit + pixel, from);
+      if (more) d += more[of_batch + pixel];
+      return d * sigmoid_derivative<A>(gate[pixel]);
+    });
+    __syncthreads();
+    const StagedTerms<A> terms = m.exchange.terms.from(of_visit);
+    map_gradients(box, p.space, dz, m.shared.weight, [&](int pixel, A mean, A max) {
+      terms.gate()[pixel] = gate[pixel];
+      terms.first()[pixel] = mean / static_cast<A>(p.channels);
+      terms.second()[pixel] = max;
+      terms.index()[pixel] = p.saved.channel_argmax[of_batch + pixel];
+    });
+  }
+}
+
+// Which block of the team has a pixel of the visit in its boxes.
+struct Owners {
+  const Space& space;
+  const BoxGeometry& boxes;
+  int team;
+  float per_sample, per_plane, per_row, per_depth, per_height, per_width;  // reciprocals
+
+  __device__ __forceinline__ Owners(const Space& s, const BoxGeometry& b, int team_)
+      : space(s),
+        boxes(b),
+        team(team_),
+        per_sample(1.0f / static_cast<float>(s.pixels())),
+        per_plane(1.0f / static_cast<float>(s.height * s.width)),
+        per_row(1.0f / static_cast<float>(s.width)),
+        per_depth(1.0f / static_cast<float>(b.box_depth)),
+        per_height(1.0f / static_cast<float>(b.box_height)),
+        per_width(1.0f / static_cast<float>(b.box_width)) {}
+
+  __device__ __forceinline__ int operator()(int i) const {
+    const int sample = quotient(i, per_sample), pixel = i - sample * space.pixels();
+    const int z = quotient(pixel, per_plane), in_plane = pixel - z * space.height * space.width;
+    const int y = quotient(in_plane, per_row), x = in_plane - y * space.width;
+    const int plane = sample * boxes.boxes_depth + quotient(z, per_depth);
+    const int row = plane * boxes.boxes_height + quotient(y, per_height);
+    const int box = row * boxes.boxes_width + quotient(x, per_width);
+    return box & (team - 1);  // teams are powers of two
+  }
+};
+
+// What belongs to all pixels, from the blocks whose boxes they are in.
+template <bool kChannelsFirst, class T>
+__device__ __forceinline__ void collect_pixels(const ResidentBackward& p,
+                                               const ResidentBlock<T, kChannelsFirst>& block,
+                                               const BackwardMemory<T>& m) {
+  const ResidentBackwardGeometry& g = p.geometry;
+  const Owners owner_of(p.space, g.boxes, g.team);
+  const StagedTerms<acc_t<T>>&theirs = m.exchange.terms, &own = m.shared.of_pixels;
+  for (int i = threadIdx.x; i < block.samples * block.pixels(); i += g.threads) {
+    const int owner = owner_of(i);
+    if (g.cluster && owner == block.team.rank) continue;  // they stand where they are put out
+    own.gate()[i] = block.team.read(theirs.gate() + i, owner);
+    own.first()[i] = block.team.read(theirs.first() + i, owner);
+    own.second()[i] = block.team.read(theirs.second() + i, owner);
+    own.index()[i] = block.team.read(theirs.index() + i, owner);
+  }
+  __syncthreads();
+}
+
+// This block's boxes' shares of the convolution's gradients, from dz as put_out_pixels left it.
+template <bool kChannelsFirst, class T>
+__device__ __forceinline__ void write_conv_shares(const ResidentBackward& p,
+                                                  const ResidentBlock<T, kChannelsFirst>& block,
+                                                  const BackwardMemory<T>& m) {
+  using A = acc_t<T>;
+  const ResidentBackwardGeometry& g = p.geometry;
+  const int64_t boxes = g.boxes.boxes(), staged = g.boxes.staged(p.space);
+  const int count = 2 * p.space.taps() + 1;
+  for (int k = 0; k < g.boxes_each; ++k) {
+    const int number = block.team.rank + k * g.team;
+    if (number >= block.samples * boxes) return;
+    const Box box(g.boxes, p.space, number);
+    const int64_t n = block.first_sample() + box.sample;
+    all_weight_gradients(
+        box, p.space, m.shared.dz + k * staged,
+        static_cast<const T*>(p.saved.maps) + n * 2 * block.pixels(), m.shared.map,
+        static_cast<A*>(p.d_conv) + (block.first_sample() * boxes + number) * count);
+  }
+}
+
+}  // namespace cbam::cuda

@@ -1,0 +1,98 @@
+// The resident forward: what of it fits, and how long it would take.
+#include <algorithm>
+
+#include "plan_teams.h"
+
+namespace cbam::cuda {
+namespace {
+
+constexpr int64_t kMostBands = 8;
+// Two walks over an element in shared memory, by a multiprocessor; estimated.
+constexpr double kElementSeconds = 22e-12;
+
+class ForwardFitting : public Teams {
+ public:
+  using Geometry = ResidentForwardGeometry;
+
+  ForwardFitting(const ForwardProblem& p, const DeviceLimits& device)
+      : Teams(p, device, 1, kForwardThreads) {}
+
+  // Null where the slices do not fit, or not as many teams as one.
+  std::optional<Geometry> geometry(const Candidate& c) const {
+    Geometry g{};
+    if (!set_slice(g, c) || !fit(g, limit(c))) return std::nullopt;
+    return g;
+  }
+
+  // Of a visit of each of `teams` teams.
+  double round_seconds(const Geometry& g, double teams) const {
+    const double bytes = slice(g) * static_cast<double>(bytes_of(p_.dtype));
+    const double memory = 2 * bytes / rate(g, teams) + weight_seconds(g, rate(g, teams));
+    const double barriers = 1.0 + 2.0 * static_cast<double>(ceil_div(s_.pixels(), g.band));
+    const double waits = barrier_seconds(g, barriers) + slice(g) * kElementSeconds +
+                         0.75 * product_seconds(g, g.vectors()) + tap_seconds(g);
+    return together(g, teams, memory, waits);
+  }
+
+ private:
+  // Sets the boxes and bands with the fewest barriers that fit into `limit` bytes.
+  bool fit(Geometry& g, int64_t limit) const {
+    for (int64_t bands = 1; bands <= kMostBands; ++bands)
+      for (int64_t each = 1; each <= 4; each *= 2) {
+        g.band = static_cast<int>(ceil_div(s_.pixels(), bands));
+        set_boxes(g, each);
+        // Between bands each box stays staged, and no scratch is there to share a column.
+        if (bands > 1 && (g.boxes_each > 1 || g.band < g.threads)) continue;
+        g.groups = groups(g, int64_t{g.samples} * (first_ ? g.band : g.channels));
+        SharedLayout layout;
+        if (resident_shared_bytes(p_, g, layout) > limit) continue;
+        g.exchange = g.cluster ? 0 : exchange_bytes(g);
+        return true;
+      }
+    return false;
+  }
+
+  int64_t exchange_bytes(const Geometry& g) const {
+    ExchangeCarver carver(nullptr);
+    ForwardExchange<float>(carver, g, static_cast<int>(s_.hidden), space_, p_.training());
+    return carver.bytes();
+  }
+};
+
+template <class T>
+int64_t lay_out(const ForwardProblem& p, const ResidentForwardGeometry& g, SharedLayout& layout) {
+  const int units = static_cast<int>(p.shape.hidden);
+  LayoutCarver carver(layout);
+  ResidentForwardShared<T, float>(carver, g, units, space_of(p.shape), p.training());
+  if (g.cluster) ForwardExchange<float>(carver, g, units, space_of(p.shape), p.training());
+  return static_cast<int64_t>(carver.bytes());
+}
+
+}  // namespace
+
+int64_t resident_shared_bytes(const ForwardProblem& p, const ResidentForwardGeometry& g,
+                              SharedLayout& layout) {
+  return p.dtype == DType::kFloat32 ? lay_out<float>(p, g, layout) : lay_out<Half>(p, g, layout);
+}
+
+ResidentPlan<ResidentForwardGeometry> plan_resident(const ForwardProblem& p,
+                                                    const DeviceLimits& device) {
+  if (p.dtype == DType::kFloat64) return {{}, 0, "float64 is streamed"};
+  if (device.bandwidth <= 0) return {{}, 0, "the device does not tell how fast its memory is"};
+  if (!in_whole_vectors(p, p.strides, p.x) || !in_whole_vectors(p, p.out_strides, p.out))
+    return {{}, 0, "rows of x or out are no whole vectors of 16 bytes, or have gaps"};
+  return fastest(ForwardFitting(p, device), p.shape, device);
+}
+
+ResidentPlan<ResidentForwardGeometry> for_batch(const ResidentPlan<ResidentForwardGeometry>& plan,
+                                                const ForwardProblem& p,
+                                                const DeviceLimits& device) {
+  return for_batch(plan, ForwardFitting(p, device), p.shape);
+}
+
+Grid resident_grid(const ForwardPlan& plan, const ForwardProblem& p) {
+  SharedLayout layout;
+  return grid_of_teams(plan, resident_shared_bytes(p, *plan.resident, layout));
+}
+
+}  // namespace cbam::cuda

@@ -1,0 +1,141 @@
+#include "plan_teams.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace cbam::cuda {
+namespace {
+
+// Bytes of a row of a slice where channels come last, at least: memory is slow in shorter pieces.
+constexpr int64_t kShortestPiece = 64;
+// Bytes of a row of a slice that is worth a bulk copy of its own: one thread after the other issues
+// them, some 40 cycles each.
+constexpr int64_t kBulkPiece = 1024;
+// A slice is loaded in about so many chunks: while one drains, the next sample's begin to arrive.
+constexpr int64_t kWantedChunks = 8;
+// What a multiprocessor can be sent, in shares of the memory's bandwidth: some blocks do not use
+// all of it.
+constexpr double kMostShare = 2.5;
+
+}  // namespace
+
+Teams::Teams(const ForwardProblem& p, const DeviceLimits& device, int tensors, int threads)
+    : p_(p),
+      s_(p.shape),
+      device_(device),
+      space_(space_of(p.shape)),
+      vector_(elements_per_vector(p.dtype)),
+      first_(p.strides.channels_first()),
+      tensors_(tensors),
+      threads_(threads) {}
+
+int64_t Teams::teams(const ResidentGeometry& g) const {
+  int64_t at_once = int64_t{device_.multiprocessors} * blocks(g) / g.team;
+  for (int size = 0; g.cluster && size < kClusterSizes; ++size)
+    if (1 << size == g.team) at_once = int64_t{device_.clusters[size]} * blocks(g);
+  return std::min(ceil_div(s_.samples, g.samples), at_once);
+}
+
+int Teams::samples_per_visit() const {
+  const int64_t weights = 2 * s_.channels * s_.hidden * bytes_of(p_.weights.dtype);
+  const int64_t sample = tensors_ * s_.channels * s_.pixels() * bytes_of(p_.dtype);
+  int samples = 1;
+  while (samples < kMostVisited && 2 * samples <= s_.samples && 4 * weights > samples * sample)
+    samples *= 2;
+  return samples;
+}
+
+int64_t Teams::limit(const Candidate& c) const {
+  return c.blocks == 1 ? device_.shared_per_block
+                       : device_.shared_per_multiprocessor / c.blocks - 1024;
+}
+
+Copy Teams::copy_of(const ResidentGeometry& g) const {
+  const bool pieces_pay = first_ || int64_t{g.channels} * bytes_of(p_.dtype) >= kBulkPiece;
+  if (device_.capability >= kClusterCapability && pieces_pay) return Copy::kBulk;
+  return device_.capability >= kAsyncCapability ? Copy::kAsync : Copy::kPlain;
+}
+
+bool Teams::set_slice(ResidentGeometry& g, const Candidate& c) const {
+  g.cluster = c.cluster;
+  g.team = c.team;
+  g.threads = threads_ / c.blocks;
+  g.samples = c.samples;
+  const int64_t common = std::gcd(s_.pixels(), int64_t{vector_});
+  const int64_t multiple = first_ ? vector_ / common : vector_;
+  const int64_t channels = ceil_div(ceil_div(s_.channels, g.team), multiple) * multiple;
+  if (s_.channels % multiple || (g.team - 1) * channels >= s_.channels) return false;
+  if (!first_ && g.team > 1 && channels * bytes_of(p_.dtype) < kShortestPiece) return false;
+  if (channels * s_.pixels() * bytes_of(p_.dtype) > device_.shared_per_block) return false;
+  g.channels = static_cast<int>(channels);
+  g.rows = static_cast<int>(first_ ? channels : s_.pixels());
+  g.pitch = static_cast<int>(first_ ? s_.pixels() : channels);
+  const int64_t step = first_ ? multiple : 1;
+  const int64_t wanted = ceil_div(int64_t{g.samples} * g.rows, kWantedChunks);
+  g.chunk = static_cast<int>(ceil_div(std::min<int64_t>(wanted, g.rows), step) * step);
+  g.chunks = static_cast<int>(ceil_div(g.rows, g.chunk));
+  const int64_t vectors = (first_ ? s_.pixels() : channels) / vector_;
+  g.lanes = vectors >= 64 ? 32 : vectors >= 8 || first_ ? 8 : 4;
+  g.copy = copy_of(g);
+  g.teams = teams(g);
+  return g.teams >= 1;
+}
+
+void Teams::set_boxes(ResidentGeometry& g, int64_t each) const {
+  int64_t wanted = std::max<int64_t>(1, g.team * each / g.samples);
+  const auto cut = [&](int64_t extent, int& box, int& boxes) {
+    box = static_cast<int>(ceil_div(extent, std::min(wanted, extent)));
+    boxes = static_cast<int>(ceil_div(extent, box));
+    wanted = std::max<int64_t>(1, wanted / boxes);
+  };
+  cut(s_.depth, g.boxes.box_depth, g.boxes.boxes_depth);
+  cut(s_.height, g.boxes.box_height, g.boxes.boxes_height);
+  cut(s_.width, g.boxes.box_width, g.boxes.boxes_width);
+  g.boxes_each = static_cast<int>(ceil_div(g.samples * g.boxes.boxes(), g.team));
+}
+
+int Teams::groups(const ResidentGeometry& g, int64_t columns) {
+  return static_cast<int>(std::max<int64_t>(1, g.threads / columns));
+}
+
+double Teams::rate(const ResidentGeometry& g, double teams) const {
+  const double all = device_.multiprocessors;
+  return device_.bandwidth / std::max(std::min(all, teams * g.team), all / kMostShare);
+}
+
+double Teams::slice(const ResidentGeometry& g) {
+  return static_cast<double>(g.samples) * g.rows * g.pitch;
+}
+
+double Teams::weight_seconds(const ResidentGeometry& g, double rate) const {
+  const double weights = 2.0 * g.channels * static_cast<double>(s_.hidden);
+  return weights * static_cast<double>(bytes_of(p_.weights.dtype)) / (rate * kCacheSpeed);
+}
+
+double Teams::product_seconds(const ResidentGeometry& g, int vectors) const {
+  return 2.0 * g.channels * static_cast<double>(s_.hidden) * vectors * kProductSeconds;
+}
+
+double Teams::tap_seconds(const ResidentGeometry& g) const {
+  const int64_t runs = ceil_div(g.boxes.pixels(), int64_t{kRun} * g.threads) * g.boxes_each;
+  return 2.0 * static_cast<double>(s_.taps() * runs) * kTapSeconds;
+}
+
+double Teams::barrier_seconds(const ResidentGeometry& g, double barriers) {
+  return barriers * (g.cluster ? kClusterBarrier : kGridBarrier);
+}
+
+double Teams::together(const ResidentGeometry& g, double teams, double memory, double waits) const {
+  const bool shared = blocks(g) > 1 && teams * g.team > device_.multiprocessors;
+  return shared ? std::max(2 * memory, memory + waits) : memory + waits;
+}
+
+bool in_whole_vectors(const ForwardProblem& p, const Strides& strides, const void* data) {
+  const View view(p, strides, data);
+  const int vector = elements_per_vector(p.dtype);
+  if (!view.vectors) return false;
+  return view.channels_first ? view.row_stride == view.cols
+                             : view.row_stride % vector == 0 && view.cols % vector == 0;
+}
+
+}  // namespace cbam::cuda

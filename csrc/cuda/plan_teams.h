@@ -1,0 +1,135 @@
+// What the planners of both resident kernels share: how many blocks hold how many samples, which
+// part of them a block takes, and how long copies and waits take.
+#pragma once
+
+#include "kernels/resident.h"
+#include "plan_parts.h"
+
+namespace cbam::cuda {
+
+// The costs beside memory, all estimates until measured: a barrier of a cluster (0.5 us for 4
+// blocks, 0.65 us for 8 on an H100) and of a whole grid; a product of the MLP; a tap of the
+// convolution, for a run of pixels of one thread; the launch and the first bytes.
+constexpr double kClusterBarrier = 0.6e-6, kGridBarrier = 1.3e-6;
+constexpr double kProductSeconds = 8e-12, kTapSeconds = 10e-9, kStartSeconds = 3e-6;
+
+// Blocks of a team, samples of a visit, blocks on a multiprocessor.
+struct Candidate {
+  bool cluster;
+  int team, samples, blocks;
+};
+
+class Teams {
+ public:
+  // `tensors` of x's size are on the chip, at most; the blocks of a multiprocessor have `threads`.
+  Teams(const ForwardProblem& p, const DeviceLimits& device, int tensors, int threads);
+
+  // As many as there are visits, and as run at once.
+  int64_t teams(const ResidentGeometry& g) const;
+  // Samples that share one reading of the MLP's weights, so that these stay a quarter of what a
+  // visit reads of the tensors.
+  int samples_per_visit() const;
+  // Bytes of shared memory that a block may take.
+  int64_t limit(const Candidate& c) const;
+
+ protected:
+  // Team, threads, samples and the part of a sample that a block holds, how it is copied, and how
+  // many teams there are; false where a part would be none, no whole vectors, or no team runs.
+  bool set_slice(ResidentGeometry& g, const Candidate& c) const;
+  // Boxes for every block of the team, `each` times: cut along the slowest dimension first.
+  void set_boxes(ResidentGeometry& g, int64_t each) const;
+  // Threads that share a column where these are so many in all.
+  static int groups(const ResidentGeometry& g, int64_t columns);
+
+  // Of a block, as if its multiprocessor had nothing else to do: bytes of memory a second where
+  // `teams` teams run.
+  double rate(const ResidentGeometry& g, double teams) const;
+  // Elements of a slice; seconds for the weights of the MLP, its products with so many vectors, and
+  // for the barriers.
+  static double slice(const ResidentGeometry& g);
+  double weight_seconds(const ResidentGeometry& g, double rate) const;
+  double product_seconds(const ResidentGeometry& g, int vectors) const;
+  double tap_seconds(const ResidentGeometry& g) const;
+  static double barrier_seconds(const ResidentGeometry& g, double barriers);
+  // Of a visit: where two blocks share a multiprocessor, the one uses what the other waits.
+  double together(const ResidentGeometry& g, double teams, double memory, double waits) const;
+
+  const ForwardProblem& p_;
+  const Shape& s_;
+  const DeviceLimits& device_;
+  Space space_;
+  int vector_;
+  bool first_;
+
+ private:
+  Copy copy_of(const ResidentGeometry& g) const;
+
+  // Of a multiprocessor.
+  int blocks(const ResidentGeometry& g) const { return threads_ / g.threads; }
+
+  int tensors_, threads_;
+};
+
+// Whether slices of a tensor of the problem are whole vectors.
+bool in_whole_vectors(const ForwardProblem& p, const Strides& strides, const void* data);
+
+// Parts of visits and of rounds count as parts, so that neighbouring batches get the same plan.
+template <class Fitting>
+double seconds(const Fitting& fitting, const Shape& s, const typename Fitting::Geometry& g) {
+  const double visits = std::max(1.0, static_cast<double>(s.samples) / g.samples);
+  const double at_once = std::min(visits, static_cast<double>(g.teams));
+  return kStartSeconds + visits / at_once * fitting.round_seconds(g, at_once);
+}
+
+// The geometry that is predicted to be the fastest.
+template <class Fitting>
+ResidentPlan<typename Fitting::Geometry> fastest(const Fitting& fitting, const Shape& s,
+                                                 const DeviceLimits& device) {
+  ResidentPlan<typename Fitting::Geometry> best;
+  const auto consider = [&](const Candidate& candidate) {
+    const auto g = fitting.geometry(candidate);
+    if (!g) return;
+    const double needed = seconds(fitting, s, *g);
+    if (best.geometry && needed >= best.seconds) return;
+    best = {g, needed, g->cluster ? "clusters hold the samples" : "the whole grid holds samples"};
+  };
+  const auto consider_all = [&](int samples) {
+    for (int blocks = 1; blocks <= 2; ++blocks)
+      for (int size = 0; size < kClusterSizes; ++size)
+        if (device.clusters[size]) consider({true, 1 << size, samples, blocks});
+    if (best.geometry && best.geometry->cluster) return;
+    for (int team = 1; team <= device.multiprocessors; team *= 2)
+      consider({false, team, samples, 1});
+  };
+  const int samples = fitting.samples_per_visit();
+  consider_all(samples);
+  if (samples > 1) consider_all(1);
+  if (!best.geometry) best.reason = "a sample does not fit on the chip";
+  return best;
+}
+
+// The same way to hold a sample, for a batch of another size.
+template <class Fitting>
+ResidentPlan<typename Fitting::Geometry> for_batch(ResidentPlan<typename Fitting::Geometry> plan,
+                                                   const Fitting& fitting, const Shape& s) {
+  if (!plan.geometry) return plan;
+  plan.geometry->teams = fitting.teams(*plan.geometry);
+  plan.seconds = seconds(fitting, s, *plan.geometry);
+  return plan;
+}
+
+// The grid of a plan's launch.
+template <class Plan>
+Grid grid_of_teams(const Plan& plan, int64_t shared_bytes) {
+  const auto& g = *plan.resident;
+  Grid grid;
+  grid.blocks = g.teams * g.team;
+  grid.threads = g.threads;
+  grid.shared_bytes = shared_bytes;
+  grid.shared_limit = plan.shared_limit;
+  grid.cluster = g.cluster ? g.team : 1;
+  grid.cooperative = !g.cluster;
+  return grid;
+}
+
+}  // namespace cbam::cuda

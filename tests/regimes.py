@@ -1,0 +1,81 @@
+"""Ways in which the resident kernels hold samples: problems on a GPU or on a slice of it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from cases import NATIVE_LAYOUTS, Case
+
+from cbam_cuda import ops
+
+NOT_POSSIBLE = "expected one that is possible"
+HELD = (torch.float32, torch.float16, torch.bfloat16)
+CHANNELS_LAST = NATIVE_LAYOUTS[1]
+
+
+@contextlib.contextmanager
+def device(
+    emulator: ctypes.CDLL, name: str, multiprocessors: int = 0, *, l2: int = 0, bandwidth: int = 0
+) -> Iterator[None]:
+    """Plans are made for a GPU, or for a slice of it, or with another cache or memory."""
+    limits = (ctypes.c_longlong(l2), ctypes.c_longlong(bandwidth))
+    assert emulator.emulated_device(name.encode(), *limits, multiprocessors) == 0
+    try:
+        yield
+    finally:
+        nothing = ctypes.c_longlong(0)
+        emulator.emulated_device(b"H100", nothing, nothing, 0)
+
+
+def plan_of(case: Case, dtype, layout: str, gpu: str = "H100", multiprocessors: int = 0, **what):
+    """The resident plan of a case; ValueError where there is none."""
+    return ops.compiled().plan(
+        list(case.shape),
+        case.hidden,
+        list(case.kernel),
+        str(dtype).removeprefix("torch."),
+        gpu,
+        channels_last=layout == CHANNELS_LAST,
+        strategy="resident",
+        multiprocessors=multiprocessors,
+        **what,
+    )
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A problem on a GPU, or on a slice of it, and what its plan must be like."""
+
+    name: str
+    shape: tuple[int, ...]
+    hidden: int
+    gpu: str = "H100"
+    multiprocessors: int = 0
+    layout: str = "contiguous"
+    dtype: torch.dtype = torch.float16
+    plan: dict = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def case(self) -> Case:
+        return Case(self.name, self.shape, self.hidden, (7,) * (len(self.shape) - 2))
+
+    def facts(self, **what) -> dict:
+        """What `plan` speaks of, of the plan as it is."""
+        gpu = (self.gpu, self.multiprocessors)
+        found = plan_of(self.case, self.dtype, self.layout, *gpu, **what)
+        g = dict(found["passes"]["resident"])
+        pixels = torch.Size(self.shape[2:]).numel()
+        visits = -(-self.shape[0] // g["samples"])
+        g["rounds"] = -(-visits // g["teams"])
+        if "band" in g:
+            g["bands"] = -(-pixels // g["band"])
+        g["uneven"] = self.shape[1] % g["channels"] > 0
+        g["several boxes"] = g["boxes_each"] > 1
+        return {name: g[name] for name in self.plan}

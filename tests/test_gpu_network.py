@@ -1,0 +1,215 @@
+"""The whole network of ``python -m benchmarks.gpu``, with tiny images on a CPU."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from test_gpu_timings import cells_of, finished
+from torch import nn
+
+from benchmarks import resnet
+from benchmarks.gpu import inputs, network, report, rows, tables
+from benchmarks.gpu.results import FAILED, PASSED, Folder
+
+CPU = torch.device("cpu")
+TINY = (2, 3, 32, 32)
+
+
+def test_it_is_a_resnet_50():
+    channels = []
+    with torch.device("meta"):
+        found = resnet.ResNet50(lambda count: channels.append(count) or nn.Identity())
+    assert sum(p.numel() for p in found.parameters()) == 25_557_032
+    shapes = []
+    for layer in found.features:
+        layer.register_forward_hook(lambda layer, inputs, out: shapes.append(tuple(out.shape)))
+    assert found(torch.zeros(network.IMAGES, device="meta")).shape == (64, 1000)
+    blocks = [shape[1:] for shape in shapes[-16:]]
+    assert [blocks.count(block) for block in inputs.BLOCKS] == [3, 4, 6, 3]
+    assert channels == [block[0] for block in blocks]
+
+
+def test_cbam_stands_before_the_shortcut():
+    block = resnet.Bottleneck(8, 2, 1, lambda channels: nn.Softsign()).eval()
+    assert isinstance(block.branch[-1], nn.BatchNorm2d)
+    x = torch.randn(2, 8, 5, 5)
+    expected = torch.relu(x + nn.functional.softsign(block.branch(x)))
+    torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("mode", network.WORK)
+def test_both_networks_compute_the_same(mode):
+    layout = {"training": "contiguous", "inference": "channels_last"}[mode]
+    network.assert_agree(network.Setting(mode, layout), CPU, TINY)
+
+
+def test_settings_are_all_there_are():
+    assert len(set(network.settings())) == 4
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Short networks and tiny images on the CPU; what stands for the device's memory and clock.
+
+    The clock runs what it is given once, and says 4, 2, 3 and so on milliseconds.
+    """
+    seen = types.SimpleNamespace(networks=[], events=[])
+    networks, images = network.networks, network._images
+
+    def watched(device, layout):
+        found = networks(CPU, layout)
+        for name, module in found.items():
+            module.register_forward_hook(
+                lambda module, inputs, out, name=name: seen.events.append((name, out.dtype))
+            )
+        seen.networks.append(found)
+        return found
+
+    def clock(work, device, calls):
+        assert (device.type, calls) == ("cuda", network.STEPS)
+        work()
+        seen.events.append("sample")
+        return 1e3 * (4, 2, 3)[seen.events.count("sample") % 3]
+
+    monkeypatch.setattr(resnet, "STAGES", ((8, 1, 1), (16, 2, 2)))
+    monkeypatch.setattr(network, "networks", watched)
+    monkeypatch.setattr(network, "_images", lambda _, device, layout: images(TINY, CPU, layout))
+    monkeypatch.setattr(network, "time_once", clock)
+    monkeypatch.setattr(network, "WARM_UPS", 1)
+    monkeypatch.setattr(network, "SAMPLES", 3)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda: seen.events.append("forget memory")
+    )
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5_000_000_000)
+    return seen
+
+
+DTYPES = {"training": torch.bfloat16, "inference": torch.float16}
+
+
+@pytest.mark.parametrize("mode", network.WORK)
+def test_a_setting(on_cpu, mode):
+    found = network.time_setting(network.Setting(mode, "channels_last"), 30.0)
+    assert not torch.backends.cudnn.allow_tf32
+    for name, row in zip(tables.NETWORKS, found, strict=True):
+        assert row["name"] == f"{mode} channels_last {name}"
+        assert (row["mode"], row["layout"], row["contestant"]) == (mode, "channels_last", name)
+        assert (row["milliseconds"], row["peak_bytes"]) == (3.0, 5_000_000_000)
+        assert row["images_per_second"] == pytest.approx(64 / 3e-3)
+        assert row["microseconds"]["raw"] == [2000.0, 3000.0, 4000.0]
+    compared = [("plain", torch.float32), ("fused", torch.float32), ("plain", torch.float64)]
+    timed = []
+    for name in tables.NETWORKS:
+        call = name, DTYPES[mode]
+        timed += [call, "forget memory", *[call, "sample"] * 3]
+    assert on_cpu.events == [*compared, *timed]
+
+
+def test_training_changes_the_weights_and_inference_does_not(on_cpu):
+    for mode, changes in (("training", True), ("inference", False)):
+        found = network.networks(CPU, "contiguous")["fused"]
+        work = network.WORK[mode](found, network._images(TINY, CPU, "contiguous"))
+        before = {name: p.detach().clone() for name, p in found.named_parameters()}
+        work()
+        for name, p in found.named_parameters():
+            assert (p.grad is not None) == changes, name
+            if name.startswith("classifier"):
+                assert torch.equal(p, before[name]) != changes
+        assert found.training == changes
+
+
+def test_networks_that_differ_are_not_timed(monkeypatch, on_cpu):
+    networks = network.networks
+
+    def differing(device, layout):
+        found = networks(device, layout)
+        with torch.no_grad():
+            found["fused"].features[-1].cbam.conv.bias += 1e-3
+        return found
+
+    monkeypatch.setattr(network, "networks", differing)
+    with pytest.raises(AssertionError, match="inference contiguous: off by"):
+        network.time_setting(network.Setting("inference", "contiguous"), 30.0)
+    assert "sample" not in on_cpu.events
+
+
+def row(mode, name, milliseconds):
+    return {
+        "name": f"{mode} contiguous {name}",
+        "mode": mode,
+        "layout": "contiguous",
+        "contestant": name,
+        "images": 64,
+        "milliseconds": milliseconds,
+        "images_per_second": 64e3 / milliseconds,
+        "peak_bytes": 1e9 * milliseconds,
+    }
+
+
+FOUND = [
+    row("training", "plain", 60.0),
+    row("training", "fused", 40.0),
+    row("inference", "plain", 20.0),
+    row("inference", "fused", 16.0),
+]
+FAILURE = {"name": "training channels_last", "error": "AssertionError: off by 1"}
+
+
+def test_table_of_the_network():
+    table = tables.network_table([*FOUND, FAILURE])
+    assert cells_of(table, 0)[3:5] == ["plain ms", "fused ms"]
+    first = ["training", "contiguous", "64", "60.00", "40.00", "1067", "1600"]
+    assert cells_of(table) == [*first, "60.00", "40.00", "1.50"]
+    assert cells_of(table, 3)[-1] == "1.25"
+    skipped = [{"name": "inference channels_last", "reason": "no time left"}]
+    lines = list(report.SECTIONS["network"]({"rows": [*FOUND, FAILURE], "skipped": skipped}))
+    assert table in lines
+    assert "- inference channels_last: no time left" in lines
+
+
+def test_report_without_a_row():
+    lines = list(report.SECTIONS["network"]({"rows": [FAILURE]}))
+    assert lines == ["## A whole network", ""]
+
+
+@pytest.mark.parametrize(
+    ("found", "state", "summary"),
+    [
+        (FOUND, PASSED, "4 rows; plain/fused: training contiguous 1.50, inference contiguous 1.25"),
+        ([FAILURE], FAILED, "1 rows; plain/fused: none"),
+    ],
+)
+def test_what_the_step_says(monkeypatch, tmp_path, found, state, summary):
+    folder = Folder(tmp_path)
+
+    def work(command, seconds):
+        assert command[1:] == ["-m", network.__name__, str(tmp_path), "30"]
+        folder.write("network", {"rows": found, "skipped": [], "ended": True})
+        return finished("")
+
+    monkeypatch.setattr(rows, "run", work)
+    outcome = network.step(45, folder)
+    assert (outcome.state, outcome.summary) == (state, summary)
+
+
+def test_settings_are_begun_while_there_is_time(monkeypatch):
+    """By a faked clock: each setting takes twelve seconds of thirty."""
+    now, kept = [0.0], []
+    monkeypatch.setattr(rows.time, "monotonic", lambda: now[0])
+
+    def time_row(setting, left):
+        now[0] += 12.0
+        return [{"name": str(setting), "left": left}]
+
+    settings = network.settings()
+    rows.take(settings, 30.0, network.ROW_SECONDS, time_row, lambda _: None, kept.append)
+    assert kept[-1]["rows"] == [
+        {"name": "training contiguous", "left": 30.0},
+        {"name": "inference contiguous", "left": 18.0},
+        {"name": "training channels_last", "left": 6.0},
+    ]
+    skipped = {"name": "inference channels_last", "reason": "no time left"}
+    assert kept[-1]["skipped"] == [skipped]

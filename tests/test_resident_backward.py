@@ -1,0 +1,261 @@
+"""The resident backward on the emulator: every way to hold samples on the chip gives gradients as
+good as eager's, in one launch and those that sum over the batch. That it reads x and dout once, and
+gives the same bits in every schedule, is shown in test_emulated.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+from cases import CASES, LAYOUTS, NATIVE_LAYOUTS, Case, gradients, leaves, make_weights, make_x
+from cases import operators as operators_of
+from conftest import why_not
+from regimes import CHANNELS_LAST, HELD, Regime, device, plan_of
+from tolerance import assert_as_good_as_eager
+
+import cbam_cuda
+from cbam_cuda.arguments import Weights
+
+pytestmark = pytest.mark.skipif(why_not("emulated") is not None, reason="make emulator builds it")
+
+NAMES = ("x", *Weights._fields)
+
+
+def operators():
+    return operators_of("emulated")
+
+
+def assert_is_right(case: Case, dtype, layout: str, strategy, *strategies: str) -> None:
+    """Every gradient by these strategies, against the reference in float64."""
+    x, grad = (LAYOUTS[layout](make_x(case, dtype, seed=seed)) for seed in (0, 2))
+    weights = make_weights(case, dtype)
+    strategy("streaming")
+    saved = operators().forward_train(x, *weights)[1:]
+    eager = gradients("reference", leaves(x, weights), grad)[1:]
+    truth = gradients("reference", leaves(x, weights, torch.float64), grad.double())[1:]
+    for name in strategies:
+        strategy(name)
+        found = operators().backward(grad, None, None, x, *weights, *saved, [True] * 7)
+        assert found[0].stride() == x.stride()
+        for what, result, *both in zip(NAMES, found, eager, truth, strict=True):
+            shaped = result.view(both[0].shape).to(both[0].dtype)
+            assert_as_good_as_eager(f"{what}, {name}", shaped, *both)
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+@pytest.mark.parametrize("dtype", HELD, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_by_both_strategies(case, dtype, layout, strategy):
+    strategies = ["streaming"]
+    with contextlib.suppress(ValueError):  # where there is no resident plan
+        plan_of(case, dtype, layout, backward=True)
+        strategies.append("resident")
+    assert_is_right(case, dtype, layout, strategy, *strategies)
+
+
+REGIMES = (
+    Regime("bulk copies, a cluster", (1, 64, 28, 28), 4, plan={"kind": "cluster", "copy": "bulk"}),
+    Regime(
+        "teams of one block", (5, 16, 6, 8), 2, multiprocessors=1, plan={"team": 1, "rounds": 3}
+    ),
+    Regime("packed rows", (3, 64, 14, 14), 4, plan={"access": "packed", "x": "stays"}),
+    Regime("two blocks on a multiprocessor", (40, 64, 28, 28), 4, plan={"threads": 192}),
+    Regime(
+        "x comes and goes",
+        (2, 256, 56, 56),
+        16,
+        plan={"team": 16, "x": "is read twice"},
+    ),
+    Regime(
+        "x comes and goes, many visits",
+        (5, 64, 56, 56),
+        4,
+        multiprocessors=4,
+        plan={"x": "is read twice", "rounds": 5},
+    ),
+    Regime(
+        "x comes and goes, channels last",
+        (5, 64, 40, 40),
+        4,
+        "H100",
+        4,
+        CHANNELS_LAST,
+        plan={"x": "is read twice", "rounds": 3},
+    ),
+    Regime(
+        "x comes and goes, packed rows",
+        (4, 1024, 7, 7),
+        16,
+        "RTX 5090",
+        2,
+        plan={"x": "is read twice", "access": "packed", "rounds": 4},
+    ),
+    Regime(
+        "x comes and goes on the whole grid",
+        (3, 128, 28, 28),
+        8,
+        "A100",
+        2,
+        plan={"x": "is read twice", "kind": "grid", "rounds": 3},
+    ),
+    Regime(
+        "the same, channels last",
+        (3, 128, 28, 28),
+        8,
+        "A100",
+        2,
+        CHANNELS_LAST,
+        plan={"x": "is read twice", "kind": "grid", "rounds": 3},
+    ),
+    Regime(
+        "x comes and goes through registers",
+        (3, 128, 28, 28),
+        8,
+        "T4",
+        8,
+        plan={"x": "is read twice", "copy": "plain", "rounds": 3},
+    ),
+    Regime(
+        "several samples of a visit",
+        (33, 512, 7, 7),
+        128,
+        multiprocessors=32,
+        plan={"samples": 8, "rounds": 2},
+    ),
+    Regime(
+        "several samples, channels last",
+        (21, 512, 7, 7),
+        128,
+        "H100",
+        16,
+        CHANNELS_LAST,
+        plan={"samples": 8},
+    ),
+    Regime(
+        "several samples on the whole grid",
+        (19, 512, 7, 7),
+        128,
+        "A100",
+        32,
+        plan={"kind": "grid", "samples": 8},
+    ),
+    Regime(
+        "a block with fewer channels", (2, 30, 16, 16), 6, multiprocessors=16, plan={"uneven": True}
+    ),
+    Regime(
+        "the whole grid, channels last",
+        (7, 128, 14, 14),
+        8,
+        "A100",
+        16,
+        CHANNELS_LAST,
+        plan={"kind": "grid", "copy": "async"},
+    ),
+    Regime(
+        "copies through registers",
+        (9, 128, 14, 14),
+        8,
+        "T4",
+        8,
+        plan={"kind": "grid", "copy": "plain", "rounds": 3},
+    ),
+    Regime("little shared memory", (3, 128, 28, 28), 8, "RTX 5090", plan={"kind": "cluster"}),
+    Regime("a sequence", (3, 32, 4096), 4, dtype=torch.bfloat16, plan={"kind": "cluster"}),
+    Regime("a volume", (2, 64, 8, 12, 16), 4, dtype=torch.float32, plan={"kind": "cluster"}),
+)
+
+
+@pytest.mark.parametrize("regime", REGIMES, ids=str)
+def test_every_regime(regime, emulator, strategy):
+    assert regime.facts(backward=True) == regime.plan
+    with device(emulator, regime.gpu, regime.multiprocessors):
+        assert_is_right(regime.case, regime.dtype, regime.layout, strategy, "resident")
+
+
+GATES = Case("gates", (3, 32, 12, 12), 4, (5, 5))
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+def test_gradients_of_the_gates(layout, strategy):
+    """What reaches the gates from elsewhere, in each strategy the same."""
+    x, grad = (LAYOUTS[layout](make_x(GATES, torch.float32, seed=seed)) for seed in (0, 2))
+    weights = make_weights(GATES, torch.float32)
+    strategy("streaming")
+    saved = operators().forward_train(x, *weights)[1:]
+    more = [torch.randn_like(gate) for gate in saved[:2]]
+    found = {}
+    for name, wanted in itertools.product(("streaming", "resident"), ((0, 1), (0,), (1,))):
+        strategy(name)
+        given = [more[i] if i in wanted else None for i in range(2)]
+        found[name, wanted] = operators().backward(grad, *given, x, *weights, *saved, [True] * 7)
+    for wanted in ((0, 1), (0,), (1,)):
+        for one, other in zip(found["resident", wanted], found["streaming", wanted], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["streaming", "resident"])
+def test_only_what_is_asked_for(name, emulator, strategy):
+    """Launches, and the same bits as with all gradients."""
+    x, grad = (make_x(GATES, torch.float32, seed=seed) for seed in (0, 2))
+    weights = make_weights(GATES, torch.float32)
+    strategy(name)
+    saved = operators().forward_train(x, *weights)[1:]
+    everything = operators().backward(grad, None, None, x, *weights, *saved, [True] * 7)
+    for mask in itertools.product([True, False], repeat=7):
+        emulator.emulator_reset_counts()
+        found = operators().backward(grad, None, None, x, *weights, *saved, list(mask))
+        products, sums = any(mask[i] for i in (1, 3)), any(mask[i] for i in (2, 4, 5, 6))
+        passes = 1 if name == "resident" else 6 if mask[0] else 4 if any(mask[1:5]) else 2
+        if any(mask):
+            assert emulator.emulator_launches() == passes + products + sums
+        for wanted, one, of_all in zip(mask, found, everything, strict=True):
+            assert torch.equal(one, of_all) if wanted else one.numel() == 0
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+def test_a_nan_in_any_block_of_a_team(layout, emulator, strategy):
+    """It makes its own sample's gradient NaN and touches no other."""
+    case = Case("NaN", (3, 64, 16, 16), 4, (7, 7))
+    weights, x = make_weights(case, torch.float32), LAYOUTS[layout](make_x(case, torch.float32))
+    strategy("resident")
+    with device(emulator, "H100", 16):
+        saved = operators().forward_train(x, *weights)[1:]
+        for channel, row in ((0, 0), (17, 5), (63, 15)):
+            grad = LAYOUTS[layout](make_x(case, torch.float32, seed=2))
+            grad[1, channel, row, 3] = torch.nan
+            dx = operators().backward(grad, None, None, x, *weights, *saved, [True] * 7)[0]
+            assert dx[1].isnan().all()
+            assert dx[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+def test_a_sample_does_not_depend_on_its_place(layout, emulator, strategy):
+    """The same bits in the first and in the last visit, which has fewer samples."""
+    case = Case("places", (19, 512, 7, 7), 128, (7, 7))
+    weights = make_weights(case, torch.float32)
+    x, grad = (make_x(case, torch.float32, seed=seed) for seed in (0, 2))
+    x, grad = (LAYOUTS[layout](t[:1].expand_as(t).contiguous()) for t in (x, grad))
+    strategy("resident")
+    with device(emulator, "H100", 16):
+        out, *saved = operators().forward_train(x, *weights)
+        dx = operators().backward(grad, None, None, x, *weights, *saved, [True] * 7)[0]
+    assert torch.equal(out, out[:1].expand_as(out))
+    assert torch.equal(dx, dx[:1].expand_as(dx))
+
+
+def test_training_by_resident_plans(strategy):
+    """From module to gradients, as a user gets them."""
+    strategy("resident")
+    block = cbam_cuda.CBAM(32, backend="emulated")
+    x = torch.randn(4, 32, 16, 16, requires_grad=True)
+    block(x).square().sum().backward()
+    plain = cbam_cuda.CBAM(32, backend="reference")
+    plain.load_state_dict(block.state_dict())
+    expected = x.detach().clone().requires_grad_()
+    plain(expected).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected.grad, rtol=1e-4, atol=1e-4)
+    for one, other in zip(block.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-3)
