@@ -3,9 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml cbam_cuda/version.py
 
-# What CUDA kernels are compiled for while one works on them: clusters with bulk copies, and what came
-# before. `pip install .` compiles for five architectures, which `make cuda-code` looks at.
-export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0
+# What CUDA kernels are compiled for while one works on them: the first with clusters and bulk copies.
+# `pip install .` compiles for five architectures, which `make cuda-code` looks at.
+export TORCH_CUDA_ARCH_LIST ?= 9.0
 
 .PHONY: demo test bench lint build emulator traffic mutate cuda-code cuda-link gpu clean
 .DELETE_ON_ERROR:
@@ -54,7 +54,7 @@ traffic: emulator
 mutate: emulator
 	$(BIN)/python tests/mutate.py
 
-## Builds for every architecture of an installed package, and reads there what the suite reads for two.
+## Builds for every architecture of an installed package, and reads there what the suite reads for one.
 cuda-code: .venv/.ready
 	TORCH_CUDA_ARCH_LIST= $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch .venv/.built

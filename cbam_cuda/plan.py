@@ -110,11 +110,18 @@ def render(found: dict[str, Any]) -> str:
         "",
         f"asked for: x {_bytes(traffic['x_read'])}, out {_bytes(traffic['out_written'])}, "
         f"weights of the MLP {_bytes(traffic['weights_read'])}, all else {_bytes(small)}",
+        *_second_reading(found),
         *_sums(found),
         f"device memory: {_bytes(found['device_memory_bytes'])}, at "
         f"{device['bandwidth'] / 1e9:.0f} GB/s {found['seconds'] * 1e6:.1f} us",
     ]
     return "\n".join(lines)
+
+
+def _second_reading(found: dict[str, Any]) -> list[str]:
+    if found["passes"].get("resident", {}).get("x") != "is read twice":
+        return []
+    return ["of what is read, a third is x again, soon after and so from the L2 cache"]
 
 
 def _sums(found: dict[str, Any]) -> list[str]:

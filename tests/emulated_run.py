@@ -3,7 +3,7 @@
 The environment says on which build of the emulator (CBAM_CUDA_EMULATOR), in which schedule
 (CBAM_CUDA_EMULATOR_SCHEDULE) and planned for which GPU (CBAM_CUDA_EMULATED_DEVICE).
 
-    python tests/emulated_run.py digests           {case: digest of all that comes out}
+    python tests/emulated_run.py digests [DTYPE]   {case: digest of all that comes out}
     python tests/emulated_run.py bytes PROBLEMS    for each problem, {tensor: [read, written]}
 """
 
@@ -85,11 +85,11 @@ def by_strategies(function) -> list[tuple[torch.Tensor, ...]]:
     return found
 
 
-def digests() -> dict[str, str]:
+def digests(*dtypes: str) -> dict[str, str]:
     """Of every case, for float32 in every layout, by both strategies."""
     found, run = {}, operators("emulated")
     for case in CASES:
-        for dtype in TWO_DTYPES:
+        for dtype in [getattr(torch, name) for name in dtypes] or TWO_DTYPES:
             for layout in LAYOUTS_RUN if dtype == torch.float32 else LAYOUTS_RUN[:2]:
                 x = LAYOUTS[layout](make_x(case, dtype))
                 grad = LAYOUTS[layout](make_x(case, dtype, seed=2))
@@ -173,7 +173,7 @@ def count_bytes(problems: list[dict]) -> list[dict[str, list[int]]]:
 if __name__ == "__main__":
     ops.load_emulated()
     works = {
-        "digests": digests,
+        "digests": lambda: digests(*sys.argv[2:]),
         "bytes": lambda: count_bytes(json.loads(sys.argv[2])),
     }
     print(json.dumps(works[sys.argv[1]]()))

@@ -131,7 +131,9 @@ def main() -> int:
 def score(mutants: list[Mutant], tree: Tree) -> list[Mutant]:
     """Print what becomes of each; those that survive without a reason."""
     torch.set_num_threads(1)  # threads do not outlive a fork
-    runs, started = make_runs(), time.perf_counter()
+    broken_in = {source for mutant in mutants for source in tree.dependents(mutant.path)}
+    runs = [run for run in make_runs() if run.may_notice(list(broken_in))]
+    started = time.perf_counter()
     expected = in_child(600, unbroken, tree.objects / BACKEND, runs)
     limit = 20 + 5 * (time.perf_counter() - started)
     killed, unexplained = 0, []

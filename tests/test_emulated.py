@@ -38,26 +38,23 @@ WHOLE, SLICE, OLDER, OLDEST = (
 
 
 @pytest.mark.parametrize(
-    ("schedule", "device"),
-    [("descending", WHOLE), ("random:1", SLICE), ("random:2", OLDER), ("descending", OLDEST)],
-    ids=str,
-)
-def test_every_schedule_gives_the_same_bits(expected, schedule, device):
-    assert run("plain", "digests", schedule=schedule, device=device) == expected(device)
-
-
-@pytest.mark.parametrize(
     ("kind", "schedule", "device"),
     [
-        ("race", "ascending", WHOLE),
+        ("race", "descending", WHOLE),
         ("race", "random:3", SLICE),
         ("race", "random:5", OLDER),
-        ("asan", "random:4", SLICE),
+        ("plain", "descending", OLDEST),
     ],
     ids=str,
 )
-def test_every_build_finds_nothing_and_gives_the_same_bits(expected, kind, schedule, device):
+def test_every_schedule_gives_the_same_bits_and_no_findings(expected, kind, schedule, device):
     assert run(kind, "digests", schedule=schedule, device=device) == expected(device)
+
+
+def test_the_sanitizers_find_nothing(expected):
+    """In float32: the build is several times as slow as the others."""
+    found = run("asan", "digests", "float32", schedule="random:4", device=SLICE)
+    assert found == {key: value for key, value in expected(SLICE).items() if "float32" in key}
 
 
 def test_positions_are_those_of_the_cpu():

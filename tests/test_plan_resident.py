@@ -196,6 +196,7 @@ def test_command_backwards(capsys):
     shown = capsys.readouterr().out
     assert shown.startswith("resident on H100")
     assert "sums over the batch: 2 launches" in shown
+    assert ("from the L2 cache" in shown) == ("x is read twice" in shown)
     assert main([*arguments, "--strategy", "streaming"]) == 0
     assert capsys.readouterr().out.startswith("streaming on H100")
 

@@ -13,7 +13,7 @@ import itertools
 import json
 
 import torch
-from emulated_run import LARGE, counting, run
+from emulated_run import LARGE, counting, planned, run
 
 SHAPES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
 RUNS = tuple(itertools.product(("inference", "training", "backward"), ("streaming", "resident")))
@@ -31,7 +31,10 @@ def row(problem: dict, counts: dict) -> tuple[str, ...]:
     shares = (f"{count / x_bytes:.3f}" for count in (read, written, mlp, small))
     shape = "x".join(map(str, problem["shape"]))
     words = (problem[name] for name in ("layout", "direction", "strategy"))
-    return (shape, *words, str(launches), *shares)
+    large, *others = shares
+    if planned(problem)["passes"].get("resident", {}).get("x") == "is read twice":
+        large += ", 1 from L2"
+    return (shape, *words, str(launches), large, *others)
 
 
 def main() -> None:
