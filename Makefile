@@ -3,10 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml cbam_cuda/version.py
 
-# What CUDA kernels are compiled for while one works on them: the first with clusters and bulk copies.
-# `pip install .` compiles for five architectures, which `make cuda-code` looks at.
-export TORCH_CUDA_ARCH_LIST ?= 9.0
-
 .PHONY: demo test bench lint build emulator traffic mutate cuda-code cuda-link gpu clean
 .DELETE_ON_ERROR:
 
@@ -36,8 +32,12 @@ build: .venv/.built
 	$(PYTHON) .ci/environment.py
 	touch $@
 
+# Kernels are compiled for the GPUs of this machine; where there are none, for the first with clusters
+# and bulk copies. `pip install .` compiles for five architectures, which `make cuda-code` looks at.
 .venv/.built: .venv/.ready $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-$$($(BIN)/python -m benchmarks.gpu.architecture \
+		2> /dev/null || echo 9.0)}" \
+		$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(BIN)/python -m cbam_cuda
 	touch $@
 
@@ -64,9 +64,10 @@ cuda-code: .venv/.ready
 cuda-link: build
 	$(BIN)/python .ci/cuda_link.py
 
-## The acceptance run on the GPU of this machine: tests, compute-sanitizer, checks, timings, and where
-## the resident forward is the faster one.
+## The acceptance run on the GPU of this machine: tests, compute-sanitizer, checks, timings, a ResNet-50,
+## and where resident kernels are the faster ones.
 gpu: .venv/.ready
+	rm -f .venv/.built  # it may be of another machine
 	architectures=$$($(BIN)/python -m benchmarks.gpu.architecture) && \
 		TORCH_CUDA_ARCH_LIST=$$architectures $(MAKE) build
 	$(BIN)/python -m benchmarks.gpu $(GPU_OPTIONS)

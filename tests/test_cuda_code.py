@@ -267,6 +267,8 @@ def test_register_table_is_current(usage):
         pytest.skip(f"the table is of nvcc {version}, the extension of nvcc {built}")
     columns, written = cuda_code.read_table(text)
     shared = {a: of_kernels for a, of_kernels in usage.items() if sm(a) in columns}
+    if not shared:
+        pytest.skip("the extension has no machine code for any column of the table")
     expected = cuda_code.registers(shared)
     at = [columns.index(sm(a)) for a in shared]
     found = {kernel: [row[i] for i in at] for kernel, row in written.items()}

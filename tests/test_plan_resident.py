@@ -94,6 +94,7 @@ def check_loads(problem: dict, g: dict) -> None:
     assert g["access"] == ("packed" if cols % vector else "vector")
     assert g["row_group"] == vector // gcd(cols, vector)
     assert not first or g["chunk"] % g["row_group"] == 0
+    assert 1 <= g["threads_along"] <= min(cols * g["row_group"] // vector, THREADS[True])
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -196,7 +197,13 @@ def test_command_backwards(capsys):
     shown = capsys.readouterr().out
     assert shown.startswith("resident on H100")
     assert "sums over the batch: 2 launches" in shown
-    assert ("from the L2 cache" in shown) == ("x is read twice" in shown)
+    assert "x stays" in shown
+    assert "from the L2 cache" not in shown
+    arguments[2] = "2,256,56,56"
+    assert main([*arguments, "--strategy", "resident"]) == 0
+    shown = capsys.readouterr().out
+    assert "x is read twice" in shown
+    assert "from the L2 cache" in shown
     assert main([*arguments, "--strategy", "streaming"]) == 0
     assert capsys.readouterr().out.startswith("streaming on H100")
 

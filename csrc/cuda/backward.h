@@ -6,7 +6,8 @@
 
 namespace cbam::cuda {
 
-// The plan for the current device.
+// The plan for the current device, of the strategy that the environment asks for: a resident one
+// only where the device, as far as this process may use it, can run its teams.
 BackwardPlan plan_to_run(const BackwardProblem& problem, const DeviceLimits& device);
 
 // `scratch` holds scratch(plan, problem).total() bytes of device memory, on a multiple of 16.

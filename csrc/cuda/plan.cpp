@@ -78,8 +78,12 @@ ReductionGeometry down_columns(const ForwardProblem& p, int64_t samples, bool sc
   return g;
 }
 
+Group groups_of(const ForwardProblem& p, const DeviceLimits& device) {
+  return group_samples(p, device, 1, 2, 5);
+}
+
 double streaming_seconds(const ForwardProblem& p, const DeviceLimits& device) {
-  return streamed_seconds(p, device, group_samples(p, device, 1, 2, 5), 2, 2, 5);
+  return streamed_seconds(p, device, groups_of(p, device), 2, 2, 5);
 }
 
 template <class A>
@@ -209,7 +213,7 @@ ForwardPlan plan_streaming(const ForwardProblem& p, const DeviceLimits& device,
   const int64_t wanted = wanted_blocks(device);
   ForwardPlan plan{};
   plan.reason = reason;
-  plan.group = group_samples(p, device, 1, 2, 5);
+  plan.group = groups_of(p, device);
   const int64_t samples = plan.group.samples;
   if (p.strides.channels_first()) {
     plan.pool = along_rows(p, samples, false, wanted);

@@ -28,7 +28,8 @@ Strategy strategy_of(const std::string& name);
 Strategy strategy_asked_for();
 
 // Streaming: x is read three times, out written once, in five launches for each group of samples.
-// Resident, where `resident` is set: x is read once, in one launch; what follows it is not used.
+// Resident, where `resident` is set: x is read once, in one launch; the geometries of the passes
+// are not used.
 struct ForwardPlan {
   std::optional<ResidentForwardGeometry> resident;
   const char* reason;  // for this strategy

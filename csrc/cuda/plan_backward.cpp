@@ -15,21 +15,18 @@ constexpr int64_t kLongestSpan = 4096;
 // have less halo.
 constexpr int64_t kStencilShare = 5;
 
-// How two tensors, given by their views, can be read together.
-ColumnAccess common_access(const View& a, const View& b, int vector) {
-  ColumnAccess access(a, vector);
-  const ColumnAccess other(b, vector);
-  if (access.access == other.access) return access;
-  access.access = Access::kScalar;
-  access.period = static_cast<int>(a.cols);
-  access.row_group = 1;
-  return access;
-}
-
 void set_scalar(ColumnAccess& access, const View& view) {
   access.access = Access::kScalar;
   access.period = static_cast<int>(view.cols);
   access.row_group = 1;
+}
+
+// How two tensors, given by their views, can be read together.
+ColumnAccess common_access(const View& a, const View& b, int vector) {
+  ColumnAccess access(a, vector);
+  const ColumnAccess other(b, vector);
+  if (access.access != other.access) set_scalar(access, a);
+  return access;
 }
 
 // Tiles of equal width, of at most `most` columns and whole vectors.
@@ -117,14 +114,18 @@ BackwardGrids grids_of(const BackwardPlan& plan, const BackwardProblem& p, int64
   };
 }
 
+Group groups_of(const BackwardProblem& p, const DeviceLimits& device) {
+  return group_samples(p, device, 2, 2, 6);
+}
+
 double streaming_seconds(const BackwardProblem& p, const DeviceLimits& device) {
-  return streamed_seconds(p, device, group_samples(p, device, 2, 2, 6), 3, 2, 6);
+  return streamed_seconds(p, device, groups_of(p, device), 3, 2, 6);
 }
 
 void plan_streaming(BackwardPlan& plan, const BackwardProblem& p, const DeviceLimits& device) {
   const int vector = elements_per_vector(p.dtype);
   const View x(p, p.strides, p.x), dout(p, p.dout_strides, p.dout);
-  plan.group = group_samples(p, device, 2, 2, 6);
+  plan.group = groups_of(p, device);
   const int64_t samples = plan.group.samples;
   plan.cross = plan_sums(p, x, common_access(x, dout, vector), kTileColumns, samples, device);
   plan.stencil = plan_stencil(p, samples, device);

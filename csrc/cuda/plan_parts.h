@@ -1,5 +1,5 @@
-// What the planner's files share: how the kernels see a tensor, how its columns can be read, and
-// how many blocks fill a device.
+// What the planner's files share: how the kernels see a tensor, how its columns can be read, how
+// many blocks fill a device, and the choice between the strategies.
 #pragma once
 
 #include <algorithm>

@@ -22,7 +22,7 @@ class BackwardFitting : public Teams {
   using Geometry = ResidentBackwardGeometry;
 
   BackwardFitting(const BackwardProblem& p, const DeviceLimits& device)
-      : Teams(p, device, 2, kBackwardThreads), p_(p) {}
+      : Teams(p, device, 2, kBackwardThreads), problem_(p) {}
 
   // Null where the slices do not fit, or not as many teams as one.
   std::optional<Geometry> geometry(const Candidate& c) const {
@@ -66,14 +66,18 @@ class BackwardFitting : public Teams {
     const int64_t cols = g.pitch, common = std::gcd(cols, int64_t{vector_});
     g.row_group = static_cast<int>(vector_ / common);
     g.access = g.row_group == 1 ? Access::kVector : Access::kPacked;
-    g.threads_along = threads_along(cols / common, g.threads);
+    // A thread for every vector, where there are so many: it keeps what belongs to its columns for
+    // all rows.
+    const int64_t vectors = cols / common;
+    g.threads_along =
+        vectors <= g.threads ? static_cast<int>(vectors) : threads_along(vectors, g.threads);
   }
 
   // Sets the boxes; whether all fits into `limit` bytes.
   bool fit(Geometry& g, int64_t limit) const {
     set_boxes(g, 1);
     SharedLayout layout;
-    if (resident_shared_bytes(p_, g, layout) > limit) return false;
+    if (resident_shared_bytes(problem_, g, layout) > limit) return false;
     g.exchange = g.cluster ? 0 : exchange_bytes(g);
     return true;
   }
@@ -84,7 +88,7 @@ class BackwardFitting : public Teams {
     return carver.bytes();
   }
 
-  const BackwardProblem& p_;
+  const BackwardProblem& problem_;
 };
 
 template <class T>
@@ -106,8 +110,7 @@ int64_t resident_shared_bytes(const BackwardProblem& p, const ResidentBackwardGe
 
 ResidentPlan<ResidentBackwardGeometry> plan_resident(const BackwardProblem& p,
                                                      const DeviceLimits& device) {
-  if (p.dtype == DType::kFloat64) return {{}, 0, "float64 is streamed"};
-  if (device.bandwidth <= 0) return {{}, 0, "the device does not tell how fast its memory is"};
+  if (const char* reason = why_not_held(p, device)) return {{}, 0, reason};
   if (!in_whole_vectors(p, p.strides, p.x) || !in_whole_vectors(p, p.dout_strides, p.dout) ||
       (p.gradients.x && !in_whole_vectors(p, p.dx_strides, p.gradients.x)))
     return {{}, 0, "rows of x, dout or dx are no whole vectors of 16 bytes, or have gaps"};

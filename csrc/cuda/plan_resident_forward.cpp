@@ -1,6 +1,4 @@
 // The resident forward: what of it fits, and how long it would take.
-#include <algorithm>
-
 #include "plan_teams.h"
 
 namespace cbam::cuda {
@@ -29,8 +27,10 @@ class ForwardFitting : public Teams {
     const double bytes = slice(g) * static_cast<double>(bytes_of(p_.dtype));
     const double memory = 2 * bytes / rate(g, teams) + weight_seconds(g, rate(g, teams));
     const double barriers = 1.0 + 2.0 * static_cast<double>(ceil_div(s_.pixels(), g.band));
+    const int64_t runs = ceil_div(g.boxes.pixels(), int64_t{kRun} * g.threads) * g.boxes_each;
     const double waits = barrier_seconds(g, barriers) + slice(g) * kElementSeconds +
-                         0.75 * product_seconds(g, g.vectors()) + tap_seconds(g);
+                         0.75 * product_seconds(g, g.vectors()) +
+                         2.0 * static_cast<double>(s_.taps() * runs) * kTapSeconds;
     return together(g, teams, memory, waits);
   }
 
@@ -77,8 +77,7 @@ int64_t resident_shared_bytes(const ForwardProblem& p, const ResidentForwardGeom
 
 ResidentPlan<ResidentForwardGeometry> plan_resident(const ForwardProblem& p,
                                                     const DeviceLimits& device) {
-  if (p.dtype == DType::kFloat64) return {{}, 0, "float64 is streamed"};
-  if (device.bandwidth <= 0) return {{}, 0, "the device does not tell how fast its memory is"};
+  if (const char* reason = why_not_held(p, device)) return {{}, 0, reason};
   if (!in_whole_vectors(p, p.strides, p.x) || !in_whole_vectors(p, p.out_strides, p.out))
     return {{}, 0, "rows of x or out are no whole vectors of 16 bytes, or have gaps"};
   return fastest(ForwardFitting(p, device), p.shape, device);

@@ -116,11 +116,6 @@ double Teams::product_seconds(const ResidentGeometry& g, int vectors) const {
   return 2.0 * g.channels * static_cast<double>(s_.hidden) * vectors * kProductSeconds;
 }
 
-double Teams::tap_seconds(const ResidentGeometry& g) const {
-  const int64_t runs = ceil_div(g.boxes.pixels(), int64_t{kRun} * g.threads) * g.boxes_each;
-  return 2.0 * static_cast<double>(s_.taps() * runs) * kTapSeconds;
-}
-
 double Teams::barrier_seconds(const ResidentGeometry& g, double barriers) {
   return barriers * (g.cluster ? kClusterBarrier : kGridBarrier);
 }
@@ -128,6 +123,11 @@ double Teams::barrier_seconds(const ResidentGeometry& g, double barriers) {
 double Teams::together(const ResidentGeometry& g, double teams, double memory, double waits) const {
   const bool shared = blocks(g) > 1 && teams * g.team > device_.multiprocessors;
   return shared ? std::max(2 * memory, memory + waits) : memory + waits;
+}
+
+const char* why_not_held(const ForwardProblem& p, const DeviceLimits& device) {
+  if (p.dtype == DType::kFloat64) return "float64 is streamed";
+  return device.bandwidth <= 0 ? "the device does not tell how fast its memory is" : nullptr;
 }
 
 bool in_whole_vectors(const ForwardProblem& p, const Strides& strides, const void* data) {

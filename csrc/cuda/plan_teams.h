@@ -9,7 +9,7 @@ namespace cbam::cuda {
 
 // The costs beside memory, all estimates until measured: a barrier of a cluster (0.5 us for 4
 // blocks, 0.65 us for 8 on an H100) and of a whole grid; a product of the MLP; a tap of the
-// convolution, for a run of pixels of one thread; the launch and the first bytes.
+// convolution, for what one thread computes of it at a time; the launch and the first bytes.
 constexpr double kClusterBarrier = 0.6e-6, kGridBarrier = 1.3e-6;
 constexpr double kProductSeconds = 8e-12, kTapSeconds = 10e-9, kStartSeconds = 3e-6;
 
@@ -44,12 +44,11 @@ class Teams {
   // Of a block, as if its multiprocessor had nothing else to do: bytes of memory a second where
   // `teams` teams run.
   double rate(const ResidentGeometry& g, double teams) const;
-  // Elements of a slice; seconds for the weights of the MLP, its products with so many vectors, and
-  // for the barriers.
+  // Elements of a slice; seconds for the weights of the MLP, for its products with so many vectors,
+  // and for so many barriers.
   static double slice(const ResidentGeometry& g);
   double weight_seconds(const ResidentGeometry& g, double rate) const;
   double product_seconds(const ResidentGeometry& g, int vectors) const;
-  double tap_seconds(const ResidentGeometry& g) const;
   static double barrier_seconds(const ResidentGeometry& g, double barriers);
   // Of a visit: where two blocks share a multiprocessor, the one uses what the other waits.
   double together(const ResidentGeometry& g, double teams, double memory, double waits) const;
@@ -69,6 +68,9 @@ class Teams {
 
   int tensors_, threads_;
 };
+
+// Why no plan holds a problem on any device of this kind, or null.
+const char* why_not_held(const ForwardProblem& p, const DeviceLimits& device);
 
 // Whether slices of a tensor of the problem are whole vectors.
 bool in_whole_vectors(const ForwardProblem& p, const Strides& strides, const void* data);

@@ -1,5 +1,6 @@
-// What each kernel of the streaming backward is handed, the shared memory it takes, and its
-// launcher; as kernels.h for the forward. With p = dout * x, for every sample:
+// What each kernel of the streaming backward, and those that sum over the batch after either
+// strategy, is handed, the shared memory it takes, and its launcher; as kernels.h for the forward.
+// With p = dout * x, for every sample:
 //
 //   d_spatial[s]  = sum_c p * channel_gate[c]     q[c] = sum_s p * spatial_gate[s]       tile sums
 //   dz            = d_spatial * spatial_gate * (1 - spatial_gate)
@@ -230,7 +231,7 @@ struct VectorSums {
   VectorSum sum[kMostVectorSums];
 };
 constexpr int kOuterTile = 32, kOuterDepth = 32;
-constexpr int kSummedTogether = 32;  // elements of the vectors that a block of the others sums
+constexpr int kSummedTogether = 32;  // elements of its vectors that a block of vector_sums sums
 
 // Blocks of each.
 CBAM_INLINE int64_t outer_blocks(int64_t rows, int64_t cols) {

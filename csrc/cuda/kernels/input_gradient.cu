@@ -1,9 +1,5 @@
-// The last pass of the backward, over dout alone:
-//
-//   dx[c][s] = (dout[c][s] * spatial_gate[s] + d_mean[s] + d_max[s] where c is s's maximum)
-//              * channel_gate[c] + d_avg[c] + d_top[c] where s is c's maximum
-//
-// d_mean and d_avg are already divided by the channels and the pixels.
+// The last pass of the backward, over dout alone; the formula
+// stands in input_gradient.cuh.
 //
 // grid    samples * splits * tiles blocks of 256 threads; a block takes `tile` columns, `span` rows
 //

@@ -10,7 +10,7 @@ namespace cbam::cuda {
 // Samples of a visit, at most: they share one reading of the MLP's weights.
 constexpr int kMostVisited = 8;
 
-// How x comes to shared memory.
+// How x, and dout in a backward, come to shared memory.
 enum class Copy {
   kPlain,  // through registers
   kAsync,  // 16 bytes at a time by every thread, from compute capability 8.0 on

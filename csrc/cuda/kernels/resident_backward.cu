@@ -10,8 +10,9 @@
 //         block's boxes with their halo; what it puts out for the other blocks of a cluster
 // bytes   reads dout once and x once, or twice where it does not stay; writes dx once; reads the
 //         weights of the MLP once a visit, what the forward saved once. Blocks that are no cluster
-//         exchange through global memory. What nobody asks for is not written, but computed, so
-//         that no gradient depends on which others are asked for.
+//         exchange through global memory. Where nobody asks for dx or for the convolution's
+//         gradients, their last step is left out; all else is done, so that no gradient depends on
+//         which others are asked for.
 #include "../dispatch.cuh"
 #include "../launch.cuh"
 #include "input_gradient.cuh"

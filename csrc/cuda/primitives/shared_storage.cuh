@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 
 #include "../../inline.h"
 
@@ -66,6 +67,7 @@ class LayoutCarver {
 
   template <class E>
   E* array(int64_t count, const char* name) {
+    if (next_ == SharedLayout::kMost) throw std::logic_error("SharedLayout: too many arrays");
     layout_.offset[next_++] = static_cast<int32_t>(carver_.bytes());
     return carver_.array<E>(count, name);
   }
