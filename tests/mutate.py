@@ -31,6 +31,10 @@ from mutation.run import EndedBadly, first_difference, in_child, make_runs, unbr
 from mutation.tree import Tree
 
 # Mutants that change nothing that anybody could see, by Mutant.key, and why.
+NO_CHUNK = "a chunk of no rows is neither loaded nor walked"
+NO_SAMPLE = "one more round, of no samples, for every team"
+HINT = "a prefetch is a hint, and may point anywhere"
+GUARDED = "what it would do more is guarded inside"
 LAST_CHUNK = "one more chunk, of nothing, where chunks end with the work: loops in it are empty"
 REDUNDANT = {
     "channel_gate.cu: for (int first = 0; first < p.channels; first += kChannelChunk) { -> "
@@ -60,6 +64,46 @@ REDUNDANT = {
         "staged there reaches gates that are not written"
     ),
     "reduce_rows.cu: if (g.lanes <= 32) -> if (g.lanes <= 1 + 32)": "lanes are powers of two",
+    "resident_backward.cu: for (int number = 0; number < g.chunks; ++number) { -> "
+    "for (int number = 0; number <= g.chunks; ++number) {": NO_CHUNK,
+    "resident_backward.cu: for (int round = 0; round < rounds_of(p, g); ++round) { -> "
+    "for (int round = 0; round <= rounds_of(p, g); ++round) {": NO_SAMPLE,
+    "resident_backward.cu: for (int n = 0; n < max(loads.slots, g.samples * g.chunks); ++n) { -> "
+    "for (int n = 0; n <= max(loads.slots, g.samples * g.chunks); ++n) {": GUARDED,
+    "resident_forward.cu: for (int number = 0; number < g.chunks; ++number) load(0, sample, "
+    "number); -> for (int number = 0; number <= g.chunks; ++number) load(0, sample, number);": (
+        NO_CHUNK
+    ),
+    "resident_forward.cu: for (int number = 0; number < g.chunks; ++number) { -> "
+    "for (int number = 0; number <= g.chunks; ++number) {": NO_CHUNK,
+    "resident_forward.cu: for (int round = 0; round < rounds_of(p, g); ++round) { -> "
+    "for (int round = 0; round <= rounds_of(p, g); ++round) {": NO_SAMPLE,
+    "resident_mlp.cuh: for (int64_t i = threadIdx.x; i < lines * p.hidden; i += blockDim.x) { -> "
+    "for (int64_t i = threadIdx.x; i <= lines * p.hidden; i += blockDim.x) {": HINT,
+    "resident_mlp.cuh: if (i * kLineBytes < end) prefetch(fc2 + i * kLineBytes); -> "
+    "if (i * kLineBytes <= end) prefetch(fc2 + i * kLineBytes);": HINT,
+    "resident_mlp.cuh: constexpr int kAtOnce = kRows < 8 ? kRows : 8; // weights under way -> "
+    "constexpr int kAtOnce = kRows <= 8 ? kRows : 8; // weights under way": (
+        "the smaller of two: equals are the same"
+    ),
+    "resident_mlp.cuh: for (int first = 0; first < columns; first += along) { -> "
+    "for (int first = 0; first <= columns; first += along) {": GUARDED,
+    "resident_mlp.cuh: if (j < columns && part < parts) -> if (j < columns && part <= parts)": (
+        "threads that are left over sum what nobody adds"
+    ),
+    "resident_channel_gate.cuh: for (int unit = threadIdx.x / 32 * kRows; unit < p.hidden; -> "
+    "for (int unit = threadIdx.x / 32 * kRows; unit <= p.hidden;": GUARDED,
+    "resident_channel_gate.cuh: for (int first = threadIdx.x / 32 * kRows; first < block.channels; "
+    "-> for (int first = threadIdx.x / 32 * kRows; first <= block.channels;": GUARDED,
+    "resident_spatial_gate.cuh: for (int k = 0; k < g.boxes_each; ++k) { -> "
+    "for (int k = 0; k <= g.boxes_each; ++k) {": GUARDED,
+    "resident_spatial_gate.cuh: for (int i = threadIdx.x; i < g.boxes.pixels(); i += g.threads) -> "
+    "for (int i = threadIdx.x; i <= g.boxes.pixels(); i += g.threads)": GUARDED,
+    "resident_extremes.cuh: for (int done = 0; done < total; done += at_once) { -> "
+    "for (int done = 0; done <= total; done += at_once) {": GUARDED,
+    "resident_tile.cuh: if (threadIdx.x >= 32) return; -> if (threadIdx.x > 32) return;": (
+        "pieces are of 1 KB or more where there are several: a chunk has fewer than 32"
+    ),
     "gather_row.cuh: const int head = to_boundary < count ? to_boundary : count; -> "
     "const int head = to_boundary <= count ? to_boundary : count;": (
         "the smaller of two: equals are the same"

@@ -33,7 +33,7 @@ RUNS = (
 )
 # The resident kernels: cases, and the slices of GPUs whose teams take them.
 FIRST, HALF = BOTH[:1], SHORT[1:]
-UNEVEN = Case("boxes that the image cuts", (3, 64, 14, 14), 3, (5, 5))
+UNEVEN = Case("boxes that the image cuts", (3, 64, 9, 8), 3, (5, 5))
 RESIDENT_FORWARD = (
     (UNEVEN, HALF, BOTH, (("H100", 4),)),
     (Case("teams come back", (7, 32, 8, 8), 3, (5, 5)), SHORT, BOTH, (("H100", 2), ("T4", 2))),
@@ -53,12 +53,8 @@ RESIDENT_FORWARD = (
 RESIDENT_BACKWARD = (
     (UNEVEN, SHORT, BOTH, (("H100", 4),)),
     (Case("teams come back", (7, 32, 8, 8), 3, (5, 5)), SHORT, BOTH, (("H100", 2), ("T4", 2))),
-    (
-        Case("visits of several samples", (19, 512, 7, 7), 128, (3, 3)),
-        HALF,
-        BOTH,
-        (("H100", 32), ("A100", 32)),
-    ),
+    (Case("visits of several samples", (19, 512, 7, 7), 128, (3, 3)), HALF, BOTH, (("A100", 32),)),
+    (Case("a short first visit", (12, 512, 7, 7), 128, (3, 3)), HALF, FIRST, (("A100", 32),)),
     (Case("one row at a time", (1, 34, 16, 16), 6, (7, 7)), SHORT, FIRST, (("H100", 16),)),
     (Case("x comes and goes", (3, 128, 28, 28), 8, (5, 5)), HALF, BOTH, (("A100", 2),)),
     (Case("x comes and goes", (3, 128, 28, 28), 8, (5, 5)), HALF, FIRST, (("T4", 8),)),

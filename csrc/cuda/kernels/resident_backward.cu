@@ -112,7 +112,6 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   prefetch_weights(p, block);
   for (int round = 0; round < rounds_of(p, g); ++round) {
     block.start(round);
-    __syncthreads();
     stage_gates(p, block, m);
     put_out_spatial_shares(p, loads, m);
     block.team.barrier();
