@@ -5,8 +5,6 @@ the same bits in every schedule, is shown in test_emulated.py.
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from cases import CASES, LAYOUTS, NATIVE_LAYOUTS, Case, gradients, leaves, make_weights, make_x
@@ -188,22 +186,31 @@ def test_every_regime(regime, emulator, strategy):
 GATES = Case("gates", (3, 32, 12, 12), 4, (5, 5))
 
 
+def gate_gradients(tensors, grad, more) -> tuple[torch.Tensor, ...]:
+    """By the reference, where the gates get more gradients, or none for None."""
+    out, *gates = cbam_cuda.cbam(*tensors, backend="reference", return_attention=True)
+    given = [(g, m.view(g.shape)) for g, m in zip(gates, more, strict=True) if m is not None]
+    outputs, into = zip((out, grad), *given, strict=True)
+    return torch.autograd.grad(outputs, tensors, into)
+
+
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
-def test_gradients_of_the_gates(layout, strategy):
-    """What reaches the gates from elsewhere, in each strategy the same."""
+@pytest.mark.parametrize("wanted", [(0, 1), (0,), (1,)])
+def test_gradients_of_the_gates(wanted, layout, strategy):
+    """What reaches the gates from elsewhere, by either strategy."""
     x, grad = (LAYOUTS[layout](make_x(GATES, torch.float32, seed=seed)) for seed in (0, 2))
     weights = make_weights(GATES, torch.float32)
     strategy("streaming")
     saved = operators().forward_train(x, *weights)[1:]
-    more = [torch.randn_like(gate) for gate in saved[:2]]
-    found = {}
-    for name, wanted in itertools.product(("streaming", "resident"), ((0, 1), (0,), (1,))):
+    given = [torch.randn_like(saved[i]) if i in wanted else None for i in range(2)]
+    eager = gate_gradients(leaves(x, weights), grad, given)
+    wide = [None if g is None else g.double() for g in given]
+    truth = gate_gradients(leaves(x, weights, torch.float64), grad.double(), wide)
+    for name in ("streaming", "resident"):
         strategy(name)
-        given = [more[i] if i in wanted else None for i in range(2)]
-        found[name, wanted] = operators().backward(grad, *given, x, *weights, *saved, [True] * 7)
-    for wanted in ((0, 1), (0,), (1,)):
-        for one, other in zip(found["resident", wanted], found["streaming", wanted], strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        found = operators().backward(grad, *given, x, *weights, *saved, [True] * 7)
+        for what, result, *both in zip(NAMES, found, eager, truth, strict=True):
+            assert_as_good_as_eager(f"{what}, {name}", result.view(both[0].shape), *both)
 
 
 # None, all, one alone, all but one, and those of one kind.
@@ -265,16 +272,21 @@ def test_a_sample_does_not_depend_on_its_place(layout, emulator, strategy):
     assert torch.equal(dx, dx[:1].expand_as(dx))
 
 
+def trained(block, x) -> dict[str, torch.Tensor]:
+    """The gradients of a loss."""
+    wanted = {"x": x.clone().requires_grad_(), **dict(block.named_parameters())}
+    loss = block(wanted["x"]).square().sum()
+    return dict(zip(wanted, torch.autograd.grad(loss, wanted.values()), strict=True))
+
+
 def test_training_by_resident_plans(strategy):
     """From module to gradients, as a user gets them."""
     strategy("resident")
     block = cbam_cuda.CBAM(32, backend="emulated")
-    x = torch.randn(4, 32, 16, 16, requires_grad=True)
-    block(x).square().sum().backward()
+    x = torch.randn(4, 32, 16, 16)
+    found = trained(block, x)
     plain = cbam_cuda.CBAM(32, backend="reference")
     plain.load_state_dict(block.state_dict())
-    expected = x.detach().clone().requires_grad_()
-    plain(expected).square().sum().backward()
-    torch.testing.assert_close(x.grad, expected.grad, rtol=1e-4, atol=1e-4)
-    for one, other in zip(block.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-3)
+    eager, truth = trained(plain, x), trained(plain.double(), x.double())
+    for name, *gradient in zip(found, found.values(), eager.values(), truth.values(), strict=True):
+        assert_as_good_as_eager(name, *gradient)

@@ -56,10 +56,9 @@ __device__ __forceinline__ void stage_gates(const ResidentBackward& p,
   using A = acc_t<T>;
   const A* gate = static_cast<const A*>(p.saved.channel_gate) + block.first_sample() * p.channels +
                   block.first_channel;
-  for (int i = threadIdx.x; i < block.samples * block.channels; i += p.geometry.threads) {
-    const int sample = i / block.channels, c = i % block.channels;
+  for_own_channels(block, block.samples, [&](int sample, int c) {
     m.shared.gate[sample * p.geometry.channels + c] = gate[int64_t{sample} * p.channels + c];
-  }
+  });
   __syncthreads();
 }
 

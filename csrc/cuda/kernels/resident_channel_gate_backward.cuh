@@ -78,8 +78,7 @@ __device__ __forceinline__ void stage_dm(const ResidentBackward& p,
   const ResidentBackwardGeometry& g = p.geometry;
   const int samples = g.mlp_samples();
   const A* more = static_cast<const A*>(p.d_channel_gate);
-  for (int i = threadIdx.x; i < samples * block.channels; i += g.threads) {
-    const int sample = i / block.channels, c = i % block.channels;
+  for_own_channels(block, samples, [&](int sample, int c) {
     A dm = A(0);
     if (sample < block.samples) {
       const int64_t n = block.first_sample() + sample,
@@ -89,7 +88,7 @@ __device__ __forceinline__ void stage_dm(const ResidentBackward& p,
       if (p.dm) static_cast<A*>(p.dm)[at] = dm;
     }
     m.shared.dm[c * samples + sample] = dm;
-  }
+  });
   __syncthreads();
 }
 
@@ -133,8 +132,8 @@ __device__ __forceinline__ void stage_channels(const ResidentBackward& p,
   using A = acc_t<T>;
   const ResidentBackwardGeometry& g = p.geometry;
   const StagedTerms<A>& terms = m.shared.of_channels;
-  for (int i = threadIdx.x; i < block.samples * block.channels; i += g.threads) {
-    const int sample = i / block.channels, c = i % block.channels, at = sample * g.channels + c;
+  for_own_channels(block, block.samples, [&](int sample, int c) {
+    const int at = sample * g.channels + c;
     const A* d_pooled = m.shared.d_pooled + 2 * sample * block.channels + c;
     terms.gate()[at] = m.shared.gate[at];
     terms.first()[at] = d_pooled[0] / static_cast<A>(block.pixels());
@@ -142,7 +141,7 @@ __device__ __forceinline__ void stage_channels(const ResidentBackward& p,
     terms.index()[at] =
         p.saved
             .pixel_argmax[(block.first_sample() + sample) * p.channels + block.first_channel + c];
-  }
+  });
   __syncthreads();
 }
 

@@ -71,11 +71,7 @@ __device__ __forceinline__ void gate_boxes(const ResidentForward& p,
                                            const ForwardMemory<T>& m, int first, int end) {
   using A = acc_t<T>;
   const ResidentForwardGeometry& g = p.geometry;
-  const auto boxes = static_cast<int>(block.samples * g.boxes.boxes());
-  for (int k = 0; k < g.boxes_each; ++k) {
-    const int number = block.team.rank + k * g.team;
-    if (number >= boxes) return;
-    const Box box(g.boxes, p.space, number);
+  for_own_boxes(block, [&](int k, int, const Box& box) {
     const auto sample = static_cast<int>(box.sample);
     stage_maps(box, p.space, first, end, m.shared.staged,
                [&](int pixel, bool inside, A& mean, A& max) {
@@ -91,7 +87,7 @@ __device__ __forceinline__ void gate_boxes(const ResidentForward& p,
             p.saved.spatial_gate)[(block.first_sample() + sample) * block.pixels() + pixel] = gate;
     });
     __syncthreads();
-  }
+  });
 }
 
 // The gates of all pixels, from the blocks that computed them.

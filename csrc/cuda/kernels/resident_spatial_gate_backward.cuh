@@ -69,12 +69,8 @@ __device__ __forceinline__ void put_out_pixels(const ResidentBackward& p,
                                                const BackwardMemory<T>& m) {
   using A = acc_t<T>;
   const ResidentBackwardGeometry& g = p.geometry;
-  const auto boxes = static_cast<int>(block.samples * g.boxes.boxes());
   const int64_t staged = g.boxes.staged(p.space);
-  for (int k = 0; k < g.boxes_each; ++k) {
-    const int number = block.team.rank + k * g.team;
-    if (number >= boxes) return;
-    const Box box(g.boxes, p.space, number);
+  for_own_boxes(block, [&](int k, int, const Box& box) {
     const int64_t of_visit = box.sample * block.pixels();
     const int64_t of_batch = (block.first_sample() + box.sample) * block.pixels();
     const A* gate = static_cast<const A*>(p.saved.spatial_gate) + of_batch;
@@ -95,7 +91,7 @@ __device__ __forceinline__ void put_out_pixels(const ResidentBackward& p,
       terms.second()[pixel] = max;
       terms.index()[pixel] = p.saved.channel_argmax[of_batch + pixel];
     });
-  }
+  });
 }
 
 // Which block of the team has a pixel of the visit in its boxes.
@@ -155,16 +151,13 @@ __device__ __forceinline__ void write_conv_shares(const ResidentBackward& p,
   const ResidentBackwardGeometry& g = p.geometry;
   const int64_t boxes = g.boxes.boxes(), staged = g.boxes.staged(p.space);
   const int count = 2 * p.space.taps() + 1;
-  for (int k = 0; k < g.boxes_each; ++k) {
-    const int number = block.team.rank + k * g.team;
-    if (number >= block.samples * boxes) return;
-    const Box box(g.boxes, p.space, number);
+  for_own_boxes(block, [&](int k, int number, const Box& box) {
     const int64_t n = block.first_sample() + box.sample;
     all_weight_gradients(
         box, p.space, m.shared.dz + k * staged,
         static_cast<const T*>(p.saved.maps) + n * 2 * block.pixels(), m.shared.map,
         static_cast<A*>(p.d_conv) + (block.first_sample() * boxes + number) * count);
-  }
+  });
 }
 
 }  // namespace cbam::cuda

@@ -56,6 +56,28 @@ __device__ __forceinline__ int rounds_of(const Resident& p, const ResidentGeomet
   return static_cast<int>((visits + g.teams - 1) / g.teams);
 }
 
+// does(sample, channel of the block) for the block's own channels of so many samples.
+template <bool kChannelsFirst, class T, class Does>
+__device__ __forceinline__ void for_own_channels(const ResidentBlock<T, kChannelsFirst>& block,
+                                                 int samples, Does does) {
+  for (int i = threadIdx.x; i < samples * block.channels; i += block.g.threads)
+    does(i / block.channels, i % block.channels);
+}
+
+// does(k, number, box) for the block's own boxes of the visit, by all threads together: its k-th,
+// which is the visit's box `number`.
+template <bool kChannelsFirst, class T, class Does>
+__device__ __forceinline__ void for_own_boxes(const ResidentBlock<T, kChannelsFirst>& block,
+                                              Does does) {
+  const ResidentGeometry& g = block.g;
+  const auto boxes = static_cast<int>(block.samples * g.boxes.boxes());
+  for (int k = 0; k < g.boxes_each; ++k) {
+    const int number = block.team.rank + k * g.team;
+    if (number >= boxes) return;
+    does(k, number, Box(g.boxes, block.p.space, number));
+  }
+}
+
 // Rows [first, first + count) of a sample's slice.
 struct Chunk {
   int first, count;

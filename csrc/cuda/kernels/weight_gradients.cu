@@ -8,15 +8,12 @@
 namespace cbam::cuda {
 namespace {
 
-constexpr int kSide = kOuterTile;  // of a block's tile of outputs
-constexpr int kDepth = kOuterDepth;
-
-// a[k][first .. first + kSide) for `count` values of k, parts added; zeros outside.
+// a[k][first .. first + kOuterTile) for `count` values of k, parts added; zeros outside.
 template <class A>
 __device__ __forceinline__ void stage(const Vectors& from, int64_t first_k, int first, A* to) {
-  for (int i = threadIdx.x; i < kDepth * kSide; i += kThreads) {
-    const int64_t k = first_k + i / kSide;
-    const int column = first + i % kSide;
+  for (int i = threadIdx.x; i < kOuterDepth * kOuterTile; i += kThreads) {
+    const int64_t k = first_k + i / kOuterTile;
+    const int column = first + i % kOuterTile;
     A value = A(0);
     if (k < from.count && column < from.length) {
       const A* at = static_cast<const A*>(from.values) + k * from.pitch + column;
@@ -28,32 +25,32 @@ __device__ __forceinline__ void stage(const Vectors& from, int64_t first_k, int 
 
 //   out[i][j] = sum_k a[k][i] * b[k][j]      of two pairs of a and b
 //
-// grid    a block of 256 threads for each kSide x kSide outputs, four to a thread
+// grid    a block of 256 threads for each kOuterTile x kOuterTile outputs, four to a thread
 //
-// shared  kDepth values of k for the tile's rows and columns
+// shared  kOuterDepth values of k for the tile's rows and columns
 //
 // bytes   reads a and b once for each tile that they touch, writes out once
 template <class A>
 __global__ void __launch_bounds__(kThreads) outer_sums_kernel(const OuterSums both) {
-  constexpr int kEach = kSide * kSide / kThreads, kRowStep = kThreads / kSide;
+  constexpr int kEach = kOuterTile * kOuterTile / kThreads, kRowStep = kThreads / kOuterTile;
   const auto blocks = static_cast<int>(outer_blocks(both.first.a.length, both.first.b.length));
   const bool second = static_cast<int>(blockIdx.x) >= blocks;
   const OuterSum p = second ? both.second : both.first;
-  const int tiles = (p.b.length + kSide - 1) / kSide;
+  const int tiles = (p.b.length + kOuterTile - 1) / kOuterTile;
   const int block = blockIdx.x - (second ? blocks : 0);
-  const int first_row = block / tiles * kSide, first_col = block % tiles * kSide;
-  const int x = threadIdx.x % kSide, y = threadIdx.x / kSide;
+  const int first_row = block / tiles * kOuterTile, first_col = block % tiles * kOuterTile;
+  const int x = threadIdx.x % kOuterTile, y = threadIdx.x / kOuterTile;
   SharedCarver carver(dynamic_shared_memory());
   const OuterShared<A> shared(carver);
   A sum[kEach] = {};
-  for (int64_t first_k = 0; first_k < p.a.count; first_k += kDepth) {
+  for (int64_t first_k = 0; first_k < p.a.count; first_k += kOuterDepth) {
     stage(p.a, first_k, first_row, shared.a);
     stage(p.b, first_k, first_col, shared.b);
     __syncthreads();
-    for (int k = 0; k < kDepth; ++k) {
-      const A b = shared.b[k * kSide + x];
+    for (int k = 0; k < kOuterDepth; ++k) {
+      const A b = shared.b[k * kOuterTile + x];
 #pragma unroll
-      for (int e = 0; e < kEach; ++e) sum[e] += shared.a[k * kSide + y + e * kRowStep] * b;
+      for (int e = 0; e < kEach; ++e) sum[e] += shared.a[k * kOuterTile + y + e * kRowStep] * b;
     }
     __syncthreads();
   }
