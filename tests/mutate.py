@@ -95,8 +95,6 @@ REDUNDANT = {
     "for (int unit = threadIdx.x / 32 * kRows; unit <= p.hidden;": GUARDED,
     "resident_channel_gate.cuh: for (int first = threadIdx.x / 32 * kRows; first < block.channels; "
     "-> for (int first = threadIdx.x / 32 * kRows; first <= block.channels;": GUARDED,
-    "resident_spatial_gate.cuh: for (int k = 0; k < g.boxes_each; ++k) { -> "
-    "for (int k = 0; k <= g.boxes_each; ++k) {": GUARDED,
     "resident_spatial_gate.cuh: for (int i = threadIdx.x; i < g.boxes.pixels(); i += g.threads) -> "
     "for (int i = threadIdx.x; i <= g.boxes.pixels(); i += g.threads)": GUARDED,
     "resident_extremes.cuh: for (int done = 0; done < total; done += at_once) { -> "
@@ -108,8 +106,8 @@ REDUNDANT = {
     "const int head = to_boundary <= count ? to_boundary : count;": (
         "the smaller of two: equals are the same"
     ),
-    "weight_gradients.cu: for (int64_t first_k = 0; first_k < p.a.count; first_k += kDepth) { -> "
-    "for (int64_t first_k = 0; first_k <= p.a.count; first_k += kDepth) {": (
+    "weight_gradients.cu: for (int64_t first_k = 0; first_k < p.a.count; first_k += kOuterDepth) { -> "
+    "for (int64_t first_k = 0; first_k <= p.a.count; first_k += kOuterDepth) {": (
         "one more chunk, of zeros, where chunks end with the vectors"
     ),
 }

@@ -71,11 +71,8 @@ __device__ __forceinline__ void for_own_boxes(const ResidentBlock<T, kChannelsFi
                                               Does does) {
   const ResidentGeometry& g = block.g;
   const auto boxes = static_cast<int>(block.samples * g.boxes.boxes());
-  for (int k = 0; k < g.boxes_each; ++k) {
-    const int number = block.team.rank + k * g.team;
-    if (number >= boxes) return;
+  for (int k = 0, number = block.team.rank; number < boxes; ++k, number += g.team)
     does(k, number, Box(g.boxes, block.p.space, number));
-  }
 }
 
 // Rows [first, first + count) of a sample's slice.
