@@ -106,7 +106,17 @@ REDUNDANT = {
     "const int head = to_boundary <= count ? to_boundary : count;": (
         "the smaller of two: equals are the same"
     ),
-    "weight_gradients.cu: for (int64_t first_k = 0; first_k < p.a.count; first_k += kOuterDepth) { -> "
+    "map_terms.cu: if (block.cols <= kThreads) return; -> "
+    "if (block.cols <= 1 + kThreads) return;": (
+        "tiles wider than a block are whole vectors: none is one column wider"
+    ),
+    "convolution_backward.cuh: "
+    "for (int first = warp * kTapsTogether; first < taps; first += warps * kTapsTogether) { -> "
+    "for (int first = warp * kTapsTogether; first <= taps; first += warps * kTapsTogether) {": (
+        "taps are odd, as every size of a kernel is: first never equals them"
+    ),
+    "weight_gradients.cu: "
+    "for (int64_t first_k = 0; first_k < p.a.count; first_k += kOuterDepth) { -> "
     "for (int64_t first_k = 0; first_k <= p.a.count; first_k += kOuterDepth) {": (
         "one more chunk, of zeros, where chunks end with the vectors"
     ),

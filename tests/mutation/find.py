@@ -92,7 +92,7 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
     def mutant(kind: str, start: int, what: str, changed: str) -> Mutant:
         return Mutant(name, kind, text.count("\n", 0, start) + 1, f"{path.name}: {what}", changed)
 
-    calls = re.finditer(rf"(?<!void )({'|'.join(BARRIERS)})\([^;{{]*\);", code)
+    calls = re.finditer(rf"(?<!void )\b({'|'.join(BARRIERS)})\([^;{{]*\);", code)
     for number, found in enumerate(calls, 1):
         start, before = found.start(), code[: found.start()].rstrip()
         what = f"barrier {number}, {found[1]} after {line_at(before, len(before))}"

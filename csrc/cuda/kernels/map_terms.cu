@@ -116,7 +116,7 @@ __device__ __forceinline__ void sum_channel_columns(const MapTerms& p, const Til
             (block.sample * p.channels.parts + block.split) * p.x.cols + block.first_col;
   write_columns(shared.column_sums, own[0], sum[0], sums);
   if (block.cols <= kThreads) return;
-  __syncthreads();
+  // Each thread had a column of its own, and reads nothing that others overwrite now.
   write_columns(shared.column_sums, own[1], sum[1], sums);
 }
 
