@@ -1,127 +1,122 @@
-"""``python -m benchmarks.block``: the speed of one CBAM block, for shapes from real networks.
-
-Prints two tables, forward and forward + backward, and writes them with the raw numbers to
-``<output>/<device>.md`` and ``.json``; what is not the default is part of the name.
-"""
+"""One block on the CPU: every contestant on the same x, taking turns."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Iterator, Sequence
 
 import torch
-from tqdm import tqdm
 
-import cbam_cuda
+from . import calls
+from .calls import Buffers
+from .contestants import COMPILED, PLAIN, first_line, make_block
+from .memory import peak_bytes, saved_bytes
+from .problems import Problem, draw
+from .rows import Row, describe
+from .timing import time_together
+from .truth import Truth
 
-from . import report
-from .contestants import LAYOUTS, Contestants, Shape
-from .report import DIRECTIONS, Row, shape_name, slugify
-from .timing import environment, time_together
-
-SHAPES: tuple[Shape, ...] = (
-    (1, 64, 56, 56),
-    (1, 256, 56, 56),
-    (4, 96, 40, 40),
-    (8, 256, 56, 56),
-    (8, 512, 28, 28),
-    (8, 1024, 14, 14),
-    (8, 2048, 7, 7),
-)
-# Small, large, and the hardest. Few, as nearly all the time goes to torch.compile.
-QUICK_SHAPES: tuple[Shape, ...] = ((1, 64, 56, 56), (8, 256, 56, 56), (8, 2048, 7, 7))
-SECONDS, QUICK_SECONDS = 1.0, 0.4
-DTYPES = ("float32", "float64", "float16", "bfloat16")
-RESULTS = Path(__file__).parent / "results"
+CPU = torch.device("cpu")
+DIRECTIONS = {"forward": calls.forward, "step": calls.step}
+FREE = 0.6  # the part of free memory that a row may take
+COPIES = 14  # of x in float32, that the hungriest contestant and the truth need at once
 
 
-def pick_device() -> torch.device:
-    """CUDA where both torch and the fused block have it, else the CPU."""
-    usable = cbam_cuda.info()["backends"]["cuda"] == "available"
-    return torch.device("cuda" if usable else "cpu")
+def too_large(problem: Problem) -> str | None:
+    """Why a row cannot be timed here, if so."""
+    with open("/proc/meminfo") as lines:
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    needed = COPIES * problem.bytes * 4 / problem.dtype.itemsize
+    return "does not fit into memory" if needed > FREE * free * 1024 else None
 
 
-def measure(
-    shapes: Sequence[Shape],
-    device: torch.device,
-    *,
-    dtype: torch.dtype = torch.float32,
-    layout: str = "contiguous",
-    seconds: float = SECONDS,
-    with_compile: bool = True,
+class Contestants:
+    """All that can run, once they are known to be right.
+
+    `blocks` by name; `missing` says why others are not among them.
+    """
+
+    def __init__(self, problem: Problem, names: Sequence[str]) -> None:
+        self.problem = problem
+        x, grad = (draw(*problem, CPU, seed) for seed in (0, 1))
+        self.buffers = Buffers([x], [grad])
+        self.blocks: dict[str, torch.nn.Module] = {}
+        self.missing: dict[str, str] = {}
+        truth = Truth(problem, x, grad)
+        for name in names:
+            try:
+                block = make_block(name, x.shape[1], problem.dtype, CPU, x.dim() - 2)
+                truth.assert_right(name, block, x, grad)
+            except Exception as error:  # each missing compiler is missed in another way
+                if name in ("eager", "fused"):
+                    raise
+                self.missing[name] = first_line(error)
+            else:
+                self.blocks[name] = block
+
+    def calls(self, direction: str) -> dict[str, calls.Call]:
+        """By name, the copy among them."""
+        make = DIRECTIONS[direction]
+        copy = {"copy": calls.copies(self.buffers)[direction]}
+        return copy | {name: make(block, self.buffers) for name, block in self.blocks.items()}
+
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Bytes by name."""
+        found = {}
+        x = self.buffers.xs[0].detach().requires_grad_()
+        for name, block in self.blocks.items():
+            step = calls.step(block, self.buffers)
+            found[name] = {
+                "saved_bytes": saved_bytes(lambda b=block: b(x), [x, *block.parameters()]),
+                "peak_bytes": peak_bytes(lambda s=step: s(0), CPU),
+            }
+        return found
+
+
+def time_row(
+    problem: Problem, seconds: float, compiled: bool = False, plain: Sequence[str] = PLAIN
 ) -> list[Row]:
-    """Time all contestants for each shape, each so many seconds in each direction."""
+    """A row a direction; each contestant takes about so many seconds in each."""
+    if compiled:
+        torch.compiler.reset()
+    names = [*plain, *(COMPILED if compiled else ()), "fused"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch")
+        contestants = Contestants(problem, names)
     rows = []
-    with tqdm(total=3 * len(shapes), unit="stage", leave=False) as progress:
-        for shape in shapes:
-            progress.set_description(f"{shape_name(shape)} compile")
-            contestants = Contestants(shape, dtype, layout, device, with_compile)
-            progress.update()
-            timings = {}
-            for direction, title in DIRECTIONS.items():
-                progress.set_description(f"{shape_name(shape)} {title}")
-                fns = contestants.forward if direction == "forward" else contestants.step
-                timings[direction] = time_together(fns, device, seconds)
-                progress.update()
-            rows.append(Row(shape, **timings, no_compile=contestants.no_compile))
+    for direction in DIRECTIONS:
+        row = describe(
+            problem,
+            direction,
+            _time(contestants, direction, seconds),
+            contestants.missing,
+            ["fused"],
+        )
+        rows.append(row)
+    rows[-1]["memory"] = contestants.memory()
+    rows[-1]["bytes"] = problem.bytes
     return rows
 
 
-def parse_shape(text: str) -> Shape:
-    """8x256x56x56 as a tuple."""
-    try:
-        n, c, h, w = (int(size) for size in text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected NxCxHxW, got {text!r}") from None
-    return n, c, h, w
+def _time(contestants: Contestants, direction: str, seconds: float) -> dict[str, dict]:
+    with torch.set_grad_enabled(direction == "step"):
+        fns = {
+            name: (lambda call=call: call(0)) for name, call in contestants.calls(direction).items()
+        }
+        return {name: {"launched": t} for name, t in time_together(fns, CPU, seconds).items()}
 
 
-def result_name(device: str, options: argparse.Namespace) -> str:
-    """The name of the result files: the device, and every option that is not the default."""
-    words = [device]
-    words += [options.dtype] if options.dtype != DTYPES[0] else []
-    words += [options.layout] if options.layout != "contiguous" else []
-    words += [f"threads {options.threads}"] if options.threads else []
-    words += ["quick"] if options.quick else []
-    return slugify(" ".join(words))
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.block", description=__doc__)
-    add = parser.add_argument
-    add("--dtype", choices=DTYPES, default=DTYPES[0])
-    add("--layout", choices=tuple(LAYOUTS), default="contiguous")
-    add("--shapes", type=parse_shape, nargs="+", metavar="NxCxHxW", help="instead of the usual")
-    add("--threads", type=int, help="of the CPU; torch's own choice by default")
-    add("--quick", action="store_true", help="few shapes, little time for each")
-    add("--no-compile", action="store_true", help="leave torch.compile out")
-    add("--output", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
-    """Measure, print, write."""
-    options = parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device, dtype = pick_device(), getattr(torch, options.dtype)
-    facts = {**environment(device), "dtype": options.dtype, "layout": options.layout}
-    rows = measure(
-        options.shapes or (QUICK_SHAPES if options.quick else SHAPES),
-        device,
-        dtype=dtype,
-        layout=options.layout,
-        seconds=QUICK_SECONDS if options.quick else SECONDS,
-        with_compile=not options.no_compile,
-    )
-    stem = options.output / result_name(facts["device"], options)
-    report.write(rows, facts, dtype.itemsize, stem)
-    print(report.render(rows, facts, dtype.itemsize))
-    print(f"written: {stem}.md and .json")
-    return rows
-
-
-if __name__ == "__main__":
-    main()
+def time_threads(problem: Problem, seconds: float) -> Iterator[Row]:
+    """The copy and the fused block over numbers of threads, doubled up to torch's own choice."""
+    most = torch.get_num_threads()
+    counts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < most] + [most]
+    contestants = Contestants(problem, ["fused"])
+    for direction in DIRECTIONS:
+        for threads in counts:
+            torch.set_num_threads(threads)
+            try:
+                found = _time(contestants, direction, seconds)
+            finally:
+                torch.set_num_threads(most)
+            row = describe(problem, direction, found, contestants.missing, ["fused"])
+            yield {**row, "threads": threads}

@@ -1,14 +1,17 @@
 """What is compared: the same block, with the same weights, on the same input.
 
-``eager``    `cbam_cuda.reference.CBAM`, plain PyTorch
-``compile``  the same under `torch.compile`
-``fused``    `cbam_cuda.CBAM`, on the device's own backend or not at all
-``copy``     the memory limit: the least that must be read and written, by torch's own kernels
+``eager``           `cbam_cuda.reference.CBAM`, plain PyTorch
+``tuned``           the same with the fastest operators that PyTorch has for it
+``compile``         eager under `torch.compile`
+``tuned compile``   tuned under `torch.compile`
+``max-autotune``    tuned under `torch.compile(mode="max-autotune-no-cudagraphs")`; CUDA only
+``timm``            `timm.layers.cbam.CbamModule` without its norm; 2D, where timm is importable
+``fused``           `cbam_cuda.CBAM`, on the device's own backend or not at all
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,101 +19,80 @@ from torch import Tensor, nn
 import cbam_cuda
 from cbam_cuda import reference
 
-NAMES = ("copy", "eager", "compile", "fused")
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 RATIO, KERNEL_SIZE = 16, 7
+PLAIN = ("eager", "tuned", "timm")
 
-Shape = tuple[int, int, int, int]
+
+class Compiled(NamedTuple):
+    """Which contestant is compiled, and in which mode of torch.compile."""
+
+    of: str
+    mode: str = "default"
 
 
-class Contestants:
-    """All of them for one shape [N, C, H, W].
+COMPILED = {"compile": Compiled("eager"), "tuned compile": Compiled("tuned")}
+COMPILED_ON_CUDA = {**COMPILED, "max-autotune": Compiled("tuned", "max-autotune-no-cudagraphs")}
 
-    `forward` and `step` map a name to a function of no arguments. Without a C++ compiler (Triton on
-    CUDA) "compile" is left out of both, and `no_compile` says why.
+
+class Tuned(reference.CBAM):
+    """The reference with `mean` and `amax`, which keep no indices.
+
+    Where several elements are the maximum, `amax` splits the gradient evenly between them; the
+    reference gives it to the first.
     """
 
-    def __init__(
-        self,
-        shape: Shape,
-        dtype: torch.dtype,
-        layout: str,
-        device: torch.device,
-        with_compile: bool = True,
-    ) -> None:
-        torch.manual_seed(0)
-        x = torch.randn(shape, device=device).to(dtype, memory_format=LAYOUTS[layout])
-        grad = torch.randn(shape, device=device).to(dtype, memory_format=LAYOUTS[layout])
-        self.forward: dict[str, Callable[[], object]] = {"copy": _copy(x)}
-        self.step: dict[str, Callable[[], object]] = {"copy": _copy_step(x, grad)}
-        self.no_compile = None if with_compile else "left out by --no-compile"
-        for name, block in blocks(shape[1], dtype, device, with_compile).items():
-            forward, step = _forward(block, x), _step(block, x, grad)
-            if name == "compile" and not self._compiles(forward, step):
-                continue
-            self.forward[name], self.step[name] = forward, step
-
-    def _compiles(self, *fns: Callable[[], object]) -> bool:
-        try:
-            for fn in fns:
-                fn()
-        except Exception as error:  # each missing compiler is missed in another way
-            self.no_compile = first_line(error)
-            return False
-        return True
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """CBAM of x."""
+        space = tuple(range(2, x.dim()))
+        pooled = (x.mean(space, keepdim=True), x.amax(space, keepdim=True))
+        hidden = sum(torch.relu(self.fc1(vector)) for vector in pooled)
+        bias = 0 if self.fc2.bias is None else self.fc2.bias.view(1, -1, *(1 for _ in space))
+        y = x * torch.sigmoid(self.fc2(hidden) + bias)
+        maps = torch.cat((y.mean(1, keepdim=True), y.amax(1, keepdim=True)), 1)
+        return y * torch.sigmoid(self.conv(maps))
 
 
-def blocks(
-    channels: int, dtype: torch.dtype, device: torch.device, with_compile: bool
-) -> dict[str, nn.Module]:
-    """By name, all with the same weights."""
-    sizes = {"ratio": RATIO, "kernel_size": KERNEL_SIZE, "device": device, "dtype": dtype}
-    eager = reference.CBAM(channels, **sizes)
-    fused = cbam_cuda.CBAM(channels, backend=device.type, **sizes)
-    fused.load_state_dict(eager.state_dict())
-    if not with_compile:
-        return {"eager": eager, "fused": fused}
-    # Compiled for this very shape: by the second shape torch would compile for all sizes at once.
-    torch.compiler.reset()
-    return {"eager": eager, "compile": torch.compile(eager, dynamic=False), "fused": fused}
+def make_block(
+    name: str, channels: int, dtype: torch.dtype, device: torch.device, dim: int = 2
+) -> nn.Module:
+    """A contestant; all that are made for the same sizes have the same weights.
+
+    Raises:
+        ImportError: timm is not there.
+        ValueError: there is no such contestant for so many dimensions.
+    """
+    if name in COMPILED_ON_CUDA:
+        of, mode = COMPILED_ON_CUDA[name]
+        # For this very shape: by the second shape torch would compile for all sizes at once.
+        return torch.compile(make_block(of, channels, dtype, device, dim), dynamic=False, mode=mode)  # type: ignore[return-value]
+    sizes = {"ratio": RATIO, "kernel_size": KERNEL_SIZE, "dim": dim}
+    place = {"device": device, "dtype": dtype}
+    torch.manual_seed(0)
+    eager = reference.CBAM(channels, **sizes, **place)
+    if name == "timm":
+        return _timm(eager)
+    if name == "eager":
+        return eager
+    if name == "tuned":
+        other: nn.Module = Tuned(channels, **sizes, **place)
+    elif name == "fused":
+        other = cbam_cuda.CBAM(channels, backend=device.type, **sizes, **place)
+    else:
+        raise ValueError(f"expected one of {', '.join(PLAIN)}, fused, got {name!r}")
+    other.load_state_dict(eager.state_dict())
+    return other
 
 
-def _forward(block: nn.Module, x: Tensor) -> Callable[[], object]:
-    @torch.no_grad()
-    def forward() -> None:
-        block(x)
+def _timm(eager: reference.CBAM) -> nn.Module:
+    from timm.layers.cbam import CbamModule
 
-    return forward
-
-
-def _step(block: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], object]:
-    """Forward and backward, for the gradients of x and all weights."""
-    x = x.detach().requires_grad_()
-    variables = [x, *block.parameters()]
-
-    def step() -> None:
-        for variable in variables:
-            variable.grad = None
-        block(x).backward(grad)
-
-    return step
-
-
-def _copy(x: Tensor) -> Callable[[], object]:
-    """Reads x, writes out."""
-    out = torch.empty_like(x)
-    return lambda: out.copy_(x)
-
-
-def _copy_step(x: Tensor, grad: Tensor) -> Callable[[], object]:
-    """Reads x, writes out; then reads x and out's gradient, writes x's gradient."""
-    out, dx = torch.empty_like(x), torch.empty_like(x)
-
-    def step() -> None:
-        out.copy_(x)
-        torch.mul(x, grad, out=dx)
-
-    return step
+    if eager.dim != 2:
+        raise ValueError(f"expected 2 dimensions, got {eager.dim}")
+    hidden, channels = eager.fc1.weight.shape[:2]
+    found = CbamModule(channels, rd_channels=hidden, spatial_kernel_size=KERNEL_SIZE, mlp_bias=True)
+    found.channel.fc1, found.channel.fc2 = eager.fc1, eager.fc2
+    found.spatial.conv = eager.conv  # in place of a convolution and its norm
+    return found
 
 
 def first_line(error: Exception) -> str:

@@ -1,27 +1,21 @@
-"""The one place that measures time, and the one that says on what machine."""
+"""The one place that measures time."""
 
 from __future__ import annotations
 
-import os
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from datetime import date
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
-import cbam_cuda
 
 # A sample is a batch of calls this long, so that neither the clock nor one launch is what counts.
 SAMPLE_MICROSECONDS = 500.0
 # Contestants take turns this often, so that a busy moment of the machine hits all of them.
 ROUNDS = 5
 WARM_UP_CALLS = 3
+MOST = 1.5  # times the wanted time, after which a contestant gets no more turns
+MOST_SAMPLES = 20  # of a turn
 
 
 class Timing(NamedTuple):
@@ -43,6 +37,12 @@ def summarize(samples: Iterable[float]) -> Timing:
     return Timing(median, lower, upper, len(values))
 
 
+def as_found(samples: Iterable[float]) -> dict[str, Any]:
+    """What is kept of them: the summary, and each of them to the nanosecond."""
+    values = list(samples)
+    return {**summarize(values)._asdict(), "raw": [round(value, 3) for value in values]}
+
+
 def time_once(fn: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
     """Microseconds a call, over `calls` calls in a row. On CUDA the device's own clock."""
     if device.type == "cuda":
@@ -59,64 +59,40 @@ def time_once(fn: Callable[[], Any], device: torch.device, calls: int = 1) -> fl
     return (time.perf_counter() - begin) * 1e6 / calls
 
 
-def time_call(fn: Callable[[], Any], device: torch.device, seconds: float) -> Timing:
-    """Time `fn` for about so many seconds, after a warm-up."""
-    return time_together({"fn": fn}, device, seconds)["fn"]
-
-
 def time_together(
     fns: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float
-) -> dict[str, Timing]:
-    """Time each function for about so many seconds, taking turns."""
+) -> dict[str, dict[str, Any]]:
+    """Time each function for about so many seconds, taking turns; by name as `as_found` has it.
+
+    One that is so slow that it would take far longer has fewer samples, at least one.
+    """
     calls = {}
     for name, fn in fns.items():
-        warm = min(time_once(fn, device) for _ in range(WARM_UP_CALLS))
+        warm = _warm_up(fn, device, seconds)
         calls[name] = max(1, round(SAMPLE_MICROSECONDS / max(warm, 1e-3)))
     samples: dict[str, list[float]] = {name: [] for name in fns}
     for _ in range(ROUNDS):
         for name, fn in fns.items():
+            if calls[name] * sum(samples[name]) > 1e6 * MOST * seconds:
+                continue
             fn()  # brings its own data back to the caches
             samples[name] += _samples(fn, device, calls[name], seconds / ROUNDS)
-    return {name: summarize(values) for name, values in samples.items()}
+    return {name: as_found(values) for name, values in samples.items()}
+
+
+def _warm_up(fn: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Microseconds of the fastest of some calls; of one that takes very long."""
+    best = time_once(fn, device)
+    for _ in range(WARM_UP_CALLS - 1):
+        if best < 1e6 * seconds:
+            best = min(best, time_once(fn, device))
+    return best
 
 
 def _samples(
     fn: Callable[[], Any], device: torch.device, calls: int, seconds: float
 ) -> list[float]:
     samples: list[float] = []
-    end = time.perf_counter() + seconds
-    while not samples or time.perf_counter() < end:
+    while not samples or (calls * sum(samples) < 1e6 * seconds and len(samples) < MOST_SAMPLES):
         samples.append(time_once(fn, device, calls))
     return samples
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on besides the code. Called before measuring: see `load`."""
-    build = cbam_cuda.info()["build"] or {}
-    return {
-        "device": _device_name(device),
-        "threads": torch.get_num_threads(),
-        "load": _load_average(),
-        "cbam_cuda": cbam_cuda.__version__,
-        "cpu_target": build.get("cpu_target"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
-    }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _load_average() -> float | None:
-    """Of the last minute. Beside other work OpenMP's threads wait for each other's time slices."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None

@@ -15,7 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cbam_cuda
-from benchmarks import block
+from benchmarks import __main__ as bench
+from benchmarks import plots
+from benchmarks.outcome import Folder
 from cbam_cuda import reference
 from examples import agreement, pictures
 from examples.agreement import Check
@@ -71,8 +73,8 @@ def print_times(runs: dict[str, Run]) -> None:
     )
 
 
-def draw(runs: dict[str, Run], digits: Digits, rows: list[block.Row]) -> None:
-    """Write the three pictures."""
+def draw(runs: dict[str, Run], digits: Digits) -> None:
+    """Write where the network looks, and what it learnt."""
     OUTPUT.mkdir(exist_ok=True)
     plain, fused = runs["plain"], runs["fused"]
     rewritten = {
@@ -84,7 +86,6 @@ def draw(runs: dict[str, Run], digits: Digits, rows: list[block.Row]) -> None:
     images = pictures.one_of_each(digits.test_images, digits.test_labels)
     gates = fused.network.eval().spatial_gates(images)
     pictures.draw_attention(images, gates, OUTPUT / "attention.png")
-    pictures.draw_speed(rows, OUTPUT / "speed.png")
 
 
 def main() -> int:
@@ -100,8 +101,9 @@ def main() -> int:
     if not all(c.passed for c in checks):
         return 1
     print("\nSpeed of the block alone; most of the wait is torch.compile at work\n")
-    rows = block.main(["--quick", "--output", str(OUTPUT)])
-    draw(runs, digits, rows)
+    folder = bench.main(["--quick", "--only", "block", "--output", str(OUTPUT)])
+    plots.draw("speed", Folder(folder).read("block")["rows"], OUTPUT / "speed.png")
+    draw(runs, digits)
     print(f"pictures: {OUTPUT}/attention.png, loss.png, speed.png")
     return 0
 

@@ -1,4 +1,4 @@
-"""The pictures of the demo: where the network looks, what it learnt, how fast the block is."""
+"""The pictures of the demo: where the network looks, and what it learnt."""
 
 from __future__ import annotations
 
@@ -14,26 +14,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from benchmarks.report import DIRECTIONS, Row, shape_name
+from benchmarks.plots import COLORS, LABELS, STYLE
 
-COLORS = {"eager": "#9aa5b1", "compile": "#3d7ea6", "fused": "#e4572e"}
-LABELS = {"eager": "plain PyTorch", "compile": "torch.compile", "fused": "cbam_cuda"}
 OUTLINE = "#19c3d6"  # of the digits; seen on both ends of the colour map
 EQUAL = 1e-8  # stands for no difference: less than one unit in the last place of a float32 loss
-STYLE = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#52606d",
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "figure.constrained_layout.use": True,
-    "font.size": 11,
-    "grid.color": "#e4e7eb",
-    "legend.frameon": False,
-    "savefig.dpi": 160,
-}
 
 
 def one_of_each(images: Tensor, labels: Tensor) -> Tensor:
@@ -119,33 +103,3 @@ def draw_losses(
 def _apart(a: Sequence[float], b: Sequence[float]) -> list[float]:
     """Drawn on a logarithmic axis, which has no zero."""
     return [max(abs(x - y), EQUAL) for x, y in zip(a, b, strict=True)]
-
-
-@plt.rc_context(STYLE)
-def draw_speed(rows: Sequence[Row], path: Path) -> None:
-    """How many times as fast as plain PyTorch, for each shape."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
-    for panel, (direction, title) in zip(panels, DIRECTIONS.items(), strict=True):
-        _draw_direction(panel, rows, direction)
-        panel.set(title=title.capitalize(), xlabel="shape of x, N x C x H x W")
-    panels[0].set_ylabel("times as fast as plain PyTorch")
-    panels[1].legend()
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def _draw_direction(panel: Axes, rows: Sequence[Row], direction: str) -> None:
-    width = 0.36
-    for side, name in ((-0.5, "compile"), (0.5, "fused")):
-        places, speedups = [], []
-        for place, row in enumerate(rows):
-            timings = row.timings(direction)
-            if name in timings:
-                places.append(place + side * width)
-                speedups.append(timings["eager"].median / timings[name].median)
-        bars = panel.bar(places, speedups, width, color=COLORS[name], label=LABELS[name])
-        panel.bar_label(bars, fmt="%.1f", padding=2, color="#323f4b")
-    panel.axhline(1, color=COLORS["eager"], linewidth=2, label=LABELS["eager"])
-    panel.set_xticks(range(len(rows)), [shape_name(row.shape) for row in rows])
-    panel.grid(False, axis="x")
-    panel.margins(y=0.12)

@@ -15,7 +15,7 @@ from torch.autograd import DeviceType
 import cbam_cuda
 from benchmarks.gpu import capture, checks, inputs, launches, report, strategies, values
 from benchmarks.gpu.commands import Finished
-from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, SkippedError
+from benchmarks.outcome import FAILED, PASSED, SKIPPED, SkippedError
 
 TINY = (8, 6, 5)
 

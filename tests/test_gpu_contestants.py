@@ -11,10 +11,11 @@ import torch
 import torch._functorch.config
 from test_gpu_timings import IMPOSSIBLE, Ticks
 
-from benchmarks.contestants import blocks
+from benchmarks.contestants import make_block
 from benchmarks.gpu import calls, inputs, measure, problems, rows, strategies, timings
+from benchmarks.problems import Problem
 
-PROBLEM = problems.Problem((2, 32, 6, 5), torch.float32, "channels_last")
+PROBLEM = Problem((2, 32, 6, 5), torch.float32, "channels_last")
 FORCED = {"cuda streaming", "cuda resident"}
 
 
@@ -27,7 +28,7 @@ def test_inputs_of_a_sample_are_larger_than_the_cache():
 
 
 def test_contestants_compute_the_same():
-    contestants = problems.Contestants(PROBLEM, 3, False, device="cpu")
+    contestants = problems.Contestants(PROBLEM, 3, ["eager"], device="cpu")
     forward, backward, step = (contestants.calls[d] for d in ("forward", "backward", "step"))
     assert set(forward) == set(backward) == {"copy", "eager", *FORCED}
     assert set(step) == {"copy", "eager", "fused"}
@@ -67,12 +68,12 @@ def with_compile(monkeypatch):
     """Makes contestants, given what makes a compiled block of the plain one."""
 
     def contestants(compiled):
-        def found(channels, dtype, device, with_compile):
-            named = blocks(channels, dtype, device, False)
-            return {**named, "compile": compiled(named["eager"])}
+        def made(name, *sizes):
+            block = make_block("eager" if name == "compile" else name, *sizes)
+            return compiled(block) if name == "compile" else block
 
-        monkeypatch.setattr(problems, "blocks", found)
-        return problems.Contestants(PROBLEM, 2, True, device="cpu")
+        monkeypatch.setattr(problems, "make_block", made)
+        return problems.Contestants(PROBLEM, 2, ["eager", "compile"], device="cpu")
 
     with torch._functorch.config.patch(donated_buffer=True):  # as a process begins
         yield contestants
@@ -183,7 +184,7 @@ def test_a_row_a_direction(monkeypatch):
 
     monkeypatch.setattr(timings, "measure", measured)
     monkeypatch.setattr(measure, "_graph", lambda call, count: lambda: call(0))
-    found = {row["direction"]: row for row in timings.time_row(PROBLEM, False)}
+    found = {row["direction"]: row for row in timings.time_row(PROBLEM, ["eager"])}
     assert list(found) == ["forward", "backward", "step"]
     assert set(found["backward"]["contestants"]) == {"copy", "eager", *FORCED}
     assert "faster" in found["backward"]

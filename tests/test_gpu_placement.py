@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import inputs, placement
-from benchmarks.gpu.results import SkippedError
+from benchmarks.outcome import SkippedError
 
 
 class Stream:

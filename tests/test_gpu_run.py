@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import stamp
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import architecture, commands, facts, sanitizers, small, strategies, suite
+from benchmarks.gpu import architecture, commands, sanitizers, small, strategies, suite
 from benchmarks.gpu.commands import Finished
-from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Folder
+from benchmarks.outcome import FAILED, PASSED, SKIPPED, Folder
 
 CLEAN = f"""\
 ========= COMPUTE-SANITIZER
@@ -249,13 +250,13 @@ def test_without_a_gpu(main, capsys):
 
 def test_commit_and_what_differs_from_it(monkeypatch):
     answers = {"rev-parse": "abc", "status": " M setup.py"}
-    monkeypatch.setattr(facts, "_output", lambda command: answers[command[3]])
-    assert facts.commit() == "abc-dirty"
+    monkeypatch.setattr(stamp, "printed", lambda command: answers[command[3]])
+    assert stamp.commit() == "abc-dirty"
     answers["status"] = ""
-    assert facts.commit() == "abc"
+    assert stamp.commit() == "abc"
     answers["rev-parse"] = ""
-    assert facts.commit() == "unknown"
+    assert stamp.commit() == "unknown"
 
 
 def test_programs_that_are_missing_say_nothing():
-    assert facts._output([os.devnull + "/none"]) == ""
+    assert stamp.printed([os.devnull + "/none"]) == ""

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import steps
-from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Folder, Outcome
+from benchmarks.outcome import FAILED, PASSED, SKIPPED, Folder, Outcome
 
 
 def passing(seconds, folder):

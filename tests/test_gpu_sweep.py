@@ -7,7 +7,8 @@ import torch
 from test_gpu_timings import ROWS, Ticks, cells_of, finished, one_row, plan_on_record
 
 from benchmarks.gpu import measure, problems, report, rows, strategies, sweep, tables
-from benchmarks.gpu.results import Folder
+from benchmarks.outcome import Folder
+from benchmarks.problems import Problem
 from cbam_cuda import plan as planning
 
 
@@ -26,7 +27,7 @@ def test_cells_of_the_sweep():
 def test_a_cell_of_the_sweep(monkeypatch):
     device = type("Device", (), {"L2_cache_size": 2**16})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
-    problem = problems.Problem((1, 16, 6, 5), torch.float32, "contiguous")
+    problem = Problem((1, 16, 6, 5), torch.float32, "contiguous")
     made = problems.Strategies(problem, 2, device="cpu")
     monkeypatch.setattr(sweep, "Strategies", lambda *given: made)
     plain, timed = measure.measure, []
@@ -51,7 +52,7 @@ def test_a_cell_of_the_sweep(monkeypatch):
     assert list(streaming[0]) != list(streaming[1])
 
 
-@pytest.mark.parametrize("direction", rows.COPY_PASSES)
+@pytest.mark.parametrize("direction", rows.ALONE)
 def test_table_of_the_sweep(direction):
     fast = one_row(ROWS[0], direction=direction)[0] | {"auto": "streaming"}
     slow = one_row(ROWS[2], direction=direction, **{"cuda resident": 50.0})[0]
@@ -70,7 +71,7 @@ def test_table_of_the_sweep(direction):
 
 
 def test_report_of_the_sweep():
-    forward, backward = (one_row(ROWS[0], direction=d)[0] for d in rows.COPY_PASSES)
+    forward, backward = (one_row(ROWS[0], direction=d)[0] for d in rows.ALONE)
     alone = one_row(ROWS[1], direction="backward", **{"cuda resident": 0.0})[0]
     found = {"rows": [forward, backward, alone, {"name": "x", "error": "out of memory"}]}
     lines = list(report.SECTIONS["sweep"](found))

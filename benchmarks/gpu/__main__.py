@@ -17,11 +17,11 @@ import torch
 
 import cbam_cuda
 
-from ..report import slugify
+from ..outcome import Folder
+from ..text import slugify
 from . import facts
 from .architecture import NO_GPU, why_no_gpu
 from .report import overview
-from .results import Folder
 from .steps import NAMES, STEPS, Deadline, exit_code, run_steps
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

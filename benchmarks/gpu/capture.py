@@ -10,7 +10,8 @@ from torch import Tensor
 import cbam_cuda
 from cbam_cuda.arguments import Weights
 
-from .inputs import DTYPES, assert_same, draw, draw_weights, run, train
+from ..problems import DTYPES, draw
+from .inputs import assert_same, draw_weights, run, train
 from .strategies import Tally
 
 SHAPES = ((1, 256, 56, 56), (8, 512, 28, 28), (8, 2048, 7, 7))

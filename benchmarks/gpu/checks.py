@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ..contestants import first_line
+from ..outcome import FAILED, PASSED, SKIPPED, Folder, Outcome, SkippedError
 from . import capture, launches, placement, values
 from .commands import Finished, run_all, tail
-from .results import FAILED, PASSED, SKIPPED, Folder, Outcome, SkippedError
 from .strategies import STRATEGIES, forced
 
 # Those that take longest first.

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-from collections.abc import Sequence
-from datetime import date
 from typing import Any
 
 import torch
 
 import cbam_cuda
 
-from ..timing import environment
+from ..outcome import PASSED, Folder, Outcome
+from ..stamp import environment, printed, stamp
 from .architecture import capability
-from .commands import ROOT
-from .results import PASSED, Folder, Outcome
 
 QUERIES = (
     "driver_version",
@@ -59,20 +55,6 @@ def collect(index: int = 0) -> dict[str, Any]:
     }
 
 
-def stamp() -> dict[str, str]:
-    """What every file of results carries."""
-    return {"commit": commit(), "date": date.today().isoformat()}
-
-
-def commit() -> str:
-    """Of the sources, with "-dirty" where they differ from it."""
-    name = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
-    if not name:
-        return "unknown"
-    changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
-    return f"{name}-dirty" if changed else name
-
-
 def nvidia_smi(index: int = 0) -> dict[str, str]:
     """What nvidia-smi says of a device; nothing where there is no such program."""
     if not shutil.which("nvidia-smi"):
@@ -80,14 +62,5 @@ def nvidia_smi(index: int = 0) -> dict[str, str]:
     # By its name: nvidia-smi does not count as CUDA_VISIBLE_DEVICES does.
     name = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
     query = ["--format=csv,noheader", f"--query-gpu={','.join(QUERIES)}"]
-    values = _output(["nvidia-smi", f"--id={name}", *query]).split(", ")
+    values = printed(["nvidia-smi", f"--id={name}", *query]).split(", ")
     return dict(zip(QUERIES, values, strict=True)) if len(values) == len(QUERIES) else {}
-
-
-def _output(command: Sequence[str]) -> str:
-    """What a program prints; empty where it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -12,30 +11,9 @@ import cbam_cuda
 from cbam_cuda import reference
 from cbam_cuda.arguments import Weights
 
-from ..contestants import KERNEL_SIZE, LAYOUTS, RATIO
-from .commands import ROOT
+from ..contestants import KERNEL_SIZE, RATIO
+from ..truth import cases, tolerance
 from .strategies import forced
-
-sys.path.append(str(ROOT / "tests"))
-import cases
-import tolerance
-
-# Outputs of the stages of a ResNet-50, [C, H, W].
-BLOCKS = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def draw(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    layout: str = "contiguous",
-    device: str = "cuda",
-    seed: int = 0,
-) -> Tensor:
-    """Normal random numbers, made on the device."""
-    generator = torch.Generator(device).manual_seed(seed)
-    x = torch.randn(shape, device=device, generator=generator)
-    return x.to(dtype, memory_format=LAYOUTS[layout])
 
 
 def draw_weights(channels: int, dtype: torch.dtype, device: str = "cuda") -> Weights:

@@ -17,8 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 from cbam_cuda.arguments import Weights
 from cbam_cuda.plan import plan
 
-from .inputs import BLOCKS, draw, draw_weights, operator_backward, run, saved_by_forward
-from .results import SkippedError
+from ..outcome import SkippedError
+from ..problems import BLOCKS, draw
+from .inputs import draw_weights, operator_backward, run, saved_by_forward
 from .strategies import STRATEGIES, Tally, forced
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

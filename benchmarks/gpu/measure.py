@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..contestants import first_line
-from ..timing import summarize
+from ..timing import as_found
 from .calls import Call
 from .problems import GRAPH_CALLS
 
@@ -75,10 +75,7 @@ def _take_turns(
             if calls * sum(samples[name]) < 1e6 * MOST_SECONDS:
                 work()
                 samples[name] += [clock.sample(work, calls) for _ in range(SAMPLES_A_ROUND)]
-    return {
-        name: {**summarize(values)._asdict(), "raw": [round(value, 3) for value in values]}
-        for name, values in samples.items()
-    }
+    return {name: as_found(values) for name, values in samples.items()}
 
 
 def _launched(call: Call, count: int) -> Callable[[], object]:

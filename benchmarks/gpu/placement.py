@@ -10,8 +10,9 @@ from torch import Tensor
 
 from cbam_cuda.arguments import Weights
 
-from .inputs import DTYPES, assert_right, assert_same, draw, draw_weights, run, train
-from .results import SkippedError
+from ..outcome import SkippedError
+from ..problems import DTYPES, draw
+from .inputs import assert_right, assert_same, draw_weights, run, train
 from .strategies import Tally
 
 SHAPE = (8, 256, 56, 56)

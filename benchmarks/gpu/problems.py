@@ -8,38 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from torch import nn
 
-from ..contestants import blocks, first_line
-from . import calls
-from .calls import Buffers
-from .inputs import draw
+from .. import calls
+from ..calls import Buffers
+from ..contestants import COMPILED_ON_CUDA, first_line, make_block
+from ..problems import Problem, draw
+from .calls import by_strategy, fused_backward
 
 GRAPH_CALLS = 20
 FOOTPRINT = 4  # inputs together, in sizes of the L2 cache
 FREE = 0.85  # the part of free memory that a row may take
 COMPILE_SECONDS = 30
 MAKERS = {"forward": calls.forward, "backward": calls.backward, "step": calls.step}
-
-
-class Problem(NamedTuple):
-    """What is timed."""
-
-    shape: tuple[int, int, int, int]
-    dtype: torch.dtype
-    layout: str
-
-    @property
-    def bytes(self) -> int:
-        """Of x."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{'x'.join(map(str, self.shape))} {dtype} {self.layout}"
 
 
 def buffers(problem: Problem, l2_bytes: int) -> int:
@@ -68,57 +52,65 @@ class Strategies:
     run.
     """
 
-    def __init__(
-        self, problem: Problem, count: int, with_compile: bool = False, device: str = "cuda"
-    ) -> None:
-        shape, dtype, layout = problem
+    def __init__(self, problem: Problem, count: int, device: str = "cuda") -> None:
+        self.problem = problem
         xs, grads = (
-            [draw(shape, dtype, layout, device, first + i) for i in range(count)]
-            for first in (0, count)
+            [draw(*problem, device, first + i) for i in range(count)] for first in (0, count)
         )
         self.buffers = Buffers(xs, grads)
-        self.blocks = blocks(shape[1], dtype, xs[0].device, with_compile)
         self.calls = {way: {"copy": copy} for way, copy in calls.copies(self.buffers).items()}
         self.missing: dict[str, dict[str, str]] = {direction: {} for direction in self.calls}
-        for direction, make in (("forward", calls.forward), ("backward", calls.fused_backward)):
-            call = make(self.blocks["fused"], self.buffers)
-            found, self.missing[direction] = calls.by_strategy(call)
+        block = self.block("fused")
+        for direction, make in (("forward", calls.forward), ("backward", fused_backward)):
+            found, self.missing[direction] = by_strategy(make(block, self.buffers))
             self.calls[direction] |= found
+
+    def block(self, name: str) -> nn.Module:
+        """A contestant for the problem."""
+        x = self.buffers.xs[0]
+        return make_block(name, x.shape[1], x.dtype, x.device, x.dim() - 2)
 
 
 class Contestants(Strategies):
-    """Beside them the plain block and, if wanted, the compiled one; and forward with backward."""
+    """Beside them the `rivals`, and forward with backward."""
 
     def __init__(
-        self, problem: Problem, count: int, with_compile: bool, device: str = "cuda"
+        self, problem: Problem, count: int, rivals: Sequence[str], device: str = "cuda"
     ) -> None:
-        super().__init__(problem, count, with_compile, device)
-        self._add("eager", MAKERS)
-        if with_compile:
-            self._add_compiled()
-        self._add("fused", ["step"])
+        super().__init__(problem, count, device)
+        # Else a compiled backward gives memory of the forward away, and runs once.
+        torch._functorch.config.donated_buffer = False
+        for name in rivals:
+            if name in COMPILED_ON_CUDA:
+                torch.compiler.reset()
+            self._add_rival(name)
+        self._add("fused", self.block("fused"), ["step"])
 
-    def _add(self, name: str, directions: Iterable[str]) -> None:
+    def _add(self, name: str, block: nn.Module, directions: Iterable[str]) -> None:
         """Once it has run in all of these."""
-        found = {way: MAKERS[way](self.blocks[name], self.buffers) for way in directions}
+        found = {way: MAKERS[way](block, self.buffers) for way in directions}
         for direction, call in found.items():
             with torch.set_grad_enabled(direction == "step"):
                 call(0)
         for direction, call in found.items():
             self.calls[direction][name] = call
 
-    def _add_compiled(self) -> None:
+    def _add_rival(self, name: str) -> None:
         """In as many directions as it compiles for; the backward may fail alone."""
-        # Else the compiled backward gives memory of the forward away, and runs once.
-        torch._functorch.config.donated_buffer = False
+        block = None
         for directions in (("forward", "step"), ("backward",)):
             try:
                 with at_most(COMPILE_SECONDS):
-                    self._add("compile", directions)
-            except Exception as error:  # of Triton, of a compiler, or out of time
+                    block = self.block(name) if block is None else block
+                    self._add(name, block, directions)
+            except (
+                Exception
+            ) as error:  # of Triton, of a compiler, or out of time; or it is not there
+                if name == "eager":
+                    raise
                 without = directions if directions == ("backward",) else MAKERS
                 for direction in without:
-                    self.missing[direction]["compile"] = first_line(error)
+                    self.missing[direction][name] = first_line(error)
                 return
 
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..report import markdown
+from ..rows import TITLES, Found
+from ..tables import NETWORK_NOTE, network_table
+from ..text import markdown
 from .tables import (
-    NETWORK_NOTE,
     SWEEP_NOTE,
     TIMINGS_NOTE,
-    network_table,
     sweep_table,
     timing_table,
 )
 
-Found = Mapping[str, Any]
 CELL = 160  # characters
 HIDDEN = ("state", "summary", "problems", "seconds", "command", "nvidia_smi")
-TITLES = {"forward": "Forward", "backward": "Backward", "step": "Forward + backward"}
 
 
 def overview(steps: Mapping[str, Found | None]) -> str:

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..outcome import FAILED, PASSED, SKIPPED, Folder, Outcome
 from .commands import Finished, run_all, tail
-from .results import FAILED, PASSED, SKIPPED, Folder, Outcome
 from .small import FINISHED
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")

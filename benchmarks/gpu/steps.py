@@ -7,9 +7,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ..outcome import FAILED, SKIPPED, Folder, Outcome
 from . import checks, facts, network, sanitizers, suite, sweep, timings
 from .report import one_line, render
-from .results import FAILED, SKIPPED, Folder, Outcome
 
 SHORTEST = 5.0  # seconds with which a step is still begun
 

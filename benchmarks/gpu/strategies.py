@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from .results import SkippedError
+from ..outcome import SkippedError
 
 VARIABLE = "CBAM_CUDA_STRATEGY"
 STRATEGIES = ("streaming", "resident")

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from ..outcome import FAILED, PASSED, Folder, Outcome
 from .commands import ROOT, Finished, run_all, tail
-from .results import FAILED, PASSED, Folder, Outcome
 
 SELECTION = "cuda"
 # Their tests of that name are about compiling, which needs no GPU.

@@ -11,19 +11,19 @@ from collections.abc import Iterator
 
 import torch
 
+from ..outcome import Folder, Outcome
+from ..problems import BLOCKS, Problem
+from ..rows import Row
 from . import rows
-from .inputs import BLOCKS
 from .measure import Clock, measure
-from .problems import Problem, Strategies, buffers, too_large
-from .results import Folder, Outcome
-from .rows import Row, describe
+from .problems import Strategies, buffers, too_large
+from .rows import describe
 
 # Far apart first: what the time does not suffice for lies between others.
 BATCHES = (1, 8, 32, 128, 2, 16, 64, 4, 256)
 DTYPES = (torch.float16, torch.float32)
 CELL_SECONDS = 3.0  # with less left, a cell is not begun
 ROUNDS = 1  # a cell is of two directions
-DIRECTIONS = tuple(rows.COPY_PASSES)
 
 
 def cells() -> Iterator[Problem]:
@@ -43,7 +43,7 @@ def step(seconds: float, folder: Folder) -> Outcome:
 def told(outcome: Outcome) -> str:
     """What the cells say of the choice, in each direction."""
     parts = []
-    for direction in DIRECTIONS:
+    for direction in rows.ALONE:
         found = [r for r in outcome.details["rows"] if r.get("direction") == direction]
         faster = sum(row["faster"] == "resident" for row in found)
         right = sum(row["faster"] == row.get("auto") for row in found)
@@ -60,7 +60,7 @@ def time_cell(problem: Problem, left: float) -> list[Row]:
     count = buffers(problem, l2_bytes)
     both, clock = Strategies(problem, count), Clock(l2_bytes)
     found = []
-    for direction in DIRECTIONS:
+    for direction in rows.ALONE:
         times = measure(both.calls[direction], count, clock, training=False, rounds=ROUNDS)
         found.append(describe(problem, direction, times, count, both.missing[direction]))
     return found

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from ..report import markdown, shape_name
+from ..rows import Found, median
+from ..text import markdown, number, shape_name
 from .strategies import STRATEGIES, contestant
-
-Found = Mapping[str, Any]
-
-NETWORKS = ("plain", "fused")
-NETWORK_COLUMNS = (("milliseconds", 1, 2), ("images_per_second", 1, 0), ("peak_bytes", 1e9, 2))
 
 TIMINGS_NOTE = """\
 Medians in microseconds a call. "graph": 20 calls inside of a replayed CUDA graph; "launched": calls
@@ -26,11 +21,6 @@ torch.compile runs at one batch size only."""
 SWEEP_NOTE = """\
 Microseconds, measured as above, on contiguous tensors: inference, and the backward alone;
 "auto/faster" is what the strategy that "auto" picks takes over the faster one."""
-
-NETWORK_NOTE = """\
-ResNet-50 with CBAM in every block, median milliseconds of a step. Training: forward, backward and
-SGD in bfloat16 under autocast; inference in float16. "peak" is the most memory that tensors take,
-with one network on the device."""
 
 
 def timing_table(rows: Sequence[Found], direction: str) -> str:
@@ -98,48 +88,3 @@ def _sweep_cells(row: Found) -> list[str]:
         number(_ratio(auto, best), 2),
         *(number(None if s is None else s * 1e6, 1) for s in seconds),
     ]
-
-
-def network_table(rows: Sequence[Found]) -> str:
-    """A line a setting, both networks side by side."""
-    header = ["mode", "layout", "images"]
-    for unit in ("ms", "images/s", "peak GB"):
-        header += [f"{name} {unit}" for name in NETWORKS]
-    body = []
-    for pair in _pairs(rows).values():
-        first = pair[NETWORKS[0]]
-        cells = [first["mode"], first["layout"], str(first["images"])]
-        for key, unit, digits in NETWORK_COLUMNS:
-            cells += [number(pair[name][key] / unit, digits) for name in NETWORKS]
-        body.append([*cells, number(_plain_over_fused(pair), 2)])
-    return markdown([*header, "plain/fused"], body, left=2)
-
-
-def network_ratios(rows: Sequence[Found]) -> dict[str, float]:
-    """By setting, how many times as long the plain network takes."""
-    return {setting: _plain_over_fused(pair) for setting, pair in _pairs(rows).items()}
-
-
-def _pairs(rows: Sequence[Found]) -> dict[str, dict[str, Found]]:
-    """Rows by setting and network; errors are left out."""
-    pairs: dict[str, dict[str, Found]] = {}
-    for row in rows:
-        if "contestant" in row:
-            pairs.setdefault(f"{row['mode']} {row['layout']}", {})[row["contestant"]] = row
-    return pairs
-
-
-def _plain_over_fused(pair: Mapping[str, Found]) -> float:
-    plain, fused = (float(pair[name]["milliseconds"]) for name in NETWORKS)
-    return plain / fused
-
-
-def median(row: Found, name: str) -> float | None:
-    """Of a contestant, timed as the row's speeds are; None where it was not."""
-    timing = row["contestants"].get(name, {}).get(row["method"])
-    return timing and timing["median"]
-
-
-def number(value: float | None, digits: int) -> str:
-    """A cell."""
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..outcome import Folder, Outcome
+from ..problems import BLOCKS, Problem
+from ..rows import Row
 from . import rows
-from .inputs import BLOCKS
 from .measure import Clock, measure
-from .problems import Contestants, Problem, buffers, too_large
-from .results import Folder, Outcome
-from .rows import Row, describe
+from .problems import Contestants, buffers, too_large
+from .rows import describe
 
 BATCHES = (32, 1, 8, 256)
 COMPILED_BATCH = 32
@@ -48,20 +49,20 @@ class Timer:
     def __call__(self, problem: Problem, left: float) -> list[Row]:
         """A row a direction."""
         wanted = problem.shape[0] == COMPILED_BATCH
-        with_compile = wanted and self.compiling < COMPILE_SECONDS < left
+        compiled = ["compile"] if wanted and self.compiling < COMPILE_SECONDS < left else []
         begin = time.monotonic()
         try:
-            return time_row(problem, with_compile)
+            return time_row(problem, ["eager", *compiled])
         finally:
-            if with_compile:
+            if compiled:
                 self.compiling += time.monotonic() - begin
 
 
-def time_row(problem: Problem, with_compile: bool) -> list[Row]:
-    """A row a direction."""
+def time_row(problem: Problem, rivals: Sequence[str]) -> list[Row]:
+    """A row a direction, of the fused block, the copy, and these contestants."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     count = buffers(problem, l2_bytes)
-    contestants = Contestants(problem, count, with_compile)
+    contestants = Contestants(problem, count, rivals)
     clock = Clock(l2_bytes)
     found = []
     for direction, calls in contestants.calls.items():

@@ -6,19 +6,16 @@ import itertools
 
 import torch
 
-from ..contestants import LAYOUTS
+from ..outcome import SkippedError
+from ..problems import BLOCKS, DTYPES, LAYOUTS, draw
 from .inputs import (
-    BLOCKS,
-    DTYPES,
     assert_gradients_right,
     assert_right,
     assert_same,
-    draw,
     draw_weights,
     run,
     train,
 )
-from .results import SkippedError
 from .strategies import Tally
 
 BATCHES = (1, 8, 32)

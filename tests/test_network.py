@@ -1,4 +1,4 @@
-"""The whole network of ``python -m benchmarks.gpu``, with tiny images on a CPU."""
+"""The whole network of the benchmarks, with tiny images on a CPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import torch
 from test_gpu_timings import cells_of, finished
 from torch import nn
 
-from benchmarks import resnet
-from benchmarks.gpu import inputs, network, report, rows, tables
-from benchmarks.gpu.results import FAILED, PASSED, Folder
+from benchmarks import network, resnet, rows, tables
+from benchmarks.gpu import network as on_gpu
+from benchmarks.gpu import report
+from benchmarks.gpu import rows as gpu_rows
+from benchmarks.outcome import FAILED, PASSED, Folder
+from benchmarks.problems import BLOCKS
 
 CPU = torch.device("cpu")
 TINY = (2, 3, 32, 32)
@@ -25,9 +28,9 @@ def test_it_is_a_resnet_50():
     shapes = []
     for layer in found.features:
         layer.register_forward_hook(lambda layer, inputs, out: shapes.append(tuple(out.shape)))
-    assert found(torch.zeros(network.IMAGES, device="meta")).shape == (64, 1000)
+    assert found(torch.zeros(64, *network.IMAGE, device="meta")).shape == (64, 1000)
     blocks = [shape[1:] for shape in shapes[-16:]]
-    assert [blocks.count(block) for block in inputs.BLOCKS] == [3, 4, 6, 3]
+    assert [blocks.count(block) for block in BLOCKS] == [3, 4, 6, 3]
     assert channels == [block[0] for block in blocks]
 
 
@@ -68,33 +71,31 @@ def on_cpu(monkeypatch):
         return found
 
     def clock(work, device, calls):
-        assert (device.type, calls) == ("cuda", network.STEPS)
+        assert (device.type, calls) == ("cuda", 5)
         work()
         seen.events.append("sample")
         return 1e3 * (4, 2, 3)[seen.events.count("sample") % 3]
+
+    def peak(work, device):
+        seen.events.append("memory")
+        work()
+        return 5_000_000_000
 
     monkeypatch.setattr(resnet, "STAGES", ((8, 1, 1), (16, 2, 2)))
     monkeypatch.setattr(network, "networks", watched)
     monkeypatch.setattr(network, "_images", lambda _, device, layout: images(TINY, CPU, layout))
     monkeypatch.setattr(network, "time_once", clock)
-    monkeypatch.setattr(network, "WARM_UPS", 1)
-    monkeypatch.setattr(network, "SAMPLES", 3)
+    monkeypatch.setitem(network.EFFORT, "cuda", network.Effort(64, 5, 3, 1))
+    monkeypatch.setattr(network, "peak_bytes", peak)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(
-        torch.cuda, "reset_peak_memory_stats", lambda: seen.events.append("forget memory")
-    )
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5_000_000_000)
     return seen
-
-
-DTYPES = {"training": torch.bfloat16, "inference": torch.float16}
 
 
 @pytest.mark.parametrize("mode", network.WORK)
 def test_a_setting(on_cpu, mode):
-    found = network.time_setting(network.Setting(mode, "channels_last"), 30.0)
+    found = network.time_setting(network.Setting(mode, "channels_last"), torch.device("cuda"))
     assert not torch.backends.cudnn.allow_tf32
-    for name, row in zip(tables.NETWORKS, found, strict=True):
+    for name, row in zip(network.NETWORKS, found, strict=True):
         assert row["name"] == f"{mode} channels_last {name}"
         assert (row["mode"], row["layout"], row["contestant"]) == (mode, "channels_last", name)
         assert (row["milliseconds"], row["peak_bytes"]) == (3.0, 5_000_000_000)
@@ -102,16 +103,18 @@ def test_a_setting(on_cpu, mode):
         assert row["microseconds"]["raw"] == [2000.0, 3000.0, 4000.0]
     compared = [("plain", torch.float32), ("fused", torch.float32), ("plain", torch.float64)]
     timed = []
-    for name in tables.NETWORKS:
-        call = name, DTYPES[mode]
-        timed += [call, "forget memory", *[call, "sample"] * 3]
+    for name in network.NETWORKS:
+        call = name, network.DTYPES["cuda"][mode]
+        timed += [call, "memory", call, *[call, "sample"] * 3]
     assert on_cpu.events == [*compared, *timed]
 
 
 def test_training_changes_the_weights_and_inference_does_not(on_cpu):
     for mode, changes in (("training", True), ("inference", False)):
         found = network.networks(CPU, "contiguous")["fused"]
-        work = network.WORK[mode](found, network._images(TINY, CPU, "contiguous"))
+        work = network.WORK[mode](
+            found, network._images(TINY, CPU, "contiguous"), network.DTYPES["cuda"][mode]
+        )
         before = {name: p.detach().clone() for name, p in found.named_parameters()}
         work()
         for name, p in found.named_parameters():
@@ -132,7 +135,7 @@ def test_networks_that_differ_are_not_timed(monkeypatch, on_cpu):
 
     monkeypatch.setattr(network, "networks", differing)
     with pytest.raises(AssertionError, match="inference contiguous: off by"):
-        network.time_setting(network.Setting("inference", "contiguous"), 30.0)
+        network.time_setting(network.Setting("inference", "contiguous"), torch.device("cuda"))
     assert "sample" not in on_cpu.events
 
 
@@ -142,6 +145,7 @@ def row(mode, name, milliseconds):
         "mode": mode,
         "layout": "contiguous",
         "contestant": name,
+        "dtype": "float16",
         "images": 64,
         "milliseconds": milliseconds,
         "images_per_second": 64e3 / milliseconds,
@@ -160,8 +164,8 @@ FAILURE = {"name": "training channels_last", "error": "AssertionError: off by 1"
 
 def test_table_of_the_network():
     table = tables.network_table([*FOUND, FAILURE])
-    assert cells_of(table, 0)[3:5] == ["plain ms", "fused ms"]
-    first = ["training", "contiguous", "64", "60.00", "40.00", "1067", "1600"]
+    assert cells_of(table, 0)[4:6] == ["plain ms", "fused ms"]
+    first = ["training", "contiguous", "float16", "64", "60.0", "40.0", "1066.7", "1600.0"]
     assert cells_of(table) == [*first, "60.00", "40.00", "1.50"]
     assert cells_of(table, 3)[-1] == "1.25"
     skipped = [{"name": "inference channels_last", "reason": "no time left"}]
@@ -186,12 +190,12 @@ def test_what_the_step_says(monkeypatch, tmp_path, found, state, summary):
     folder = Folder(tmp_path)
 
     def work(command, seconds):
-        assert command[1:] == ["-m", network.__name__, str(tmp_path), "30"]
+        assert command[1:] == ["-m", on_gpu.__name__, str(tmp_path), "30"]
         folder.write("network", {"rows": found, "skipped": [], "ended": True})
         return finished("")
 
-    monkeypatch.setattr(rows, "run", work)
-    outcome = network.step(45, folder)
+    monkeypatch.setattr(gpu_rows, "run", work)
+    outcome = on_gpu.step(45, folder)
     assert (outcome.state, outcome.summary) == (state, summary)
 
 
@@ -205,7 +209,7 @@ def test_settings_are_begun_while_there_is_time(monkeypatch):
         return [{"name": str(setting), "left": left}]
 
     settings = network.settings()
-    rows.take(settings, 30.0, network.ROW_SECONDS, time_row, lambda _: None, kept.append)
+    rows.take(settings, 30.0, on_gpu.ROW_SECONDS, time_row, lambda _: None, kept.append)
     assert kept[-1]["rows"] == [
         {"name": "training contiguous", "left": 30.0},
         {"name": "inference contiguous", "left": 18.0},
