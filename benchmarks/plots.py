@@ -21,7 +21,9 @@ PICTURES = {
     "bandwidth": "bandwidth over the size of x",
     "batch": "microseconds a sample over the batch",
     "memory": "memory of training",
+    "threads": "gain over one thread",
 }
+FILES = {"threads": "threads"}  # whose rows a picture is of; the others are of "block"
 COLORS = {
     "copy": "#323f4b",
     "eager": "#9aa5b1",
@@ -55,14 +57,16 @@ STYLE = {
     "grid.color": "#e4e7eb",
     "legend.frameon": False,
     "savefig.dpi": 130,
+    "svg.fonttype": "none",
     "svg.hashsalt": "cbam_cuda",  # the same rows give the same file
 }
 METADATA = {".svg": {"Date": None}}
 DIRECTIONS = ("forward", "step")
+MARKERS = "os^Dvx"
 
 
 def draw(name: str, rows: Sequence[Found], path: Path) -> None:
-    """One of PICTURES, of the rows of a block."""
+    """One of PICTURES."""
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(11, 4.6))
         DRAW[name](figure.subplots(1, 1 if name == "memory" else 2), rows)
@@ -105,7 +109,7 @@ def draw_speed(panels: Sequence[Axes], rows: Sequence[Found]) -> None:
         panel.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
         panel.grid(False, axis="x")
     panels[0].set_ylabel("times as fast as plain PyTorch")
-    panels[0].legend(ncols=2, fontsize=8)
+    _legend(panels[0])
 
 
 def draw_bandwidth(panels: Sequence[Axes], rows: Sequence[Found]) -> None:
@@ -119,25 +123,24 @@ def draw_bandwidth(panels: Sequence[Axes], rows: Sequence[Found]) -> None:
             if points:
                 panel.plot(
                     *zip(*points, strict=True),
-                    "o-" if name in ("copy", "fused") else "o",
+                    "o",
                     color=COLORS[name],
                     label=LABELS[name],
-                    markersize=5,
+                    markersize=7 if name in ("copy", "fused") else 4,
                 )
         panel.set(title=f"{TITLES[direction]}{_kind(of)}", xscale="log", yscale="log")
         panel.set(xlabel="x, MB")
     panels[0].set_ylabel("GB/s")
-    panels[0].legend(fontsize=8)
+    _legend(panels[0])
 
 
 def draw_batch(panels: Sequence[Axes], rows: Sequence[Found]) -> None:
     """Time a sample over the batch, each block's fused one and plain PyTorch."""
-    styles = "os^Dvx"
     for panel, direction in zip(panels, DIRECTIONS, strict=True):
         of = usual(rows, direction)
         blocks = list(dict.fromkeys(tuple(row["shape"][1:]) for row in of))
         several = [b for b in blocks if sum(tuple(r["shape"][1:]) == b for r in of) > 1]
-        for block, marker in zip(several, styles, strict=False):
+        for block, marker in zip(several, MARKERS, strict=False):
             for name, line in (("eager", "--"), ("fused", "-")):
                 points = sorted(
                     (row["shape"][0], time / row["shape"][0])
@@ -156,8 +159,7 @@ def draw_batch(panels: Sequence[Axes], rows: Sequence[Found]) -> None:
         panel.set_xticks(batches, [str(n) for n in batches])
         panel.set(xlabel="batch; dashed: plain PyTorch")
     panels[0].set_ylabel("microseconds a sample")
-    if panels[1].lines:
-        panels[1].legend(fontsize=8)
+    _legend(panels[0])
 
 
 def draw_memory(panel: Axes, rows: Sequence[Found]) -> None:
@@ -177,7 +179,39 @@ def draw_memory(panel: Axes, rows: Sequence[Found]) -> None:
     panel.set(title=f"Memory of training{_kind(of)}: kept for the backward, and (pale) at most")
     panel.set_ylabel("sizes of x")
     panel.grid(False, axis="x")
-    panel.legend(fontsize=8, ncols=2)
+    _legend(panel)
+
+
+def draw_threads(panels: Sequence[Axes], rows: Sequence[Found]) -> None:
+    """How many times as fast as on one thread, the fused block and the copy."""
+    for panel, direction in zip(panels, DIRECTIONS, strict=True):
+        of = [row for row in rows if row["direction"] == direction]
+        shapes = dict.fromkeys(tuple(row["shape"]) for row in of)
+        for shape, marker in zip(shapes, MARKERS, strict=False):
+            same = [row for row in of if tuple(row["shape"]) == shape]
+            for name, line in (("copy", "--"), ("fused", "-")):
+                times = [_time(row, name) or 1.0 for row in same]
+                panel.plot(
+                    [row["threads"] for row in same],
+                    [times[0] / time for time in times],
+                    marker + line,
+                    color=COLORS[name],
+                    label=f"{shape_name(shape)}, {LABELS[name]}",
+                )
+        counts = sorted({row["threads"] for row in of})
+        panel.plot(counts, counts, ":", color=COLORS["eager"], label="as many times")
+        panel.set_xticks(counts, [str(count) for count in counts])
+        panel.set(title=TITLES[direction], xlabel="threads")
+    panels[0].set_ylabel("times as fast as one thread")
+    _legend(panels[0])
+
+
+def _legend(panel: Axes) -> None:
+    """Below all panels."""
+    handles, labels = panel.get_legend_handles_labels()
+    if handles:
+        figure = panel.get_figure()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
 
 
 def _time(row: Found, name: str) -> float | None:
@@ -208,4 +242,5 @@ DRAW: dict[str, Callable[[Any, Sequence[Found]], None]] = {
     "bandwidth": draw_bandwidth,
     "batch": draw_batch,
     "memory": draw_memory,
+    "threads": draw_threads,
 }

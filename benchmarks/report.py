@@ -7,7 +7,9 @@ from typing import Any
 
 from . import tables
 from .outcome import Folder
+from .plots import FILES as FILES_OF_PICTURES
 from .plots import PICTURES
+from .problems import in_stages
 from .rows import TITLES, Found
 
 FILES = ("block", "threads", "network")
@@ -36,15 +38,23 @@ def _block(rows: list[Found]) -> Iterator[str]:
     yield from ("## Where something else is faster", "")
     yield from ([f"- {line}" for line in tables.losses(rows)] or ["Nowhere in this table."])
     yield ""
-    if of := [row for row in rows if row.get("memory")]:
+    stages = [str(problem) for problem in in_stages(8)]
+    memory = [row for row in rows if row.get("memory")]
+    if of := [row for row in memory if row["name"] in stages] or memory:
         yield from ("## Memory of training", "", tables.memory_table(of), "")
         yield from (tables.MEMORY_NOTE, "")
+    yield from _pictures("block")
+
+
+def _pictures(file: str) -> Iterator[str]:
     for name, title in PICTURES.items():
-        yield from (f"![{title}]({name}.svg)", "")
+        if FILES_OF_PICTURES.get(name, "block") == file:
+            yield from (f"![{title}]({name}.svg)", "")
 
 
 def _threads(rows: list[Found]) -> Iterator[str]:
     yield from ("## Threads", "", tables.threads_table(rows), "")
+    yield from _pictures("threads")
 
 
 def _network(rows: list[Found]) -> Iterator[str]:

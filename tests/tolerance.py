@@ -41,6 +41,14 @@ def assert_as_good_as_eager(name: str, result: Tensor, eager: Tensor, truth: Ten
     assert error <= allowed, f"{name}: off by {error:.3e}, allowed {allowed:.3e}"
 
 
+def assert_norm_as_good_as_eagers(name: str, result: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """The rule for the norm of the error: for what may differ much in a few places."""
+    error, of_eager = ((t.double() - truth).norm().item() for t in (result, eager))
+    rounding = torch.finfo(eager.dtype).eps * truth.norm().item()
+    allowed = MULTIPLE_OF_EAGER * of_eager + ROUNDINGS * rounding
+    assert error <= allowed, f"{name}: norm off by {error:.3e}, allowed {allowed:.3e}"
+
+
 def assert_strategies_agree(name: str, one: Tensor, other: Tensor, dtype: torch.dtype) -> None:
     """Fail where two strategies choose other positions, or leave values that are far apart; `dtype`
     is what they are rounded to."""
