@@ -8,8 +8,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import ops, reference
-from .arguments import Weights, check_call, check_tensors
+from . import ops, reference, training
+from .arguments import Weights, check_call, check_tensors, is_known, remember
 
 BACKENDS = ("auto", "cuda", "cpu", "emulated", "reference")
 _VARIABLE = "CBAM_CUDA_BACKEND"
@@ -66,18 +66,24 @@ def cbam(
             is under forward-mode differentiation or a torch.func transform, where only "auto" and
             "reference" work, both in plain PyTorch.
     """
-    given = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
-    check_tensors(x, given)
-    weights = Weights(*given)
+    weights = Weights(fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
+    tracing = torch.compiler.is_compiling()
+    checked = not tracing and is_known(x, weights)
+    if not checked:
+        check_tensors(x, weights)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        x, weights = _cast_as_autocast(x, weights)
-    check_call(x, weights)
+        x, weights, checked = *_cast_as_autocast(x, weights), False
+    if not checked:
+        check_call(x, weights)
+        if not tracing:
+            remember(x, weights)
 
     library = _choose(backend, x.device)
     if library is None:
         return reference.cbam(x, *weights, return_attention=return_attention)
     if return_attention or _needs_grad(x, weights):
-        out, channel_gate, spatial_gate, *_ = ops.forward_train(x, weights, library)
+        forward = ops.forward_train if tracing else training.forward_train
+        out, channel_gate, spatial_gate, *_ = forward(x, weights, library)
         if return_attention:
             return out, channel_gate.to(x.dtype), spatial_gate.to(x.dtype)
         return out

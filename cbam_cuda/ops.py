@@ -89,13 +89,13 @@ def build_info() -> dict[str, Any] | None:
 
 def forward(x: Tensor, weights: Weights, name: str = FUSED) -> Tensor:
     """The output alone, outside autograd."""
-    out: Tensor = getattr(torch.ops, name).forward(x, *weights)
+    out: Tensor = getattr(torch.ops, name).forward.default(x, *weights)
     return out
 
 
 def forward_train(x: Tensor, weights: Weights, name: str = FUSED) -> tuple[Tensor, ...]:
     """The output, the gates, and what else backward needs."""
-    outputs: tuple[Tensor, ...] = getattr(torch.ops, name).forward_train(x, *weights)
+    outputs: tuple[Tensor, ...] = getattr(torch.ops, name).forward_train.default(x, *weights)
     return outputs
 
 
@@ -147,16 +147,26 @@ def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _forward_gradients(backward: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of forward_train, from those of out, channel_gate and spatial_gate."""
-    x = ctx.saved_tensors[0]
-    grad_out, grad_channel_gate, grad_spatial_gate = grads[:3]
+def _backward_of_forward(
+    backward: Any, ctx: Any, *grads: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    return forward_gradients(backward, ctx.saved_tensors, list(ctx.needs_input_grad), *grads[:3])
+
+
+def forward_gradients(
+    backward: Any,
+    saved: Sequence[Tensor],
+    mask: list[bool],
+    grad_out: Tensor | None,
+    grad_channel_gate: Tensor | None,
+    grad_spatial_gate: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x and the weights where `mask` says so, by a library's operator."""
     if grad_out is None:
         if grad_channel_gate is None and grad_spatial_gate is None:
             return (None,) * (1 + _WEIGHTS)
-        grad_out = torch.zeros_like(x)
-    mask = list(ctx.needs_input_grad)
-    gradients = backward(grad_out, grad_channel_gate, grad_spatial_gate, *ctx.saved_tensors, mask)
+        grad_out = torch.zeros_like(saved[0])
+    gradients = backward(grad_out, grad_channel_gate, grad_spatial_gate, *saved, mask)
     return tuple(g if wanted else None for g, wanted in zip(gradients, mask, strict=True))
 
 
@@ -243,7 +253,7 @@ def _describe(name: str) -> None:
     backward = getattr(torch.ops, name).backward
     library.register_autograd(
         f"{name}::forward_train",
-        functools.partial(_forward_gradients, backward),
+        functools.partial(_backward_of_forward, backward),
         setup_context=_setup_forward,
     )
     library.register_autograd(

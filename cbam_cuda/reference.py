@@ -5,6 +5,8 @@ S. Woo, J. Park, J.-Y. Lee, I. S. Kweon, "CBAM: Convolutional Block Attention Mo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,8 +97,15 @@ class CBAM(nn.Module):
 
     def weights(self) -> Weights:
         """The tensors that the function takes after x."""
-        fc1, fc2, conv = self.fc1, self.fc2, self.conv
-        return Weights(fc1.weight, fc1.bias, fc2.weight, fc2.bias, conv.weight, conv.bias)
+        # Looked up where modules keep them: as attributes that takes longer than small blocks do.
+        # Weights that are computed, as by a parametrization, are attributes alone.
+        found: list[Any] = []
+        for name in ("fc1", "fc2", "conv"):
+            layer = self._modules[name]
+            for kind in ("weight", "bias"):
+                own = layer._parameters  # type: ignore[union-attr]
+                found.append(own[kind] if kind in own else getattr(layer, kind))
+        return Weights(*found)
 
     def forward(
         self, x: Tensor, return_attention: bool = False

@@ -1,5 +1,6 @@
 #include "arguments.h"
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
@@ -9,7 +10,7 @@
 namespace cbam {
 namespace {
 
-std::string text(const std::vector<int64_t>& sizes) {
+std::string text(Sizes sizes) {
   std::string s = "[";
   for (size_t i = 0; i < sizes.size(); ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
   return s + "]";
@@ -41,10 +42,10 @@ std::vector<int64_t> over_point(const Tensor& x, int64_t a, int64_t b) {
 }
 
 // Throws unless `t` has exactly these sizes and this dtype, on x's device.
-void expect_tensor(const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
-                   const Tensor& x, ScalarType dtype) {
-  STD_TORCH_CHECK(sizes_of(t) == sizes, name, ": expected shape ", text(sizes), ", got ",
-                  text(sizes_of(t)));
+void expect_tensor(const char* name, const Tensor& t, Sizes sizes, const Tensor& x,
+                   ScalarType dtype) {
+  STD_TORCH_CHECK(t.sizes() == sizes, name, ": expected shape ", text(sizes), ", got ",
+                  text(t.sizes()));
   STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": expected dtype ",
                   torch::headeronly::toString(dtype), ", got ",
                   torch::headeronly::toString(t.scalar_type()));
@@ -61,7 +62,37 @@ void expect_indices(const char* name, const Tensor& t, int64_t below) {
   STD_TORCH_CHECK(inside, name, ": expected indices in [0, ", below, ")");
 }
 
+int32_t code_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Int: return aoti_torch_dtype_int32();
+    case ScalarType::Byte: return aoti_torch_dtype_uint8();
+    default: return aoti_torch_dtype_float32();
+  }
+}
+
 }  // namespace
+
+Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
+  constexpr size_t kMostDimensions = 5;
+  STD_TORCH_CHECK(sizes.size() <= kMostDimensions, "expected at most 5 dimensions");
+  int64_t strides[kMostDimensions], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  int32_t device_type, device_index;
+  AtenTensorHandle made;
+  const bool done = aoti_torch_get_device_type(like.get(), &device_type) == AOTI_TORCH_SUCCESS &&
+                    aoti_torch_get_device_index(like.get(), &device_index) == AOTI_TORCH_SUCCESS &&
+                    aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                             strides, code_of(dtype), device_type, device_index,
+                                             &made) == AOTI_TORCH_SUCCESS;
+  STD_TORCH_CHECK(done, "no memory for a tensor of shape ", text(sizes));
+  return Tensor(made);
+}
 
 DType dtype_of(ScalarType dtype) {
   switch (dtype) {
@@ -139,16 +170,13 @@ DenseWeights::DenseWeights(const WeightArguments& w, ScalarType dtype) {
 
 SavedTensors SavedTensors::make(const Tensor& x, const Shape& s) {
   const ScalarType acc = accumulator_of(x);
-  const auto empty = [&](const std::vector<int64_t>& sizes, ScalarType dtype) {
-    return torch::stable::new_empty(x, sizes, dtype);
-  };
-  return {empty(over_point(x, s.samples, s.channels), acc),
-          empty(over_space(x, s.samples, 1), acc),
-          empty({s.samples, 2, s.channels}, acc),
-          empty({s.samples, 2, s.hidden}, acc),
-          empty(over_space(x, s.samples, 2), x.scalar_type()),
-          empty({s.samples, s.channels}, ScalarType::Int),
-          empty({s.samples, s.pixels()}, ScalarType::Int)};
+  return {empty(x, over_point(x, s.samples, s.channels), acc),
+          empty(x, over_space(x, s.samples, 1), acc),
+          empty(x, {s.samples, 2, s.channels}, acc),
+          empty(x, {s.samples, 2, s.hidden}, acc),
+          empty(x, over_space(x, s.samples, 2), x.scalar_type()),
+          empty(x, {s.samples, s.channels}, ScalarType::Int),
+          empty(x, {s.samples, s.pixels()}, ScalarType::Int)};
 }
 
 void SavedTensors::check(const Tensor& x, const Shape& s) const {
@@ -224,7 +252,7 @@ std::pair<Tensor, Tensor> in_one_layout(const Tensor& a, const Tensor& b) {
   if (same_kind(native_strides(a), native_strides(b))) return {a, b};
   // Not contiguous(): an empty tensor counts as that whatever its strides.
   const auto copy_of = [](const Tensor& t) {
-    Tensor copy = torch::stable::new_empty(t, t.sizes());
+    Tensor copy = empty(t, t.sizes(), t.scalar_type());
     torch::stable::copy_(copy, t);
     return copy;
   };
@@ -232,7 +260,7 @@ std::pair<Tensor, Tensor> in_one_layout(const Tensor& a, const Tensor& b) {
 }
 
 Output::Output(const Tensor& x) : result(torch::stable::empty_like(x)), native(result) {
-  if (!native_strides(result)) native = torch::stable::new_empty(x, x.sizes());
+  if (!native_strides(result)) native = empty(x, x.sizes(), x.scalar_type());
 }
 
 void Output::finish() {

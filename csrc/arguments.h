@@ -52,6 +52,11 @@ void check_gradients(const Tensor& x, const Shape& shape, const Tensor& grad_out
                      const std::optional<Tensor>& grad_channel_gate,
                      const std::optional<Tensor>& grad_spatial_gate);
 
+// A new contiguous tensor on the device of `like`. Past the dispatcher, which costs more than small
+// kernels do.
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype);
+
 DType dtype_of(ScalarType dtype);
 DType dtype_of(const Tensor& x);
 // float64 for float64, else float32.

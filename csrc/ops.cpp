@@ -48,7 +48,7 @@ struct Cuda {
     const cuda::CurrentDevice current(device);
     const auto plan = cuda::plan_to_run(p, cuda::limits_of_device(device));
     const Tensor memory =
-        torch::stable::new_empty(x, {cuda::scratch(plan, p).total()}, ScalarType::Byte);
+        empty(x, {cuda::scratch(plan, p).total()}, ScalarType::Byte);
     cuda::run(p, plan, memory.mutable_data_ptr(), cuda::current_stream(device));
   }
 };

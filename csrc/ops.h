@@ -40,15 +40,16 @@ Tensor forward(const Tensor& x, const Tensor& fc1_weight, const OptionalTensor& 
                const OptionalTensor& conv_bias) {
   const WeightArguments w{fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias};
   const Shape s = check_forward(x, w);
-  const auto scratch = [&](int64_t per_sample) {
-    return torch::stable::new_empty(x, {s.samples * per_sample}, accumulator_of(x));
-  };
-  const Tensor gate = scratch(s.channels), pooled = scratch(2 * s.channels),
-               hidden = scratch(2 * s.hidden);
+  // The channel gate, both pools and both hidden vectors, each on a boundary of 128 bytes or more.
+  const auto room = [&](int64_t per_sample) { return (s.samples * per_sample + 31) / 32 * 32; };
+  const int64_t gate = room(s.channels), pooled = room(2 * s.channels), hidden = room(2 * s.hidden);
+  const Tensor scratch = empty(x, {gate + pooled + hidden}, accumulator_of(x));
+  char* memory = static_cast<char*>(scratch.mutable_data_ptr());
+  const int64_t size = bytes_of_accumulator(dtype_of(x));
   Output out(x);
   run_forward<Backend>(x, s, w,
-                       {gate.mutable_data_ptr(), pooled.mutable_data_ptr(),
-                        hidden.mutable_data_ptr(), nullptr, nullptr, nullptr, nullptr},
+                       {memory, memory + gate * size, memory + (gate + pooled) * size, nullptr,
+                        nullptr, nullptr, nullptr},
                        out);
   return out.result;
 }
@@ -76,8 +77,8 @@ struct WeightGradient {
   bool wanted;
 
   WeightGradient(const Tensor& x, const OptionalTensor& weight, bool wanted_)
-      : dense(wanted_ ? torch::stable::new_empty(x, weight->sizes(), accumulator_of(x))
-                      : torch::stable::new_empty(x, {0})),
+      : dense(wanted_ ? empty(x, weight->sizes(), accumulator_of(x))
+                      : empty(x, {0}, x.scalar_type())),
         dtype(weight ? weight->scalar_type() : x.scalar_type()),
         wanted(wanted_) {}
   void* pointer() const { return wanted ? dense.mutable_data_ptr() : nullptr; }
@@ -150,7 +151,7 @@ InputGradients backward(const Tensor& grad_out, const OptionalTensor& grad_chann
                  dcb.pointer()};
   Backend::backward(p, x);
   if (dx) dx->finish();
-  return {dx ? dx->result : torch::stable::new_empty(x, {0}),
+  return {dx ? dx->result : empty(x, {0}, x.scalar_type()),
           d1.result(),
           d1b.result(),
           d2.result(),

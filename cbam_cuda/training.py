@@ -1,0 +1,45 @@
+"""Training outside of tracing: the operators, and their backward, in one step of autograd.
+
+The operators can be differentiated by themselves (`ops`), as tracing needs it; the machinery for
+that is written in Python and costs as much as a small block. Here it is passed by.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import Weights
+from .ops import FUSED, forward_gradients
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+class _Train(torch.autograd.Function):
+    """out, channel_gate and spatial_gate by a library's forward_train."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, x: Tensor, *weights: Tensor | None) -> Any:
+        library = getattr(torch.ops, name)
+        with _below_autograd():
+            out, *saved = library.forward_train.default(x, *weights)
+        ctx.save_for_backward(x, *weights, *saved)
+        ctx.set_materialize_grads(False)
+        ctx.operator = library.backward.default
+        return out, saved[0], saved[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        given = ctx.operator, ctx.saved_tensors, list(ctx.needs_input_grad[1:]), *grads
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            return (None, *forward_gradients(*given))
+        with _below_autograd():
+            return (None, *forward_gradients(*given))
+
+
+def forward_train(x: Tensor, weights: Weights, name: str = FUSED) -> tuple[Tensor, ...]:
+    """The output and the gates, differentiable twice."""
+    outputs: tuple[Tensor, ...] = _Train.apply(name, x, *weights)  # type: ignore[no-untyped-call]
+    return outputs
