@@ -283,7 +283,7 @@ class Backward {
     T* to = dx(n).row(c);
     const A* spatial = spatial_gate(n);
     const A gate = channel_gate(n)[c], d_avg = ws.d_pooled[c];
-    for_vectors<A>(cols_, [&](int64_t s, auto lanes) {
+    for_vectors_again<A>(cols_, [&](int64_t s, auto lanes) {
       const vec_t<A> dy = lanes.load(in + s) * lanes.load(spatial + s) + lanes.load(ws.d_mean + s);
       lanes.store(to + s, dy * gate + d_avg);
     });
@@ -294,7 +294,7 @@ class Backward {
     T* to = dx(n).row(s);
     const A* gate = channel_gate(n);
     const A spatial = spatial_gate(n)[s], d_mean = ws.d_mean[s];
-    for_vectors<A>(cols_, [&](int64_t c, auto lanes) {
+    for_vectors_again<A>(cols_, [&](int64_t c, auto lanes) {
       const vec_t<A> dy = lanes.load(in + c) * spatial + d_mean;
       lanes.store(to + c, dy * lanes.load(gate + c) + lanes.load(ws.d_pooled + c));
     });

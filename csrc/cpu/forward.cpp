@@ -185,7 +185,7 @@ class Forward {
                  const Index* argmax) const {
     T* saved = static_cast<T*>(p_.saved.maps) + n * 2 * pixels_ + begin;
     int32_t* channel = p_.saved.channel_argmax + n * pixels_ + begin;
-    for_vectors<A>(end - begin, [&](int64_t j, auto lanes) {
+    for_vectors_again<A>(end - begin, [&](int64_t j, auto lanes) {
       lanes.store(saved + j, lanes.load(mean + j));
       lanes.store(saved + pixels_ + j, lanes.load(max + j));
     });

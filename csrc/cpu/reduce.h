@@ -68,12 +68,11 @@ Extremes<acc_t<T>> reduce_row(const T* row, const acc_t<T>* factor, int64_t cols
         sum[u] += v;
         max[u] = maximum<A>(v, max[u]);
       }
-    for_vectors<A>(n - j, [&](int64_t i, auto lanes) {
-      vec_t<A> v = lanes.load(x + j + i);
-      if constexpr (kScaled) v *= lanes.load(f + j + i);
+    for_loads<A>(j, n, [&](int64_t i, auto lanes) {
+      vec_t<A> v = lanes.load(x + i);
+      if constexpr (kScaled) v *= lanes.load(f + i);
       sum[0] += v;
-      const ivec_t<A> inside = iota<A>() < static_cast<index_t<A>>(n - j - i);
-      max[0] = maximum<A>(inside ? v : splat(minus_infinity<A>()), max[0]);
+      max[0] = maximum<A>(lanes.or_else(v, splat(minus_infinity<A>())), max[0]);
     });
     r.sum += sum_of_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
     const A block_max =
@@ -131,7 +130,9 @@ void reduce_columns(const Matrix<const T>& m, int64_t begin, int64_t end, int64_
                     index_t<acc_t<T>>* argmax) {
   using A = acc_t<T>;
   constexpr int kRows = 8;
-  for (int64_t j = 0; j < kColumnTile; ++j) {
+  // Of whole vectors: their last lanes are made, and not read.
+  const int64_t whole = (cols + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  for (int64_t j = 0; j < whole; ++j) {
     sum[j] = A(0);
     max[j] = minus_infinity<A>();
     if constexpr (kArgmax) argmax[j] = static_cast<index_t<A>>(begin);
@@ -156,7 +157,7 @@ void scale_rows(const Matrix<const T>& x, const Matrix<T>& out, int64_t begin, i
     const T* in = x.row(r);
     T* to = out.row(r);
     const A f = row_factor[r];
-    for_vectors<A>(x.cols, [&](int64_t j, auto lanes) {
+    for_vectors_again<A>(x.cols, [&](int64_t j, auto lanes) {
       lanes.store(to + j, lanes.load(in + j) * f * lanes.load(col_factor + j));
     });
   }
@@ -211,8 +212,8 @@ acc_t<T> dot(const T* row, const acc_t<T>* weight, int64_t cols) {
     for (; j + kStep <= end; j += kStep)
       for (int u = 0; u < kUnroll; ++u)
         sum[u] += load(row + j + u * kLanes<A>) * load(weight + j + u * kLanes<A>);
-    for_vectors<A>(end - j, [&](int64_t i, auto lanes) {
-      sum[0] += lanes.load(row + j + i) * lanes.load(weight + j + i);
+    for_loads<A>(j, end, [&](int64_t i, auto lanes) {
+      sum[0] += lanes.load(row + i) * lanes.load(weight + i);
     });
     total += sum_of_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }

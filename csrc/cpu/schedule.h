@@ -18,8 +18,9 @@ namespace {
 // Less work than this many elements is not worth a second thread: a fork and join costs
 // microseconds.
 constexpr int64_t kSmallestSplit = 16 * 1024;
-// Samples whose x together fits in this many bytes share one walk over the MLP's weights.
-constexpr int64_t kGroupBytes = 1 << 20;
+// Samples share one walk over the MLP's weights: those whose x together fits in this many bytes,
+// and more where the weights are what most of the time goes to.
+constexpr int64_t kGroupBytes = 1 << 20, kMostTogether = 8;
 
 template <class Body>
 void parallel_tasks(const ThreadPool& pool, int64_t tasks, Body body) {
@@ -99,8 +100,12 @@ void run_samples(const Direction& direction, const ForwardProblem& problem, cons
                  int64_t element_bytes) {
   const Shape& shape = problem.shape;
   const int64_t elements = shape.channels * shape.pixels();
-  const int64_t fitting = kGroupBytes / (elements * element_bytes);
-  const int64_t group = fitting < 1 ? 1 : fitting < 8 ? fitting : 8;
+  const int64_t sample_bytes = elements * element_bytes;
+  const int64_t weight_bytes =
+      2 * shape.channels * shape.hidden * bytes_of_accumulator(problem.dtype);
+  const int64_t largest = kGroupBytes > weight_bytes ? kGroupBytes : weight_bytes;
+  const int64_t fitting = largest / sample_bytes;
+  const int64_t group = fitting < 1 ? 1 : fitting < kMostTogether ? fitting : kMostTogether;
   const int64_t threads = elements * shape.samples < kSmallestSplit ? 1 : pool.threads;
   const int64_t alone = elements < kSmallestSplit ? 0 : shape.samples % threads;
   const int64_t whole = shape.samples - alone;

@@ -167,7 +167,7 @@ CBAM_INLINE vec_t<acc_t<T>> load_first(const T* p, int64_t n) {
   }
 #endif
   T buffer[kLanes<acc_t<T>>] = {};
-  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  for (int64_t i = 0; i < n; ++i) __builtin_memcpy(buffer + i, p + i, sizeof(T));
   return load(buffer);
 }
 
@@ -175,37 +175,80 @@ template <class T>
 CBAM_INLINE void store_first(T* p, vec_t<acc_t<T>> v, int64_t n) {
   T buffer[kLanes<acc_t<T>>];
   store(buffer, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+  for (int64_t i = 0; i < n; ++i) __builtin_memcpy(p + i, buffer + i, sizeof(T));
 }
 
 // Runs body(j, lanes) over 0 .. n in steps of a vector; `lanes` loads and stores whole vectors, and
 // at the end just what is left.
+template <class A>
 struct AllLanes {
   template <class T>
-  CBAM_INLINE_MEMBER vec_t<acc_t<T>> load(const T* p) const {
+  CBAM_INLINE_MEMBER vec_t<A> load(const T* p) const {
     return cpu::load(p);
   }
   template <class T>
-  CBAM_INLINE_MEMBER void store(T* p, vec_t<acc_t<T>> v) const {
+  CBAM_INLINE_MEMBER void store(T* p, vec_t<A> v) const {
     cpu::store(p, v);
   }
+  // v, and `other` in lanes where nothing was loaded.
+  CBAM_INLINE_MEMBER vec_t<A> or_else(vec_t<A> v, vec_t<A>) const { return v; }
 };
+template <class A>
 struct FirstLanes {
   int64_t n;
   template <class T>
-  CBAM_INLINE_MEMBER vec_t<acc_t<T>> load(const T* p) const {
+  CBAM_INLINE_MEMBER vec_t<A> load(const T* p) const {
     return load_first(p, n);
   }
   template <class T>
-  CBAM_INLINE_MEMBER void store(T* p, vec_t<acc_t<T>> v) const {
+  CBAM_INLINE_MEMBER void store(T* p, vec_t<A> v) const {
     store_first(p, v, n);
+  }
+  CBAM_INLINE_MEMBER vec_t<A> or_else(vec_t<A> v, vec_t<A> other) const {
+    return iota<A>() < static_cast<index_t<A>>(n) ? v : other;
   }
 };
 template <class A, class Body>
 CBAM_INLINE void for_vectors(int64_t n, Body body) {
   int64_t j = 0;
-  for (; j + kLanes<A> <= n; j += kLanes<A>) body(j, AllLanes{});
-  if (j < n) body(j, FirstLanes{n - j});
+  for (; j + kLanes<A> <= n; j += kLanes<A>) body(j, AllLanes<A>{});
+  if (j < n) body(j, FirstLanes<A>{n - j});
+}
+
+// Elements p[0] .. p[n) in the last lanes of the vector that ends with them, the others 0: a whole
+// vector is faster to load than a few elements.
+template <class A>
+struct LastLanes {
+  int64_t before;  // lanes that hold nothing
+
+  CBAM_INLINE_MEMBER explicit LastLanes(int64_t n) : before(kLanes<A> - n) {}
+  template <class T>
+  CBAM_INLINE_MEMBER vec_t<A> load(const T* p) const {
+    return or_else(cpu::load(p - before), vec_t<A>{});
+  }
+  CBAM_INLINE_MEMBER vec_t<A> or_else(vec_t<A> v, vec_t<A> other) const {
+    return iota<A>() >= static_cast<index_t<A>>(before) ? v : other;
+  }
+};
+// For a body that only loads, over begin .. n of rows that begin at 0.
+template <class A, class Body>
+CBAM_INLINE void for_loads(int64_t begin, int64_t n, Body body) {
+  int64_t j = begin;
+  for (; j + kLanes<A> <= n; j += kLanes<A>) body(j, AllLanes<A>{});
+  if (j == n) return;
+  if (n >= kLanes<A>)
+    body(j, LastLanes<A>(n - j));
+  else
+    body(j, FirstLanes<A>{n - j});
+}
+
+// For a body that may see elements twice, as it stores what does not depend on what was there: the
+// last vector ends with the row.
+template <class A, class Body>
+CBAM_INLINE void for_vectors_again(int64_t n, Body body) {
+  if (n < kLanes<A>) return body(int64_t{0}, FirstLanes<A>{n});
+  for (int64_t j = 0; j + kLanes<A> <= n; j += kLanes<A>) body(j, AllLanes<A>{});
+  if (n % kLanes<A>) body(n - kLanes<A>, AllLanes<A>{});
 }
 
 template <class T>
@@ -226,14 +269,36 @@ CBAM_INLINE void store_one(T* p, acc_t<T> v) {
   }
 }
 
-// Reductions across lanes, in a fixed order.
+// Calls body(Count<n>{}) for a run-time n in 1 .. kMost.
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+template <int kMost, class Body>
+CBAM_INLINE void for_count(int64_t n, Body body) {
+  if (n == kMost) return body(Count<kMost>{});
+  if constexpr (kMost > 1) for_count<kMost - 1>(n, body);
+}
+
+// Reductions across lanes, in a fixed order: halves onto halves.
+template <class A, int kCount>
+struct Part {
+  typedef A vec __attribute__((vector_size(kCount * sizeof(A))));
+};
+template <class A, int kCount, class V, class Operation>
+CBAM_INLINE A fold_lanes(V v, Operation operation) {
+  if constexpr (kCount == 2) {
+    return operation(v[0], v[1]);
+  } else {
+    typename Part<A, kCount / 2>::vec low, high;
+    __builtin_memcpy(&low, &v, sizeof low);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return fold_lanes<A, kCount / 2>(operation(low, high), operation);
+  }
+}
 template <class A>
 CBAM_INLINE A sum_of_lanes(vec_t<A> v) {
-  A lane[kLanes<A>];
-  __builtin_memcpy(lane, &v, sizeof v);
-  for (int width = kLanes<A> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+  return fold_lanes<A, kLanes<A>>(v, [](auto a, auto b) { return a + b; });
 }
 
 // NaN may get lost; callers look at the sum.
@@ -244,9 +309,7 @@ CBAM_INLINE vec_t<A> maximum(vec_t<A> a, vec_t<A> b) {
 
 template <class A>
 CBAM_INLINE A max_of_lanes(vec_t<A> v) {
-  A best = v[0];
-  for (int i = 1; i < kLanes<A>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  return fold_lanes<A, kLanes<A>>(v, [](auto a, auto b) { return b > a ? b : a; });
 }
 
 template <class A>

@@ -8,17 +8,6 @@
 namespace cbam::cpu {
 namespace {
 
-// Calls body(Count<n>{}) for a run-time n in 1 .. kMost.
-template <int n>
-struct Count {
-  static constexpr int value = n;
-};
-template <int kMost, class Body>
-CBAM_INLINE void for_count(int64_t n, Body body) {
-  if (n == kMost) return body(Count<kMost>{});
-  if constexpr (kMost > 1) for_count<kMost - 1>(n, body);
-}
-
 // A plane holds depth * height image rows of `pitch` elements; pixel w of a row stands at
 // pad_width + w. The pitch leaves room to read a whole vector at any tap of any pixel.
 template <class A>
