@@ -47,8 +47,7 @@ struct Cuda {
     const torch::stable::accelerator::DeviceGuard guard(device);
     const cuda::CurrentDevice current(device);
     const auto plan = cuda::plan_to_run(p, cuda::limits_of_device(device));
-    const Tensor memory =
-        empty(x, {cuda::scratch(plan, p).total()}, ScalarType::Byte);
+    const Tensor memory = empty(x, {cuda::scratch(plan, p).total()}, ScalarType::Byte);
     cuda::run(p, plan, memory.mutable_data_ptr(), cuda::current_stream(device));
   }
 };
