@@ -34,49 +34,67 @@ class BatchGradients {
     const Gradients& g = p_.gradients;
     const int64_t products = shape_.samples * shape_.channels * shape_.hidden;
     const ThreadPool workers{products < kSmallestSplit ? 1 : pool.threads, pool.run};
-    if (g.fc2_weight || g.fc2_bias)
-      OverThreads{workers}(shape_.channels, [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; ++c) second_layer(c);
-      });
-    if (g.fc1_weight || g.fc1_bias)
-      OverThreads{workers}(shape_.hidden, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) first_layer(r);
-      });
+    if (g.fc2_weight || g.fc2_bias) second_layer(workers);
+    if (g.fc1_weight || g.fc1_bias) first_layer(workers);
     if (g.conv()) convolution();
   }
 
  private:
-  // Row c of dW1 and of db1.
-  void second_layer(int64_t c) const {
-    const int64_t hidden = shape_.hidden;
+  // dW1 and db1. Each sample counts twice: with the hidden vector of its mean, and of its maximum.
+  void second_layer(const ThreadPool& workers) const {
+    const int64_t channels = shape_.channels, hidden = shape_.hidden;
     A* bias = static_cast<A*>(p_.gradients.fc2_bias);
-    A* row = static_cast<A*>(p_.gradients.fc2_weight);
-    if (row) std::memset(row += c * hidden, 0, hidden * sizeof(A));
-    A total = A(0);
-    for (int64_t n = 0; n < shape_.samples; ++n) {
-      const A d = d_logits(n)[c];
-      const A* h = static_cast<const A*>(p_.saved.hidden) + n * 2 * hidden;
-      total += d;
-      if (!row) continue;
-      add_scaled(h, d, row, hidden);
-      add_scaled(h + hidden, d, row, hidden);
-    }
-    if (bias) bias[c] = A(2) * total;
+    const auto d = [&](int64_t i) { return d_logits(i / 2); };
+    outer_sums(workers, 2 * shape_.samples, channels, d, static_cast<const A*>(p_.saved.hidden),
+               hidden, static_cast<A*>(p_.gradients.fc2_weight));
+    if (!bias) return;
+    sum_vectors(shape_.samples, channels, d_logits_, bias);
+    for (int64_t c = 0; c < channels; ++c) bias[c] *= A(2);
   }
 
-  // Row r of dW0 and of db0.
-  void first_layer(int64_t r) const {
-    const int64_t channels = shape_.channels;
-    A* bias = static_cast<A*>(p_.gradients.fc1_bias);
-    A* row = static_cast<A*>(p_.gradients.fc1_weight);
-    if (row) std::memset(row += r * channels, 0, channels * sizeof(A));
-    A total = A(0);
-    for (int64_t i = 0; i < 2 * shape_.samples; ++i) {
-      const A d = d_hidden_[i * shape_.hidden + r];
-      total += d;
-      if (row) add_scaled(static_cast<const A*>(p_.saved.pooled) + i * channels, d, row, channels);
-    }
-    if (bias) bias[r] = total;
+  // dW0 and db0.
+  void first_layer(const ThreadPool& workers) const {
+    const int64_t vectors = 2 * shape_.samples;
+    const auto d = [&](int64_t i) { return d_hidden_ + i * shape_.hidden; };
+    outer_sums(workers, vectors, shape_.hidden, d, static_cast<const A*>(p_.saved.pooled),
+               shape_.channels, static_cast<A*>(p_.gradients.fc1_weight));
+    if (A* bias = static_cast<A*>(p_.gradients.fc1_bias))
+      sum_vectors(vectors, shape_.hidden, d_hidden_, bias);
+  }
+
+  // to[j] = sum over i of from[i][j]
+  static void sum_vectors(int64_t count, int64_t n, const A* from, A* to) {
+    for (int64_t j = 0; j < n; ++j) to[j] = A(0);
+    for (int64_t i = 0; i < count; ++i) add_scaled(from + i * n, A(1), to, n);
+  }
+
+  // out[r][j] = sum over i of d(i)[r] * vectors[i][j], in the order of i; nothing where out is
+  // null.
+  template <class D>
+  static void outer_sums(const ThreadPool& workers, int64_t count, int64_t rows, D d,
+                         const A* vectors, int64_t n, A* out) {
+    constexpr int kRows = 4;
+    if (!out) return;
+    OverThreads{workers}((rows + kRows - 1) / kRows, [&](int64_t begin, int64_t end) {
+      int64_t r = begin * kRows;
+      const int64_t last = end * kRows < rows ? end * kRows : rows;
+      for (; r + kRows <= last; r += kRows) outer_rows<kRows>(count, d, vectors, n, r, out);
+      for (; r < last; ++r) outer_rows<1>(count, d, vectors, n, r, out);
+    });
+  }
+
+  // kRows rows of them: each vector is loaded once for all, sums stay in registers.
+  template <int kRows, class D>
+  static void outer_rows(int64_t count, D d, const A* vectors, int64_t n, int64_t r, A* out) {
+    for_vectors<A>(n, [&](int64_t j, auto lanes) {
+      vec_t<A> sum[kRows] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        const vec_t<A> v = lanes.load(vectors + i * n + j);
+        const A* factor = d(i) + r;
+        for (int k = 0; k < kRows; ++k) sum[k] += factor[k] * v;
+      }
+      for (int k = 0; k < kRows; ++k) lanes.store(out + (r + k) * n + j, sum[k]);
+    });
   }
 
   void convolution() const {

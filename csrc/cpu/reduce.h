@@ -39,9 +39,8 @@ int64_t find_first(const T* row, const acc_t<T>* factor, int64_t begin, int64_t 
     vec_t<A> v = n < kLanes<A> ? load_first(row + j, n) : load(row + j);
     if constexpr (kScaled) v *= n < kLanes<A> ? load_first(factor + j, n) : load(factor + j);
     const ivec_t<A> hit = nan ? v != v : v == wanted;
-    if (any<A>(hit))
-      for (int64_t i = 0; i < n; ++i)
-        if (hit[i]) return j + i;
+    const int first = first_of<A>(hit);
+    if (first < n) return j + first;
   }
   return end;
 }

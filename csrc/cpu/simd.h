@@ -312,16 +312,22 @@ CBAM_INLINE A max_of_lanes(vec_t<A> v) {
   return fold_lanes<A, kLanes<A>>(v, [](auto a, auto b) { return b > a ? b : a; });
 }
 
+// The first lane whose mask is set; the number of lanes, or more, if there is none.
 template <class A>
-CBAM_INLINE bool any(ivec_t<A> mask) {
+CBAM_INLINE int first_of(ivec_t<A> mask) {
 #if defined(__AVX512F__)
-  return _mm512_test_epi32_mask(bit_cast<__m512i>(mask), bit_cast<__m512i>(mask)) != 0;
+  const __m512i bits = bit_cast<__m512i>(mask);
+  if constexpr (sizeof(A) == 4) return __builtin_ctz(_mm512_movepi32_mask(bits) | 1u << 16);
+  return __builtin_ctz(_mm512_movepi64_mask(bits) | 1u << 8);
 #elif defined(__AVX2__)
-  return !_mm256_testz_si256(bit_cast<__m256i>(mask), bit_cast<__m256i>(mask));
+  const __m256i bits = bit_cast<__m256i>(mask);
+  const int set = sizeof(A) == 4 ? _mm256_movemask_ps(bit_cast<__m256>(bits))
+                                 : _mm256_movemask_pd(bit_cast<__m256d>(bits));
+  return __builtin_ctz(static_cast<unsigned>(set) | 1u << kLanes<A>);
 #else
-  index_t<A> r = 0;
-  for (int i = 0; i < kLanes<A>; ++i) r |= mask[i];
-  return r != 0;
+  int i = 0;
+  while (i < kLanes<A> && !mask[i]) ++i;
+  return i;
 #endif
 }
 
