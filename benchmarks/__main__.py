@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -112,7 +113,8 @@ class Bench:
             compiled = with_compile(problem, self.options)
             if self.device.type == "cpu":
                 return block.time_row(problem, each, compiled)
-            return timings.time_row(problem, [*PLAIN, *(COMPILED_ON_CUDA if compiled else ())])
+            rivals = [*PLAIN, *(COMPILED_ON_CUDA if compiled else ())]
+            return timings.time_row_and_memory(problem, rivals)
 
         why_not = block.too_large if self.device.type == "cpu" else too_large
         self._take("block", list(wanted(self.options)), reserved, time_row, why_not)
@@ -176,13 +178,19 @@ class Bench:
         self.folder.write_report(report.render(found))
 
 
+def stream_of(device: torch.device) -> AbstractContextManager[object]:
+    """Where work is done: on CUDA not on the default stream, which no graph records."""
+    return torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext()
+
+
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Measure, write, and print the report; returns the folder."""
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    with shown(options.seconds) as say:
-        bench = Bench(options, pick_device(), say)
+    device = pick_device()
+    with shown(options.seconds) as say, stream_of(device):
+        bench = Bench(options, device, say)
         bench.run()
     print(f"\n{(bench.folder.path / REPORT).read_text()}\nwritten: {bench.folder.path}")
     return bench.folder.path

@@ -10,7 +10,7 @@ import torch
 from . import calls
 from .calls import Buffers
 from .contestants import COMPILED, PLAIN, first_line, make_block
-from .memory import peak_bytes, saved_bytes
+from .memory import of_blocks
 from .problems import Problem, draw
 from .rows import Row, describe
 from .timing import time_together
@@ -60,18 +60,6 @@ class Contestants:
         copy = {"copy": calls.copies(self.buffers)[direction]}
         return copy | {name: make(block, self.buffers) for name, block in self.blocks.items()}
 
-    def memory(self) -> dict[str, dict[str, int]]:
-        """Bytes by name."""
-        found = {}
-        x = self.buffers.xs[0].detach().requires_grad_()
-        for name, block in self.blocks.items():
-            step = calls.step(block, self.buffers)
-            found[name] = {
-                "saved_bytes": saved_bytes(lambda b=block: b(x), [x, *block.parameters()]),
-                "peak_bytes": peak_bytes(lambda s=step: s(0), CPU),
-            }
-        return found
-
 
 def time_row(
     problem: Problem, seconds: float, compiled: bool = False, plain: Sequence[str] = PLAIN
@@ -93,7 +81,7 @@ def time_row(
             ["fused"],
         )
         rows.append(row)
-    rows[-1]["memory"] = contestants.memory()
+    rows[-1]["memory"] = of_blocks(contestants.blocks, contestants.buffers)
     rows[-1]["bytes"] = problem.bytes
     return rows
 

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it speaks of each profile
 
 from torch.profiler import ProfilerActivity, profile
+
+from . import calls
+from .calls import Buffers
+
+
+def of_blocks(blocks: Mapping[str, nn.Module], buffers: Buffers) -> dict[str, dict[str, int]]:
+    """Of forward and backward of each block, by its name."""
+    found = {}
+    x = buffers.xs[0].detach().requires_grad_()
+    for name, block in blocks.items():
+        step = calls.step(block, buffers)
+        found[name] = {
+            "saved_bytes": saved_bytes(lambda b=block: b(x), [x, *block.parameters()]),
+            "peak_bytes": peak_bytes(lambda s=step: s(0), x.device),
+        }
+    return found
 
 
 def saved_bytes(forward: Callable[[], object], known: Iterable[Tensor]) -> int:

@@ -263,3 +263,21 @@ def test_even_kernel_in_a_direct_call():
     weights = make_weights(CASE, torch.float32)._replace(conv_weight=torch.zeros(1, 2, 2, 3))
     with pytest.raises(RuntimeError, match="conv_weight: expected odd"):
         torch.ops.cbam_cuda.forward(make_x(CASE, torch.float32), *weights)
+
+
+KNOWN = {
+    "x is sparse": {"x": make_x(CASE, torch.float32).to_sparse()},
+    "x is of another dtype": {"x": make_x(CASE, torch.float32).int()},
+    "x is no tensor": {"x": make_x(CASE, torch.float32).numpy()},
+    "a weight has another dtype": {"fc2_weight": torch.zeros(8, 2, 1, 1).double()},
+    "a weight has another shape": {"conv_weight": torch.zeros(1, 2, 4, 4)},
+    "a bias is a number": {"conv_bias": 1.0},
+}
+
+
+@pytest.mark.parametrize("replaced", KNOWN.values(), ids=KNOWN)
+def test_a_call_that_passed_hides_no_wrong_one(call, replaced):
+    call()
+    with pytest.raises((TypeError, ValueError), match="expected"):
+        call(**replaced)
+    call()

@@ -184,13 +184,32 @@ def test_a_row_a_direction(monkeypatch):
 
     monkeypatch.setattr(timings, "measure", measured)
     monkeypatch.setattr(measure, "_graph", lambda call, count: lambda: call(0))
-    found = {row["direction"]: row for row in timings.time_row(PROBLEM, ["eager"])}
+    found = {row["direction"]: row for row in timings.time_row_and_memory(PROBLEM, ["eager"])}
+    memory = found["step"]["memory"]
+    assert 0 < memory["fused"]["saved_bytes"] < memory["eager"]["saved_bytes"]
     assert list(found) == ["forward", "backward", "step"]
     assert set(found["backward"]["contestants"]) == {"copy", "eager", *FORCED}
     assert "faster" in found["backward"]
     assert "faster" not in found["step"]
     assert seen[tuple(found["step"]["contestants"])]
     assert not seen[tuple(found["forward"]["contestants"])]
+
+
+def test_a_rival_that_is_wrong_is_not_timed():
+    contestants = problems.Contestants(PROBLEM, 1, ["eager", "tuned"], device="cpu")
+    contestants.leave_out_wrong()
+    assert "tuned" in contestants.calls["step"]
+    for name in ("tuned", "fused"):
+        with torch.no_grad():
+            contestants.blocks[name].conv.bias += 1e-3
+        if name == "fused":
+            with pytest.raises(AssertionError, match="fused, inference: off by"):
+                contestants.leave_out_wrong()
+            continue
+        contestants.leave_out_wrong()
+        for direction, found in contestants.calls.items():
+            assert name not in found
+            assert contestants.missing[direction][name].startswith("AssertionError: tuned")
 
 
 @pytest.mark.parametrize("graphs", [True, False])

@@ -200,6 +200,20 @@ def test_trains_beside_the_reference(backend):
         torch.testing.assert_close(a, b)
 
 
+def test_weights_that_are_computed_are_the_ones_used():
+    """By a parametrization, or by hooks that put them in the place of parameters."""
+    block, x = CBAM(16, ratio=4, backend="cpu"), torch.randn(2, 16, 6, 5)
+    before = block(x)
+    nn.utils.parametrizations.weight_norm(block.fc1)
+    torch.testing.assert_close(block(x), before)
+    with torch.no_grad():
+        block.fc1.parametrizations.weight.original0 *= 3.0
+    expected = reference.cbam(x, *block.weights())
+    torch.testing.assert_close(block.weights().fc1_weight, block.fc1.weight)
+    torch.testing.assert_close(block(x), expected)
+    assert not torch.allclose(block(x), before)
+
+
 def test_prints_its_settings():
     assert "dim=3, backend='cpu'" in repr(CBAM3d(32, backend="cpu"))
     assert "dim=2" in repr(reference.CBAM(32))

@@ -17,6 +17,7 @@ from .. import calls
 from ..calls import Buffers
 from ..contestants import COMPILED_ON_CUDA, first_line, make_block
 from ..problems import Problem, draw
+from ..truth import Truth
 from .calls import by_strategy, fused_backward
 
 GRAPH_CALLS = 20
@@ -78,6 +79,7 @@ class Contestants(Strategies):
         self, problem: Problem, count: int, rivals: Sequence[str], device: str = "cuda"
     ) -> None:
         super().__init__(problem, count, device)
+        self.blocks: dict[str, nn.Module] = {}
         # Else a compiled backward gives memory of the forward away, and runs once.
         torch._functorch.config.donated_buffer = False
         for name in rivals:
@@ -94,6 +96,20 @@ class Contestants(Strategies):
                 call(0)
         for direction, call in found.items():
             self.calls[direction][name] = call
+        self.blocks[name] = block
+
+    def leave_out_wrong(self) -> None:
+        """Compare all with float64: a wrong rival is missing, a wrong fused block is an error."""
+        truth = Truth(self.problem, self.buffers.xs[0], self.buffers.grads[0])
+        for name, block in self.blocks.items():
+            try:
+                truth.assert_right(name, block, self.buffers.xs[0], self.buffers.grads[0])
+            except AssertionError as error:
+                if name in ("eager", "fused"):
+                    raise
+                for direction, found in self.calls.items():
+                    found.pop(name, None)
+                    self.missing[direction][name] = first_line(error)
 
     def _add_rival(self, name: str) -> None:
         """In as many directions as it compiles for; the backward may fail alone."""

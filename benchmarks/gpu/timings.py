@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..memory import of_blocks
 from ..outcome import Folder, Outcome
 from ..problems import BLOCKS, Problem
 from ..rows import Row
@@ -61,8 +62,22 @@ class Timer:
 def time_row(problem: Problem, rivals: Sequence[str]) -> list[Row]:
     """A row a direction, of the fused block, the copy, and these contestants."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    count = buffers(problem, l2_bytes)
-    contestants = Contestants(problem, count, rivals)
+    return time_contestants(Contestants(problem, buffers(problem, l2_bytes), rivals), l2_bytes)
+
+
+def time_row_and_memory(problem: Problem, rivals: Sequence[str]) -> list[Row]:
+    """The same of those that are right, and the memory of each in the last row."""
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    contestants = Contestants(problem, buffers(problem, l2_bytes), rivals)
+    contestants.leave_out_wrong()
+    found = time_contestants(contestants, l2_bytes)
+    memory = of_blocks(contestants.blocks, contestants.buffers)
+    return [*found[:-1], {**found[-1], "memory": memory, "bytes": problem.bytes}]
+
+
+def time_contestants(contestants: Contestants, l2_bytes: int) -> list[Row]:
+    """A row a direction."""
+    problem, count = contestants.problem, len(contestants.buffers.xs)
     clock = Clock(l2_bytes)
     found = []
     for direction, calls in contestants.calls.items():
