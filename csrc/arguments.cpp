@@ -153,17 +153,16 @@ Shape check_forward(const Tensor& x, const WeightArguments& w) {
   return s;
 }
 
-DenseWeights::DenseWeights(const WeightArguments& w, ScalarType dtype) {
-  owned.reserve(6);
+DenseWeights::DenseWeights(const WeightArguments& w) {
   const auto dense = [&](const Tensor& t) -> const void* {
-    if (t.scalar_type() == dtype && t.is_contiguous()) return t.const_data_ptr();
-    owned.push_back(torch::stable::contiguous(torch::stable::to(t, dtype)));
+    if (t.is_contiguous()) return t.const_data_ptr();
+    owned.push_back(torch::stable::contiguous(t));
     return owned.back().const_data_ptr();
   };
   const auto dense_or_null = [&](const std::optional<Tensor>& t) {
     return t ? dense(*t) : nullptr;
   };
-  view = {dtype_of(dtype),           dense(w.fc1_weight),       dense_or_null(w.fc1_bias),
+  view = {dtype_of(w.fc1_weight),    dense(w.fc1_weight),       dense_or_null(w.fc1_bias),
           dense(w.fc2_weight),       dense_or_null(w.fc2_bias), dense(w.conv_weight),
           dense_or_null(w.conv_bias)};
 }

@@ -25,12 +25,13 @@ struct WeightArguments {
   const std::optional<Tensor>& conv_bias;
 };
 
-// The weights as kernels read them; holds the tensors that the pointers of `view` point into.
+// The weights as kernels read them, in the dtype they came in; holds the tensors that the pointers
+// of `view` point into.
 struct DenseWeights {
   std::vector<Tensor> owned;
   Weights view;
 
-  DenseWeights(const WeightArguments& w, ScalarType dtype);
+  explicit DenseWeights(const WeightArguments& w);
 };
 
 // What forward_train returns beside the output, for backward: sizes in problem.h.

@@ -23,9 +23,6 @@ struct Cpu {
               });
             }};
   }
-  static ScalarType weight_dtype(const Tensor& x, const WeightArguments&) {
-    return accumulator_of(x);
-  }
   static void forward(const ForwardProblem& p, const Tensor&) { cpu::target().forward(p, pool()); }
   static void backward(const BackwardProblem& p, const Tensor&) {
     cpu::target().backward(p, pool());
@@ -34,9 +31,6 @@ struct Cpu {
 
 #if defined(CBAM_WITH_CUDA)
 struct Cuda {
-  static ScalarType weight_dtype(const Tensor&, const WeightArguments& w) {
-    return w.fc1_weight.scalar_type();
-  }
   static void forward(const ForwardProblem& p, const Tensor& x) { run(p, x); }
   static void backward(const BackwardProblem& p, const Tensor& x) { run(p, x); }
 

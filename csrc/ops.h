@@ -1,7 +1,6 @@
 // The operators, written once for every backend: schemas, and the functions around its kernels that
 // check, allocate, fill a Problem and hand it on. A Backend has
 //
-//   static ScalarType weight_dtype(const Tensor& x, const WeightArguments& w);  what kernels read
 //   static void forward(const ForwardProblem& problem, const Tensor& x);   x: for scratch memory
 //   static void backward(const BackwardProblem& problem, const Tensor& x);
 #pragma once
@@ -27,7 +26,7 @@ void run_forward(const Tensor& x_given, const Shape& shape, const WeightArgument
                  const Saved& saved, Output& out) {
   if (shape.samples == 0) return;
   const Tensor x = in_layout_of(out.native, x_given);
-  const DenseWeights weights(w, Backend::weight_dtype(x, w));
+  const DenseWeights weights(w);
   Backend::forward({dtype_of(x), shape, *native_strides(x), *native_strides(out.native),
                     x.const_data_ptr(), out.native.mutable_data_ptr(), weights.view, saved},
                    x);
@@ -123,7 +122,7 @@ InputGradients backward(const Tensor& grad_out, const OptionalTensor& grad_chann
       dx ? std::pair{in_layout_of(dx->native, x_given), in_layout_of(dx->native, grad_out)}
          : in_one_layout(x_given, grad_out);
   const SavedTensors saved = given.contiguous();
-  const DenseWeights weights(w, Backend::weight_dtype(x, w));
+  const DenseWeights weights(w);
   const OptionalTensor d_gate = contiguous(grad_channel_gate),
                        d_spatial = contiguous(grad_spatial_gate);
   const WeightGradient d1(x, fc1_weight, output_mask[1]), d1b(x, fc1_bias, output_mask[2]),

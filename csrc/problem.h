@@ -40,7 +40,7 @@ struct Strides {
 
 // `acc` below is double where x is double, else float.
 struct Weights {
-  DType dtype;              // acc, or x's where the backend reads that; of all of them
+  DType dtype;              // acc or x's; of all of them
   const void* fc1_weight;   // [hidden, channels]
   const void* fc1_bias;     // [hidden] or null
   const void* fc2_weight;   // [channels, hidden]

@@ -51,17 +51,23 @@ class Backward {
     flip_weights();
   }
 
+  // What reaches x of one sample through the gates, kept until dx is written.
+  struct Reach {
+    A* d_mean;    // [pixels]: of the mean map, over C
+    A* d_max;     // [pixels]: of the maximum map
+    A* d_pooled;  // [2, channels]: of the mean (over S) and of the maximum over space
+    RowHits hits;
+  };
+
   struct Workspace {
     A* partial;   // [row blocks, cols]
     A* row_sum;   // [rows]
     A* col_sum;   // [cols]
     A* planes;    // [3, image rows, pitch]: dz and, for the convolution's gradient, the maps
-    A* d_mean;    // [pixels]: of the mean map, over C
-    A* d_max;     // [pixels]: of the maximum map
-    A* d_pooled;  // [2, channels]: of the mean (over S) and of the maximum over space
-    RowHits hits;
+    A* d_pooled;  // [group, 2, channels]: of the mean (over S) and of the maximum over space
+    Reach reach[kMostTogether];
 
-    Workspace(const ForwardProblem& p, int64_t, Carver& carver) {
+    Workspace(const ForwardProblem& p, int64_t group, Carver& carver) {
       const Planes<A> planes_of(p.shape);
       const int64_t channels = p.shape.channels, pixels = p.shape.pixels();
       const bool first = p.strides.channels_first();
@@ -70,11 +76,12 @@ class Backward {
       row_sum = carver.array<A>(rows);
       col_sum = carver.array<A>(cols);
       planes = carver.array<A>(3 * planes_of.size());
-      d_mean = carver.array<A>(pixels);
-      d_max = carver.array<A>(pixels);
-      d_pooled = carver.array<A>(2 * channels);
-      hits.first = carver.array<int32_t>(rows + 1);
-      hits.columns = carver.array<int32_t>(cols);
+      d_pooled = carver.array<A>(group * 2 * channels);
+      for (int64_t i = 0; i < group; ++i)
+        reach[i] = {carver.array<A>(pixels),
+                    carver.array<A>(pixels),
+                    d_pooled + i * 2 * channels,
+                    {carver.array<int32_t>(rows + 1), carver.array<int32_t>(cols)}};
       if (planes) std::memset(planes, 0, 3 * planes_of.size() * sizeof(A));
     }
     A* channel_sum(bool channels_first) const { return channels_first ? row_sum : col_sum; }
@@ -88,13 +95,16 @@ class Backward {
       gradient_of_logits(n, ws);
       if (p_.gradients.conv()) gradient_of_conv(n, ws, run);
       if (!reaches_gate_) continue;
-      gradient_of_maps(ws, run);
-      ws.hits.build(channels_first_ ? channel_argmax(n) : pixel_argmax(n), rows_, cols_);
-      add_map_terms(n, ws, run);
-      gradient_of_mlp(n, ws);
-      if (p_.gradients.x)
-        run(rows_, [&](int64_t begin, int64_t end) { write_dx(n, ws, begin, end); });
+      Reach& reach = ws.reach[n - first];
+      gradient_of_maps(ws, reach, run);
+      reach.hits.build(channels_first_ ? channel_argmax(n) : pixel_argmax(n), rows_, cols_);
+      add_map_terms(n, ws, reach, run);
+      gradient_of_gate(n, ws);
     }
+    if (reaches_gate_) gradient_of_mlp(first, last - first, ws.d_pooled);
+    if (!p_.gradients.x) return;
+    for (int64_t n = first; n < last; ++n)
+      run(rows_, [&](int64_t begin, int64_t end) { write_dx(n, ws.reach[n - first], begin, end); });
   }
 
  private:
@@ -102,10 +112,14 @@ class Backward {
 
   // A transposed convolution is a correlation with the taps in reverse order.
   void flip_weights() {
-    const A* weight = static_cast<const A*>(p_.weights.conv_weight);
+    const int64_t taps = shape_.taps();
+    widen_weights<T>(p_.weights.dtype, p_.weights.conv_weight, 2 * taps, flipped_);
     for (int64_t m = 0; m < 2; ++m)
-      for (int64_t t = 0; t < shape_.taps(); ++t)
-        flipped_[m * shape_.taps() + t] = weight[(m + 1) * shape_.taps() - 1 - t];
+      for (A *a = flipped_ + m * taps, *b = a + taps - 1; a < b; ++a, --b) {
+        const A first = *a;
+        *a = *b;
+        *b = first;
+      }
   }
 
   template <class E>
@@ -200,14 +214,14 @@ class Backward {
 
   // dmean / C and dmax.
   template <class Run>
-  void gradient_of_maps(Workspace& ws, Run run) const {
+  void gradient_of_maps(const Workspace& ws, const Reach& reach, Run run) const {
     run(planes_.image_rows(), [&](int64_t begin, int64_t end) {
       const int64_t width = shape_.width;
       for (int64_t row = begin; row < end; ++row) {
-        A* mean = ws.d_mean + row * width;
+        A* mean = reach.d_mean + row * width;
         correlate_row(planes_, ws.planes, 1, flipped_, A(0), row, mean);
         correlate_row(planes_, ws.planes, 1, flipped_ + shape_.taps(), A(0), row,
-                      ws.d_max + row * width);
+                      reach.d_max + row * width);
         for (int64_t w = 0; w < width; ++w) mean[w] /= static_cast<A>(shape_.channels);
       }
     });
@@ -215,22 +229,22 @@ class Backward {
 
   // dg: adds to the channels' sums what reaches the gate through the maps.
   template <class Run>
-  void add_map_terms(int64_t n, Workspace& ws, Run run) const {
+  void add_map_terms(int64_t n, Workspace& ws, const Reach& reach, Run run) const {
     if (channels_first_) {
       run(rows_, [&](int64_t begin, int64_t end) {
         for (int64_t c = begin; c < end; ++c) {
           const T* row = x(n).row(c);
-          A term = dot(row, ws.d_mean, pixels_);
-          for (int32_t i = ws.hits.first[c]; i < ws.hits.first[c + 1]; ++i) {
-            const int32_t s = ws.hits.columns[i];
-            term += ws.d_max[s] * load_one(row + s);
+          A term = dot(row, reach.d_mean, pixels_);
+          for (int32_t i = reach.hits.first[c]; i < reach.hits.first[c + 1]; ++i) {
+            const int32_t s = reach.hits.columns[i];
+            term += reach.d_max[s] * load_one(row + s);
           }
           ws.row_sum[c] += term;
         }
       });
     } else {
       run(row_blocks(rows_), [&](int64_t first, int64_t last) {
-        for (int64_t b = first; b < last; ++b) map_terms_of_block(n, b, ws);
+        for (int64_t b = first; b < last; ++b) map_terms_of_block(n, b, ws, reach);
       });
       merge_partials(ws.partial, ws.partial, run);
       add_scaled(ws.partial, A(1), ws.col_sum, cols_);
@@ -238,80 +252,90 @@ class Backward {
   }
 
   // Channels last: the map terms of one block of pixels.
-  void map_terms_of_block(int64_t n, int64_t block, Workspace& ws) const {
+  void map_terms_of_block(int64_t n, int64_t block, const Workspace& ws, const Reach& reach) const {
     A* partial = ws.partial + block * cols_;
     const int64_t end = (block + 1) * kRowBlock < rows_ ? (block + 1) * kRowBlock : rows_;
     for (int64_t c = 0; c < cols_; ++c) partial[c] = A(0);
     for (int64_t s = block * kRowBlock; s < end; ++s) {
       const T* row = x(n).row(s);
-      add_scaled(row, ws.d_mean[s], partial, cols_);
+      add_scaled(row, reach.d_mean[s], partial, cols_);
       const int32_t c = channel_argmax(n)[s];
-      partial[c] += ws.d_max[s] * load_one(row + c);
+      partial[c] += reach.d_max[s] * load_one(row + c);
     }
   }
 
-  // dl, then davg / S and dtop.
-  void gradient_of_mlp(int64_t n, Workspace& ws) const {
+  // dl
+  void gradient_of_gate(int64_t n, Workspace& ws) const {
     A* d_gate = ws.channel_sum(channels_first_);
     if (p_.d_channel_gate)
       add_scaled(static_cast<const A*>(p_.d_channel_gate) + n * shape_.channels, A(1), d_gate,
                  shape_.channels);
+    A* d_logits = batch_.d_logits(n);
+    const A* gate = channel_gate(n);
     for (int64_t c = 0; c < shape_.channels; ++c)
-      batch_.d_logits(n)[c] = d_gate[c] * sigmoid_derivative<A>(channel_gate(n)[c]);
+      d_logits[c] = d_gate[c] * sigmoid_derivative<A>(gate[c]);
+  }
+
+  // davg / S and dtop of the samples from `first` on.
+  void gradient_of_mlp(int64_t first, int64_t samples, A* d_pooled) const {
     if (!p_.gradients.x && !p_.gradients.fc1_weight && !p_.gradients.fc1_bias) return;
-    mlp_.second_layer_backward(batch_.d_logits(n), hidden(n), batch_.d_hidden(n));
+    mlp_.second_layer_backward(batch_.d_logits(first), samples, hidden(first),
+                               batch_.d_hidden(first));
     if (!p_.gradients.x) return;
-    mlp_.first_layer_backward(batch_.d_hidden(n), ws.d_pooled);
-    for (int64_t c = 0; c < shape_.channels; ++c) ws.d_pooled[c] /= static_cast<A>(pixels_);
+    mlp_.first_layer_backward(batch_.d_hidden(first), samples, d_pooled);
+    for (int64_t n = 0; n < samples; ++n)
+      for (int64_t c = 0; c < shape_.channels; ++c)
+        d_pooled[2 * n * shape_.channels + c] /= static_cast<A>(pixels_);
   }
 
   // Rows [begin, end) of dx: first as if no element were a maximum, then those that are.
-  void write_dx(int64_t n, const Workspace& ws, int64_t begin, int64_t end) const {
+  void write_dx(int64_t n, const Reach& reach, int64_t begin, int64_t end) const {
     for (int64_t r = begin; r < end; ++r) {
       if (channels_first_)
-        write_channel(n, ws, r);
+        write_channel(n, reach, r);
       else
-        write_pixel(n, ws, r);
-      write_element(n, ws, r, (channels_first_ ? pixel_argmax(n) : channel_argmax(n))[r]);
-      for (int32_t i = ws.hits.first[r]; i < ws.hits.first[r + 1]; ++i)
-        write_element(n, ws, r, ws.hits.columns[i]);
+        write_pixel(n, reach, r);
+      write_element(n, reach, r, (channels_first_ ? pixel_argmax(n) : channel_argmax(n))[r]);
+      for (int32_t i = reach.hits.first[r]; i < reach.hits.first[r + 1]; ++i)
+        write_element(n, reach, r, reach.hits.columns[i]);
     }
   }
 
-  void write_channel(int64_t n, const Workspace& ws, int64_t c) const {
+  void write_channel(int64_t n, const Reach& reach, int64_t c) const {
     const T* in = dout(n).row(c);
     T* to = dx(n).row(c);
     const A* spatial = spatial_gate(n);
-    const A gate = channel_gate(n)[c], d_avg = ws.d_pooled[c];
+    const A gate = channel_gate(n)[c], d_avg = reach.d_pooled[c];
     for_vectors_again<A>(cols_, [&](int64_t s, auto lanes) {
-      const vec_t<A> dy = lanes.load(in + s) * lanes.load(spatial + s) + lanes.load(ws.d_mean + s);
+      const vec_t<A> dy =
+          lanes.load(in + s) * lanes.load(spatial + s) + lanes.load(reach.d_mean + s);
       lanes.store(to + s, dy * gate + d_avg);
     });
   }
 
-  void write_pixel(int64_t n, const Workspace& ws, int64_t s) const {
+  void write_pixel(int64_t n, const Reach& reach, int64_t s) const {
     const T* in = dout(n).row(s);
     T* to = dx(n).row(s);
     const A* gate = channel_gate(n);
-    const A spatial = spatial_gate(n)[s], d_mean = ws.d_mean[s];
+    const A spatial = spatial_gate(n)[s], d_mean = reach.d_mean[s];
     for_vectors_again<A>(cols_, [&](int64_t c, auto lanes) {
       const vec_t<A> dy = lanes.load(in + c) * spatial + d_mean;
-      lanes.store(to + c, dy * lanes.load(gate + c) + lanes.load(ws.d_pooled + c));
+      lanes.store(to + c, dy * lanes.load(gate + c) + lanes.load(reach.d_pooled + c));
     });
   }
 
-  void write_element(int64_t n, const Workspace& ws, int64_t r, int64_t j) const {
+  void write_element(int64_t n, const Reach& reach, int64_t r, int64_t j) const {
     const int64_t c = channels_first_ ? r : j, s = channels_first_ ? j : r;
-    A dy = load_one(dout(n).row(r) + j) * spatial_gate(n)[s] + ws.d_mean[s];
-    if (channel_argmax(n)[s] == c) dy += ws.d_max[s];
-    A v = dy * channel_gate(n)[c] + ws.d_pooled[c];
-    if (pixel_argmax(n)[c] == s) v += ws.d_pooled[shape_.channels + c];
+    A dy = load_one(dout(n).row(r) + j) * spatial_gate(n)[s] + reach.d_mean[s];
+    if (channel_argmax(n)[s] == c) dy += reach.d_max[s];
+    A v = dy * channel_gate(n)[c] + reach.d_pooled[c];
+    if (pixel_argmax(n)[c] == s) v += reach.d_pooled[shape_.channels + c];
     store_one(dx(n).row(r) + j, v);
   }
 
   const BackwardProblem& p_;
   const Shape& shape_;
-  Mlp<A> mlp_;
+  Mlp<T> mlp_;
   Planes<A> planes_;
   int64_t pixels_;
   bool channels_first_;

@@ -73,27 +73,11 @@ class BatchGradients {
   template <class D>
   static void outer_sums(const ThreadPool& workers, int64_t count, int64_t rows, D d,
                          const A* vectors, int64_t n, A* out) {
-    constexpr int kRows = 4;
     if (!out) return;
-    OverThreads{workers}((rows + kRows - 1) / kRows, [&](int64_t begin, int64_t end) {
-      int64_t r = begin * kRows;
-      const int64_t last = end * kRows < rows ? end * kRows : rows;
-      for (; r + kRows <= last; r += kRows) outer_rows<kRows>(count, d, vectors, n, r, out);
-      for (; r < last; ++r) outer_rows<1>(count, d, vectors, n, r, out);
-    });
-  }
-
-  // kRows rows of them: each vector is loaded once for all, sums stay in registers.
-  template <int kRows, class D>
-  static void outer_rows(int64_t count, D d, const A* vectors, int64_t n, int64_t r, A* out) {
-    for_vectors<A>(n, [&](int64_t j, auto lanes) {
-      vec_t<A> sum[kRows] = {};
-      for (int64_t i = 0; i < count; ++i) {
-        const vec_t<A> v = lanes.load(vectors + i * n + j);
-        const A* factor = d(i) + r;
-        for (int k = 0; k < kRows; ++k) sum[k] += factor[k] * v;
-      }
-      for (int k = 0; k < kRows; ++k) lanes.store(out + (r + k) * n + j, sum[k]);
+    OverThreads{workers}(rows, [&](int64_t begin, int64_t end) {
+      combine(
+          begin, end, count, [&](int64_t i, int64_t r) { return d(i)[r]; }, vectors, n,
+          [&](int64_t r) { return out + r * n; });
     });
   }
 

@@ -30,6 +30,8 @@ class Forward {
     A* sums;     // [group, hidden]
     A* planes;   // [2, image rows, pitch]: the maps
     A* spatial;  // [pixels]: the spatial gate
+    A* taps;     // [2, taps]: the convolution's weights
+    A bias = A(0);
 
     Workspace(const ForwardProblem& p, int64_t group, Carver& carver) {
       const Planes<A> planes_of(p.shape);
@@ -41,7 +43,11 @@ class Forward {
       sums = carver.array<A>(group * p.shape.hidden);
       planes = carver.array<A>(2 * planes_of.size());
       spatial = carver.array<A>(p.shape.pixels());
-      if (planes) std::memset(planes, 0, 2 * planes_of.size() * sizeof(A));
+      taps = carver.array<A>(2 * p.shape.taps());
+      if (!planes) return;
+      widen_weights<T>(p.weights.dtype, p.weights.conv_weight, 2 * p.shape.taps(), taps);
+      widen_weights<T>(p.weights.dtype, p.weights.conv_bias, 1, &bias);
+      std::memset(planes, 0, 2 * planes_of.size() * sizeof(A));
     }
   };
 
@@ -194,11 +200,8 @@ class Forward {
 
   // Image rows [begin, end) of sigmoid(conv(maps) + bias).
   void spatial_gate(const Workspace& ws, A* gate, int64_t begin, int64_t end) const {
-    const A* weight = static_cast<const A*>(p_.weights.conv_weight);
-    const A* bias = static_cast<const A*>(p_.weights.conv_bias);
     for (int64_t row = begin; row < end; ++row)
-      correlate_row(planes_, ws.planes, 2, weight, bias ? *bias : A(0), row,
-                    gate + row * shape_.width);
+      correlate_row(planes_, ws.planes, 2, ws.taps, ws.bias, row, gate + row * shape_.width);
     A* rows = gate + begin * shape_.width;
     for_vectors<A>((end - begin) * shape_.width, [&](int64_t j, auto lanes) {
       lanes.store(rows + j, sigmoid<A>(lanes.load(rows + j)));
@@ -209,7 +212,7 @@ class Forward {
 
   const ForwardProblem& p_;
   const Shape& shape_;
-  Mlp<A> mlp_;
+  Mlp<T> mlp_;
   Planes<A> planes_;
   int64_t pixels_;
   bool channels_first_;

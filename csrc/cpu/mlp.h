@@ -1,5 +1,5 @@
-// The shared two-layer MLP of the channel gate and its derivatives. Weights are walked some rows at
-// a time, each once for all samples of a group.
+// The shared two-layer MLP of the channel gate and its derivatives. Weights are read in the dtype
+// they are kept in, some rows at a time, for all samples of a group.
 #pragma once
 
 #include "../problem.h"
@@ -11,13 +11,13 @@ namespace {
 // put(r, v, sum over n elements of row r of a matrix times vector v) for kRows rows and kVectors
 // vectors: enough sums side by side to hide the latency of an addition, few enough for registers.
 // Each is made in the same order, whichever others are made with it.
-template <int kRows, int kVectors, class A, class Put>
-CBAM_INLINE void some_products(const A* matrix, const A* vectors, int64_t n, Put put) {
+template <int kRows, int kVectors, class W, class A, class Put>
+CBAM_INLINE void some_products(const W* matrix, const A* vectors, int64_t n, Put put) {
   A total[kRows][kVectors] = {};
   for (int64_t begin = 0; begin < n; begin += kSumBlock) {
     const int64_t end = n - begin < kSumBlock ? n : begin + kSumBlock;
     vec_t<A> sum[kRows][kVectors] = {};
-    for_loads<A>(begin, end, [&](int64_t j, auto lanes) {
+    for_row_vectors<A>(begin, end, [&](int64_t j, auto lanes) {
       vec_t<A> x[kVectors];
       for (int v = 0; v < kVectors; ++v) x[v] = lanes.load(vectors + v * n + j);
       for (int r = 0; r < kRows; ++r) {
@@ -33,8 +33,8 @@ CBAM_INLINE void some_products(const A* matrix, const A* vectors, int64_t n, Put
 }
 
 // The same for all rows of a matrix [rows, n] and all vectors [count, n].
-template <class A, class Put>
-void products(const A* matrix, int64_t rows, const A* vectors, int64_t count, int64_t n, Put put) {
+template <class W, class A, class Put>
+void products(const W* matrix, int64_t rows, const A* vectors, int64_t count, int64_t n, Put put) {
   constexpr int kMost = 4;
   for (int64_t from = 0; from < count; from += kMost)
     for_count<kMost>(count - from < kMost ? count - from : kMost, [&](auto some) {
@@ -50,59 +50,98 @@ void products(const A* matrix, int64_t rows, const A* vectors, int64_t count, in
     });
 }
 
-template <class A>
-struct Mlp {
-  int64_t channels, hidden;
-  const A *w0, *b0, *w1, *b1;  // [hidden, channels], [hidden], [channels, hidden], [channels]
+// Calls body(Type<W>{}) with the dtype of the weights: that of x, or what it is computed in.
+template <class T, class Body>
+CBAM_INLINE void for_weight_type(DType dtype, Body body) {
+  if constexpr (sizeof(T) == 2)
+    if (bytes_of(dtype) == sizeof(T)) return body(Type<T>{});
+  body(Type<acc_t<T>>{});
+}
 
-  Mlp(const Shape& s, const Weights& w)
-      : channels(s.channels),
-        hidden(s.hidden),
-        w0(static_cast<const A*>(w.fc1_weight)),
-        b0(static_cast<const A*>(w.fc1_bias)),
-        w1(static_cast<const A*>(w.fc2_weight)),
-        b1(static_cast<const A*>(w.fc2_bias)) {}
+// Weights for the walks over x, where they are read again and again: none if `from` is null.
+template <class T>
+void widen_weights(DType dtype, const void* from, int64_t n, acc_t<T>* to) {
+  if (!from) return;
+  for_weight_type<T>(dtype, [&](auto type) {
+    const auto* weights = static_cast<const typename decltype(type)::type*>(from);
+    for (int64_t i = 0; i < n; ++i) to[i] = load_one(weights + i);
+  });
+}
+
+template <class T>
+class Mlp {
+ public:
+  using A = acc_t<T>;
+
+  Mlp(const Shape& shape, const Weights& weights)
+      : channels_(shape.channels), hidden_(shape.hidden), weights_(weights) {}
 
   // pooled [samples, 2, channels] -> hidden [samples, 2, hidden] = relu(W0 pooled + b0)
-  void first_layer(const A* pooled, int64_t samples, A* hidden_out) const {
-    products(w0, hidden, pooled, 2 * samples, channels, [&](int64_t r, int64_t i, A sum) {
-      hidden_out[i * hidden + r] = relu(sum + (b0 ? b0[r] : A(0)));
+  void first_layer(const A* pooled, int64_t samples, A* hidden) const {
+    for_weight_type<T>(weights_.dtype, [&](auto type) {
+      using W = typename decltype(type)::type;
+      const W* bias = static_cast<const W*>(weights_.fc1_bias);
+      products(static_cast<const W*>(weights_.fc1_weight), hidden_, pooled, 2 * samples, channels_,
+               [&](int64_t r, int64_t i, A sum) {
+                 hidden[i * hidden_ + r] = relu(sum + (bias ? load_one(bias + r) : A(0)));
+               });
     });
   }
 
   // gate [samples, channels] = sigmoid(W1 (hidden of mean + hidden of max) + 2 b1).
   // `sums` holds samples * hidden.
-  void second_layer(const A* hidden_in, int64_t samples, A* sums, A* gate) const {
+  void second_layer(const A* hidden, int64_t samples, A* sums, A* gate) const {
     for (int64_t n = 0; n < samples; ++n)
-      for (int64_t r = 0; r < hidden; ++r)
-        sums[n * hidden + r] = hidden_in[2 * n * hidden + r] + hidden_in[(2 * n + 1) * hidden + r];
-    products(w1, channels, sums, samples, hidden, [&](int64_t c, int64_t n, A sum) {
-      gate[n * channels + c] = sum + (b1 ? A(2) * b1[c] : A(0));
+      for (int64_t r = 0; r < hidden_; ++r)
+        sums[n * hidden_ + r] = hidden[2 * n * hidden_ + r] + hidden[(2 * n + 1) * hidden_ + r];
+    for_weight_type<T>(weights_.dtype, [&](auto type) {
+      using W = typename decltype(type)::type;
+      const W* bias = static_cast<const W*>(weights_.fc2_bias);
+      products(static_cast<const W*>(weights_.fc2_weight), channels_, sums, samples, hidden_,
+               [&](int64_t c, int64_t n, A sum) {
+                 gate[n * channels_ + c] = sum + (bias ? A(2) * load_one(bias + c) : A(0));
+               });
     });
-    for_vectors<A>(samples * channels, [&](int64_t j, auto lanes) {
+    for_vectors<A>(samples * channels_, [&](int64_t j, auto lanes) {
       lanes.store(gate + j, sigmoid<A>(lanes.load(gate + j)));
     });
   }
 
-  // d_logits [channels] -> d_hidden [2, hidden] of one sample: W1^T d_logits where the ReLU passes.
-  void second_layer_backward(const A* d_logits, const A* hidden_in, A* d_hidden) const {
-    for (int64_t r = 0; r < hidden; ++r) d_hidden[r] = A(0);
-    for (int64_t c = 0; c < channels; ++c)
-      add_scaled(w1 + c * hidden, d_logits[c], d_hidden, hidden);
-    for (int64_t r = 0; r < hidden; ++r) {
-      const A d = d_hidden[r];
-      d_hidden[r] = relu_passes(hidden_in[r]) ? d : A(0);
-      d_hidden[hidden + r] = relu_passes(hidden_in[hidden + r]) ? d : A(0);
-    }
+  // d_logits [samples, channels] -> d_hidden [samples, 2, hidden]: W1^T d_logits where the ReLU
+  // passes.
+  void second_layer_backward(const A* d_logits, int64_t samples, const A* hidden,
+                             A* d_hidden) const {
+    for_weight_type<T>(weights_.dtype, [&](auto type) {
+      using W = typename decltype(type)::type;
+      combine(
+          0, samples, channels_, [&](int64_t c, int64_t n) { return d_logits[n * channels_ + c]; },
+          static_cast<const W*>(weights_.fc2_weight), hidden_,
+          [&](int64_t n) { return d_hidden + 2 * n * hidden_; });
+    });
+    for (int64_t n = 0; n < samples; ++n)
+      for (int64_t r = 0; r < hidden_; ++r) {
+        A* of_mean = d_hidden + 2 * n * hidden_ + r;
+        const A* passed = hidden + 2 * n * hidden_ + r;
+        const A d = *of_mean;
+        of_mean[0] = relu_passes(passed[0]) ? d : A(0);
+        of_mean[hidden_] = relu_passes(passed[hidden_]) ? d : A(0);
+      }
   }
 
-  // d_hidden [2, hidden] -> d_pooled [2, channels] of one sample: W0^T d_hidden.
-  void first_layer_backward(const A* d_hidden, A* d_pooled) const {
-    for (int64_t j = 0; j < 2 * channels; ++j) d_pooled[j] = A(0);
-    for (int64_t r = 0; r < hidden; ++r)
-      for (int64_t i = 0; i < 2; ++i)
-        add_scaled(w0 + r * channels, d_hidden[i * hidden + r], d_pooled + i * channels, channels);
+  // d_hidden [samples, 2, hidden] -> d_pooled [samples, 2, channels]: W0^T d_hidden.
+  void first_layer_backward(const A* d_hidden, int64_t samples, A* d_pooled) const {
+    for_weight_type<T>(weights_.dtype, [&](auto type) {
+      using W = typename decltype(type)::type;
+      combine(
+          0, 2 * samples, hidden_, [&](int64_t r, int64_t i) { return d_hidden[i * hidden_ + r]; },
+          static_cast<const W*>(weights_.fc1_weight), channels_,
+          [&](int64_t i) { return d_pooled + i * channels_; });
+    });
   }
+
+ private:
+  int64_t channels_, hidden_;
+  const Weights& weights_;  // [hidden, channels], [hidden], [channels, hidden], [channels]
 };
 
 }  // namespace

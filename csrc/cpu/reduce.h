@@ -34,15 +34,20 @@ int64_t find_first(const T* row, const acc_t<T>* factor, int64_t begin, int64_t 
                    acc_t<T> wanted) {
   using A = acc_t<T>;
   const bool nan = wanted != wanted;
-  for (int64_t j = begin; j < end; j += kLanes<A>) {
-    const int64_t n = end - j < kLanes<A> ? end - j : kLanes<A>;
-    vec_t<A> v = n < kLanes<A> ? load_first(row + j, n) : load(row + j);
-    if constexpr (kScaled) v *= n < kLanes<A> ? load_first(factor + j, n) : load(factor + j);
-    const ivec_t<A> hit = nan ? v != v : v == wanted;
-    const int first = first_of<A>(hit);
-    if (first < n) return j + first;
-  }
-  return end;
+  const auto hits = [&](int64_t j, auto lanes) {
+    vec_t<A> v = lanes.load(row + j);
+    if constexpr (kScaled) v *= lanes.load(factor + j);
+    return first_of<A>(nan ? v != v : v == wanted);
+  };
+  int64_t j = begin;
+  for (; j + kLanes<A> <= end; j += kLanes<A>)
+    if (const int first = hits(j, AllLanes<A>{}); first < kLanes<A>) return j + first;
+  if (j == end) return end;
+  // The vector that ends with the row: what it holds of those before was no hit.
+  const bool whole = end - begin >= kLanes<A>;
+  if (whole) j = end - kLanes<A>;
+  const int first = whole ? hits(j, AllLanes<A>{}) : hits(j, FirstLanes<A>{end - j});
+  return first < end - j ? j + first : end;
 }
 
 // Sum and maximum of row[j] * factor[j], and with kArgmax the first column of the maximum. Without
@@ -67,7 +72,7 @@ Extremes<acc_t<T>> reduce_row(const T* row, const acc_t<T>* factor, int64_t cols
         sum[u] += v;
         max[u] = maximum<A>(v, max[u]);
       }
-    for_loads<A>(j, n, [&](int64_t i, auto lanes) {
+    for_row_vectors<A>(j, n, [&](int64_t i, auto lanes) {
       vec_t<A> v = lanes.load(x + i);
       if constexpr (kScaled) v *= lanes.load(f + i);
       sum[0] += v;
@@ -138,14 +143,18 @@ void reduce_columns(const Matrix<const T>& m, int64_t begin, int64_t end, int64_
   }
   int64_t r = begin;
   for (; r + kRows <= end; r += kRows)
-    for_vectors<A>(cols, [&](int64_t j, auto lanes) {
-      fold_rows<kRows, kScaled, kArgmax>(m, r, col + j, factor, lanes, sum + j, max + j,
-                                         argmax + j);
+    for_slots<A>(cols, [&](int64_t slot, int64_t j, auto lanes) {
+      fold_rows<kRows, kScaled, kArgmax>(m, r, col + j, factor, lanes, sum + slot, max + slot,
+                                         argmax + slot);
     });
   for (; r < end; ++r)
-    for_vectors<A>(cols, [&](int64_t j, auto lanes) {
-      fold_rows<1, kScaled, kArgmax>(m, r, col + j, factor, lanes, sum + j, max + j, argmax + j);
+    for_slots<A>(cols, [&](int64_t slot, int64_t j, auto lanes) {
+      fold_rows<1, kScaled, kArgmax>(m, r, col + j, factor, lanes, sum + slot, max + slot,
+                                     argmax + slot);
     });
+  settle_slots<A>(sum, cols);
+  settle_slots<A>(max, cols);
+  if constexpr (kArgmax) settle_slots<A>(argmax, cols);
 }
 
 // out[r][j] = x[r][j] * row_factor[r] * col_factor[j] for rows [begin, end).
@@ -170,8 +179,7 @@ CBAM_INLINE void cross_rows(const Matrix<const T>& a, const Matrix<const T>& b, 
   for (int64_t begin = 0; begin < a.cols; begin += kColumnTile) {
     const int64_t n = a.cols - begin < kColumnTile ? a.cols - begin : kColumnTile;
     vec_t<A> sum[kRows] = {};
-    for_vectors<A>(n, [&](int64_t k, auto lanes) {
-      const int64_t j = begin + k;
+    for_row_vectors<A>(begin, begin + n, [&](int64_t j, auto lanes) {
       const vec_t<A> f = lanes.load(col_factor + j);
       vec_t<A> column = lanes.load(col_sum + j);
       for (int i = 0; i < kRows; ++i) {
@@ -211,7 +219,7 @@ acc_t<T> dot(const T* row, const acc_t<T>* weight, int64_t cols) {
     for (; j + kStep <= end; j += kStep)
       for (int u = 0; u < kUnroll; ++u)
         sum[u] += load(row + j + u * kLanes<A>) * load(weight + j + u * kLanes<A>);
-    for_loads<A>(j, end, [&](int64_t i, auto lanes) {
+    for_row_vectors<A>(j, end, [&](int64_t i, auto lanes) {
       sum[0] += lanes.load(row + i) * lanes.load(weight + i);
     });
     total += sum_of_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
@@ -223,9 +231,46 @@ acc_t<T> dot(const T* row, const acc_t<T>* weight, int64_t cols) {
 template <class T>
 void add_scaled(const T* row, acc_t<T> factor, acc_t<T>* to, int64_t cols) {
   using A = acc_t<T>;
-  for_vectors<A>(cols, [&](int64_t j, auto lanes) {
+  for_row_vectors<A>(0, cols, [&](int64_t j, auto lanes) {
     lanes.store(to + j, lanes.load(to + j) + factor * lanes.load(row + j));
   });
+}
+
+// kRows rows of out(k)[j] = sum over r, in its order, of factor(r, k) * matrix[r][j], for kVectors
+// vectors of columns from j on.
+template <int kRows, int kVectors, class W, class Factor, class Out, class L>
+CBAM_INLINE void combine_some(int64_t rows, int64_t k, Factor factor, const W* matrix, int64_t cols,
+                              int64_t j, L lanes, Out out) {
+  using A = acc_t<W>;
+  vec_t<A> sum[kRows][kVectors] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    vec_t<A> v[kVectors];
+    for (int i = 0; i < kVectors; ++i) v[i] = lanes.load(matrix + r * cols + j + i * kLanes<A>);
+    for (int row = 0; row < kRows; ++row) {
+      const A f = factor(r, k + row);
+      for (int i = 0; i < kVectors; ++i) sum[row][i] += f * v[i];
+    }
+  }
+  for (int row = 0; row < kRows; ++row)
+    for (int i = 0; i < kVectors; ++i) lanes.store(out(k + row) + j + i * kLanes<A>, sum[row][i]);
+}
+
+// Combinations [begin, end) of the rows of matrix [rows, cols]: sums stay in registers.
+template <class W, class Factor, class Out>
+void combine(int64_t begin, int64_t end, int64_t rows, Factor factor, const W* matrix, int64_t cols,
+             Out out) {
+  using A = acc_t<W>;
+  constexpr int kMost = 4, kVectors = 2;
+  for (int64_t k = begin; k < end; k += kMost)
+    for_count<kMost>(end - k < kMost ? end - k : kMost, [&](auto some) {
+      constexpr int kRows = decltype(some)::value;
+      int64_t j = 0;
+      for (; j + kVectors * kLanes<A> <= cols; j += kVectors * kLanes<A>)
+        combine_some<kRows, kVectors>(rows, k, factor, matrix, cols, j, AllLanes<A>{}, out);
+      for_vectors<A>(cols - j, [&](int64_t i, auto lanes) {
+        combine_some<kRows, 1>(rows, k, factor, matrix, cols, j + i, lanes, out);
+      });
+    });
 }
 
 }  // namespace

@@ -79,15 +79,32 @@ CBAM_INLINE To bit_cast(From v) {
 }
 
 // Half and bfloat16 bits to float lanes and back, rounding to nearest even; NaN stays NaN.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Both halves of a register get all eight elements, and each shuffles its four to where they
+// belong.
+CBAM_INLINE vec_t<float> widen(Bits16 bits, BFloat16) {
+  const __m256i both = _mm256_broadcastsi128_si256(bit_cast<__m128i>(bits));
+  const __m256i places =
+      _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                       -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  return bit_cast<vec_t<float>>(_mm256_shuffle_epi8(both, places));
+}
+CBAM_INLINE Bits16 low_halves(Bits32 v) {
+  const __m256i all = bit_cast<__m256i>(v);
+  return bit_cast<Bits16>(
+      _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+}
+#else
 CBAM_INLINE vec_t<float> widen(Bits16 bits, BFloat16) {
   return bit_cast<vec_t<float>>(__builtin_convertvector(bits, Bits32) << 16);
 }
+CBAM_INLINE Bits16 low_halves(Bits32 v) { return __builtin_convertvector(v, Bits16); }
+#endif
 
 CBAM_INLINE Bits16 narrow(vec_t<float> v, BFloat16) {
-  Bits32 u = bit_cast<Bits32>(v);
-  Bits32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  Bits32 quiet = (u >> 16) | 0x40u;
-  return __builtin_convertvector(v != v ? quiet : rounded, Bits16);
+  const Bits32 u = bit_cast<Bits32>(v);
+  const Bits32 rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  return low_halves((rounded | bit_cast<Bits32>(v != v)) >> 16);
 }
 
 #if defined(__AVX512F__)
@@ -226,13 +243,19 @@ struct LastLanes {
   CBAM_INLINE_MEMBER vec_t<A> load(const T* p) const {
     return or_else(cpu::load(p - before), vec_t<A>{});
   }
+  // What the other lanes stand for is written again as it is.
+  template <class T>
+  CBAM_INLINE_MEMBER void store(T* p, vec_t<A> v) const {
+    cpu::store(p - before, or_else(v, cpu::load(p - before)));
+  }
   CBAM_INLINE_MEMBER vec_t<A> or_else(vec_t<A> v, vec_t<A> other) const {
     return iota<A>() >= static_cast<index_t<A>>(before) ? v : other;
   }
 };
-// For a body that only loads, over begin .. n of rows that begin at 0.
+// As for_vectors, over begin .. n of rows that begin at 0. A store may write again what stands
+// before its place.
 template <class A, class Body>
-CBAM_INLINE void for_loads(int64_t begin, int64_t n, Body body) {
+CBAM_INLINE void for_row_vectors(int64_t begin, int64_t n, Body body) {
   int64_t j = begin;
   for (; j + kLanes<A> <= n; j += kLanes<A>) body(j, AllLanes<A>{});
   if (j == n) return;
@@ -251,10 +274,35 @@ CBAM_INLINE void for_vectors_again(int64_t n, Body body) {
   if (n % kLanes<A>) body(n - kLanes<A>, AllLanes<A>{});
 }
 
+// For results of columns that are moved to their places at the end: body(slot, j, lanes) makes the
+// vector of results `slot` from the columns j and after.
+template <class A, class Body>
+CBAM_INLINE void for_slots(int64_t n, Body body) {
+  if (n < kLanes<A>) return body(int64_t{0}, int64_t{0}, FirstLanes<A>{n});
+  int64_t j = 0;
+  for (; j + kLanes<A> <= n; j += kLanes<A>) body(j, j, AllLanes<A>{});
+  if (j < n) body(j, n - kLanes<A>, AllLanes<A>{});
+}
+template <class A, class E>
+CBAM_INLINE void settle_slots(E* results, int64_t n) {
+  const int64_t last = n % kLanes<A>;
+  if (n > kLanes<A> && last)
+    __builtin_memmove(results + n - last, results + n - last + kLanes<A> - last, last * sizeof(E));
+}
+
+CBAM_INLINE float widen_one(Half h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h.bits);
+#else
+  return widen(Bits16{h.bits}, Half{})[0];
+#endif
+}
+CBAM_INLINE float widen_one(BFloat16 b) { return bit_cast<float>(uint32_t{b.bits} << 16); }
+
 template <class T>
 CBAM_INLINE acc_t<T> load_one(const T* p) {
   if constexpr (sizeof(T) == 2) {
-    return load_first(p, 1)[0];
+    return widen_one(*p);
   } else {
     return *p;
   }

@@ -91,9 +91,6 @@ void watch_gradients(const Watched& watched, const Gradients& g, const Shape& s,
 }
 
 struct Emulated {
-  static ScalarType weight_dtype(const Tensor&, const WeightArguments& w) {
-    return w.fc1_weight.scalar_type();
-  }
   static void forward(const ForwardProblem& p, const Tensor& x) {
     const cuda::ForwardPlan plan = cuda::plan_to_run(p, device());
     const int64_t bytes = cuda::scratch(plan, p).total();
