@@ -21,7 +21,9 @@ class Forward {
         mlp_(problem.shape, problem.weights),
         planes_(problem.shape),
         pixels_(problem.shape.pixels()),
-        channels_first_(problem.strides.channels_first()) {}
+        channels_first_(problem.strides.channels_first()),
+        large_(shape_.samples * shape_.channels * pixels_ * bytes_of(problem.dtype) >=
+               kStreamedBytes) {}
 
   struct Workspace {
     A* block_sum;  // channels last: [row blocks, channels], partial results of the pool
@@ -62,10 +64,11 @@ class Forward {
           p_.training() ? static_cast<A*>(p_.saved.spatial_gate) + n * pixels_ : ws.spatial;
       run(planes_.image_rows(),
           [&](int64_t begin, int64_t end) { spatial_gate(ws, spatial, begin, end); });
+      const bool streamed = large_ && out(n).whole_vectors();
       run(x(n).rows, [&](int64_t begin, int64_t end) {
         const A* gate = channel_gate(n);
         scale_rows(x(n), out(n), begin, end, channels_first_ ? gate : spatial,
-                   channels_first_ ? spatial : gate);
+                   channels_first_ ? spatial : gate, streamed);
       });
     }
   }
@@ -216,6 +219,7 @@ class Forward {
   Planes<A> planes_;
   int64_t pixels_;
   bool channels_first_;
+  bool large_;  // the output
 };
 
 }  // namespace

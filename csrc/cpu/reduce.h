@@ -19,6 +19,13 @@ struct Matrix {
   int64_t rows, cols, stride;
 
   CBAM_INLINE_MEMBER T* row(int64_t r) const { return data + r * stride; }
+
+  // Whether every row begins and ends on the bounds of vectors.
+  bool whole_vectors() const {
+    constexpr int64_t kVector = kLanes<acc_t<T>>;
+    return reinterpret_cast<uintptr_t>(data) % (kVector * sizeof(T)) == 0 &&
+           stride % kVector == 0 && cols % kVector == 0;
+  }
 };
 
 template <class A>
@@ -157,18 +164,24 @@ void reduce_columns(const Matrix<const T>& m, int64_t begin, int64_t end, int64_
   if constexpr (kArgmax) settle_slots<A>(argmax, cols);
 }
 
-// out[r][j] = x[r][j] * row_factor[r] * col_factor[j] for rows [begin, end).
+// out[r][j] = x[r][j] * row_factor[r] * col_factor[j] for rows [begin, end); `streamed`: past the
+// caches.
 template <class T, class A = acc_t<T>>
 void scale_rows(const Matrix<const T>& x, const Matrix<T>& out, int64_t begin, int64_t end,
-                const A* row_factor, const A* col_factor) {
+                const A* row_factor, const A* col_factor, bool streamed) {
   for (int64_t r = begin; r < end; ++r) {
     const T* in = x.row(r);
     T* to = out.row(r);
     const A f = row_factor[r];
-    for_vectors_again<A>(x.cols, [&](int64_t j, auto lanes) {
+    const auto scale = [&](int64_t j, auto lanes) {
       lanes.store(to + j, lanes.load(in + j) * f * lanes.load(col_factor + j));
-    });
+    };
+    if (streamed)
+      for_streamed_vectors<A>(x.cols, scale);
+    else
+      for_vectors_again<A>(x.cols, scale);
   }
+  if (streamed) finish_streams();
 }
 
 // kRows rows of p = a * b: each row's sum of p * col_factor, and p * row_factor added to col_sum.

@@ -22,6 +22,10 @@ constexpr int64_t kSmallestSplit = 16 * 1024;
 // and more where the weights are what most of the time goes to.
 constexpr int64_t kGroupBytes = 1 << 20, kMostTogether = 8;
 
+// Outputs from this size on are not read from a cache by whoever reads them next, and are stored
+// past it.
+constexpr int64_t kStreamedBytes = 8 << 20;
+
 template <class Body>
 void parallel_tasks(const ThreadPool& pool, int64_t tasks, Body body) {
   if (tasks == 1) return body(0);

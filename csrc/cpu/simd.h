@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -272,6 +272,43 @@ CBAM_INLINE void for_vectors_again(int64_t n, Body body) {
   if (n < kLanes<A>) return body(int64_t{0}, FirstLanes<A>{n});
   for (int64_t j = 0; j + kLanes<A> <= n; j += kLanes<A>) body(j, AllLanes<A>{});
   if (n % kLanes<A>) body(n - kLanes<A>, AllLanes<A>{});
+}
+
+// Stores past the caches, for what is larger than they are: p on a multiple of the vector's bytes
+// there. Other threads see them after finish_streams().
+template <class T>
+CBAM_INLINE void stream(T* p, vec_t<acc_t<T>> v) {
+#if defined(__SSE2__)
+  constexpr int kBytes = kLanes<acc_t<T>> * sizeof(T);
+  T bytes[kLanes<acc_t<T>>];
+  store(bytes, v);
+  if constexpr (kBytes % sizeof(__m128i) == 0) {
+    for (int i = 0; i < kBytes; i += sizeof(__m128i)) {
+      __m128i part;
+      __builtin_memcpy(&part, reinterpret_cast<char*>(bytes) + i, sizeof part);
+      _mm_stream_si128(reinterpret_cast<__m128i*>(reinterpret_cast<char*>(p) + i), part);
+    }
+    return;
+  }
+#endif
+  store(p, v);
+}
+CBAM_INLINE void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+template <class A>
+struct StreamedLanes : AllLanes<A> {
+  template <class T>
+  CBAM_INLINE_MEMBER void store(T* p, vec_t<A> v) const {
+    cpu::stream(p, v);
+  }
+};
+// for_vectors_again of rows that hold whole vectors.
+template <class A, class Body>
+CBAM_INLINE void for_streamed_vectors(int64_t n, Body body) {
+  for (int64_t j = 0; j < n; j += kLanes<A>) body(j, StreamedLanes<A>{});
 }
 
 // For results of columns that are moved to their places at the end: body(slot, j, lanes) makes the
