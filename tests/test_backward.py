@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from cases import (
     CASES,
     DTYPES,
     FEW_CASES,
+    LARGE_CASES,
     LAYOUTS,
     NATIVE_LAYOUTS,
     Case,
@@ -200,6 +202,22 @@ def test_bitwise_equal_for_every_number_of_threads(case, layout, threads):
         results.append(gradients("cpu", leaves(x, weights), grad))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", LARGE_CASES, ids=str)
+def test_a_large_batch_is_its_samples_to_the_bit(case, dtype, layout):
+    """Memory is treated in another way from some size on."""
+    samples, *sizes = case.shape
+    whole = replace(case, shape=(samples * 4 // dtype.itemsize, *sizes))
+    x, grad = (LAYOUTS[layout](make_x(whole, dtype, seed=seed)) for seed in (0, 2))
+    weights = make_weights(whole, dtype)
+    out, dx, *_ = gradients("cpu", leaves(x, weights), grad)
+    for n in range(len(x)):
+        alone = gradients("cpu", leaves(x[n : n + 1], weights), grad[n : n + 1])
+        assert torch.equal(out[n : n + 1], alone[0])
+        assert torch.equal(dx[n : n + 1], alone[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -45,6 +45,7 @@ class Backward {
         channels_first_(problem.strides.channels_first()),
         rows_(channels_first_ ? shape_.channels : pixels_),
         cols_(channels_first_ ? pixels_ : shape_.channels),
+        large_(is_large(problem)),
         reaches_gate_(problem.gradients.x || problem.gradients.mlp()),
         batch_(batch),
         flipped_(flipped) {
@@ -288,50 +289,69 @@ class Backward {
         d_pooled[2 * n * shape_.channels + c] /= static_cast<A>(pixels_);
   }
 
-  // Rows [begin, end) of dx: first as if no element were a maximum, then those that are.
+  // Rows [begin, end) of dx, a piece at a time: first as if no element were a maximum, then those
+  // that are. Pieces that are stored past the caches are finished before.
   void write_dx(int64_t n, const Reach& reach, int64_t begin, int64_t end) const {
+    const bool streamed = large_ && dx(n).whole_vectors();
+    const int32_t* own_maximum = channels_first_ ? pixel_argmax(n) : channel_argmax(n);
+    T finished[kPiece];
     for (int64_t r = begin; r < end; ++r) {
-      if (channels_first_)
-        write_channel(n, reach, r);
-      else
-        write_pixel(n, reach, r);
-      write_element(n, reach, r, (channels_first_ ? pixel_argmax(n) : channel_argmax(n))[r]);
-      for (int32_t i = reach.hits.first[r]; i < reach.hits.first[r + 1]; ++i)
-        write_element(n, reach, r, reach.hits.columns[i]);
+      int32_t hit = reach.hits.first[r];
+      for (int64_t first = 0; first < cols_; first += kPiece) {
+        const int64_t count = cols_ - first < kPiece ? cols_ - first : kPiece;
+        T* row = dx(n).row(r) + first;
+        T* to = streamed ? finished : row;
+        if (channels_first_)
+          write_channel(n, reach, r, first, count, to);
+        else
+          write_pixel(n, reach, r, first, count, to);
+        const auto write_maximum = [&](int64_t j) {
+          if (first <= j && j < first + count) store_one(to + j - first, element(n, reach, r, j));
+        };
+        write_maximum(own_maximum[r]);
+        for (; hit < reach.hits.first[r + 1] && reach.hits.columns[hit] < first + count; ++hit)
+          write_maximum(reach.hits.columns[hit]);
+        if (streamed) stream_bytes(row, finished, count * sizeof(T));
+      }
     }
+    if (streamed) finish_streams();
   }
 
-  void write_channel(int64_t n, const Reach& reach, int64_t c) const {
-    const T* in = dout(n).row(c);
-    T* to = dx(n).row(c);
-    const A* spatial = spatial_gate(n);
+  // Of channel c, the pixels [first, first + count).
+  void write_channel(int64_t n, const Reach& reach, int64_t c, int64_t first, int64_t count,
+                     T* to) const {
+    const T* in = dout(n).row(c) + first;
+    const A *spatial = spatial_gate(n) + first, *d_mean = reach.d_mean + first;
     const A gate = channel_gate(n)[c], d_avg = reach.d_pooled[c];
-    for_vectors_again<A>(cols_, [&](int64_t s, auto lanes) {
-      const vec_t<A> dy =
-          lanes.load(in + s) * lanes.load(spatial + s) + lanes.load(reach.d_mean + s);
+    for_vectors_again<A>(count, [&](int64_t s, auto lanes) {
+      const vec_t<A> dy = lanes.load(in + s) * lanes.load(spatial + s) + lanes.load(d_mean + s);
       lanes.store(to + s, dy * gate + d_avg);
     });
   }
 
-  void write_pixel(int64_t n, const Reach& reach, int64_t s) const {
-    const T* in = dout(n).row(s);
-    T* to = dx(n).row(s);
-    const A* gate = channel_gate(n);
+  // Of pixel s, the channels [first, first + count).
+  void write_pixel(int64_t n, const Reach& reach, int64_t s, int64_t first, int64_t count,
+                   T* to) const {
+    const T* in = dout(n).row(s) + first;
+    const A *gate = channel_gate(n) + first, *d_avg = reach.d_pooled + first;
     const A spatial = spatial_gate(n)[s], d_mean = reach.d_mean[s];
-    for_vectors_again<A>(cols_, [&](int64_t c, auto lanes) {
+    for_vectors_again<A>(count, [&](int64_t c, auto lanes) {
       const vec_t<A> dy = lanes.load(in + c) * spatial + d_mean;
-      lanes.store(to + c, dy * lanes.load(gate + c) + lanes.load(reach.d_pooled + c));
+      lanes.store(to + c, dy * lanes.load(gate + c) + lanes.load(d_avg + c));
     });
   }
 
-  void write_element(int64_t n, const Reach& reach, int64_t r, int64_t j) const {
+  // dx in row r and column j, wherever the maxima are.
+  A element(int64_t n, const Reach& reach, int64_t r, int64_t j) const {
     const int64_t c = channels_first_ ? r : j, s = channels_first_ ? j : r;
     A dy = load_one(dout(n).row(r) + j) * spatial_gate(n)[s] + reach.d_mean[s];
     if (channel_argmax(n)[s] == c) dy += reach.d_max[s];
     A v = dy * channel_gate(n)[c] + reach.d_pooled[c];
     if (pixel_argmax(n)[c] == s) v += reach.d_pooled[shape_.channels + c];
-    store_one(dx(n).row(r) + j, v);
+    return v;
   }
+
+  static constexpr int64_t kPiece = 1024;  // of a row of dx
 
   const BackwardProblem& p_;
   const Shape& shape_;
@@ -340,6 +360,7 @@ class Backward {
   int64_t pixels_;
   bool channels_first_;
   int64_t rows_, cols_;
+  bool large_;         // dx
   bool reaches_gate_;  // whether anything before the spatial gate was asked for
   const BatchGradients<A>& batch_;
   A* flipped_;  // [2, taps]

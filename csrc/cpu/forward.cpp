@@ -22,8 +22,7 @@ class Forward {
         planes_(problem.shape),
         pixels_(problem.shape.pixels()),
         channels_first_(problem.strides.channels_first()),
-        large_(shape_.samples * shape_.channels * pixels_ * bytes_of(problem.dtype) >=
-               kStreamedBytes) {}
+        large_(is_large(problem)) {}
 
   struct Workspace {
     A* block_sum;  // channels last: [row blocks, channels], partial results of the pool

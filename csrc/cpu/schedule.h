@@ -26,6 +26,12 @@ constexpr int64_t kGroupBytes = 1 << 20, kMostTogether = 8;
 // past it.
 constexpr int64_t kStreamedBytes = 8 << 20;
 
+// Whether a tensor of x's size is streamed.
+inline bool is_large(const ForwardProblem& p) {
+  return p.shape.samples * p.shape.channels * p.shape.pixels() * bytes_of(p.dtype) >=
+         kStreamedBytes;
+}
+
 template <class Body>
 void parallel_tasks(const ThreadPool& pool, int64_t tasks, Body body) {
   if (tasks == 1) return body(0);

@@ -274,24 +274,18 @@ CBAM_INLINE void for_vectors_again(int64_t n, Body body) {
   if (n % kLanes<A>) body(n - kLanes<A>, AllLanes<A>{});
 }
 
-// Stores past the caches, for what is larger than they are: p on a multiple of the vector's bytes
-// there. Other threads see them after finish_streams().
-template <class T>
-CBAM_INLINE void stream(T* p, vec_t<acc_t<T>> v) {
+// Stores past the caches, for what is larger than they are: `to` on a multiple of 16 bytes, as is
+// the number of bytes. Other threads see them after finish_streams().
+CBAM_INLINE void stream_bytes(void* to, const void* from, int64_t bytes) {
 #if defined(__SSE2__)
-  constexpr int kBytes = kLanes<acc_t<T>> * sizeof(T);
-  T bytes[kLanes<acc_t<T>>];
-  store(bytes, v);
-  if constexpr (kBytes % sizeof(__m128i) == 0) {
-    for (int i = 0; i < kBytes; i += sizeof(__m128i)) {
-      __m128i part;
-      __builtin_memcpy(&part, reinterpret_cast<char*>(bytes) + i, sizeof part);
-      _mm_stream_si128(reinterpret_cast<__m128i*>(reinterpret_cast<char*>(p) + i), part);
-    }
-    return;
+  for (int64_t i = 0; i < bytes; i += sizeof(__m128i)) {
+    __m128i part;
+    __builtin_memcpy(&part, static_cast<const char*>(from) + i, sizeof part);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + i), part);
   }
+#else
+  __builtin_memcpy(to, from, bytes);
 #endif
-  store(p, v);
 }
 CBAM_INLINE void finish_streams() {
 #if defined(__SSE2__)
@@ -302,7 +296,14 @@ template <class A>
 struct StreamedLanes : AllLanes<A> {
   template <class T>
   CBAM_INLINE_MEMBER void store(T* p, vec_t<A> v) const {
-    cpu::stream(p, v);
+    constexpr int kBytes = kLanes<A> * sizeof(T);
+    if constexpr (kBytes % 16 == 0) {
+      T stored[kLanes<A>];
+      cpu::store(stored, v);
+      stream_bytes(p, stored, kBytes);
+    } else {
+      cpu::store(p, v);
+    }
   }
 };
 // for_vectors_again of rows that hold whole vectors.
