@@ -52,8 +52,8 @@ CASES = (
     Case("volume, large kernel", (1, 4, 5, 8, 9), 2, (7, 7, 7)),
 )
 
-# More than 8 MB of float32, or with twice the samples of 16 bits: outputs that the CPU backend stores
-# past the caches where rows hold whole vectors.
+# More than 8 MB of float32, or with twice the samples of 16 bits: outputs that the CPU backend
+# stores past the caches where rows hold whole vectors.
 LARGE_CASES = (
     Case("large, rows of several pieces", (10, 64, 60, 60), 4, (7, 7)),
     Case("large, rows that end anywhere", (10, 67, 57, 57), 4, (7, 7)),
