@@ -50,6 +50,40 @@ void products(const W* matrix, int64_t rows, const A* vectors, int64_t count, in
     });
 }
 
+// kRows rows, from `first` on, of what transposed_products adds up in columns [begin, begin + n).
+template <int kRows, class W, class Factor, class Out>
+CBAM_INLINE void add_some_rows(const W* matrix, int64_t first, int64_t cols, int64_t begin,
+                               int64_t n, int64_t count, Factor factor, Out out) {
+  using A = acc_t<W>;
+  const W* rows = matrix + first * cols + begin;
+  for (int64_t k = 0; k < count; ++k) {
+    A f[kRows];
+    for (int i = 0; i < kRows; ++i) f[i] = factor(first + i, k);
+    A* to = out(k) + begin;
+    for_row_vectors<A>(0, n, [&](int64_t j, auto lanes) {
+      vec_t<A> sum = lanes.load(to + j);
+      for (int i = 0; i < kRows; ++i) sum += f[i] * lanes.load(rows + i * cols + j);
+      lanes.store(to + j, sum);
+    });
+  }
+}
+
+// out(k)[j] = sum over r, in its order, of factor(r, k) * matrix[r][j] for k < count.
+template <class W, class Factor, class Out>
+void transposed_products(const W* matrix, int64_t rows, int64_t cols, int64_t count, Factor factor,
+                         Out out) {
+  using A = acc_t<W>;
+  constexpr int kRows = 8;
+  for (int64_t k = 0; k < count; ++k) std::memset(out(k), 0, cols * sizeof(A));
+  for (int64_t begin = 0; begin < cols; begin += kColumnTile) {
+    const int64_t n = cols - begin < kColumnTile ? cols - begin : kColumnTile;
+    int64_t r = 0;
+    for (; r + kRows <= rows; r += kRows)
+      add_some_rows<kRows>(matrix, r, cols, begin, n, count, factor, out);
+    for (; r < rows; ++r) add_some_rows<1>(matrix, r, cols, begin, n, count, factor, out);
+  }
+}
+
 // Calls body(Type<W>{}) with the dtype of the weights: that of x, or what it is computed in.
 template <class T, class Body>
 CBAM_INLINE void for_weight_type(DType dtype, Body body) {
@@ -113,9 +147,9 @@ class Mlp {
                              A* d_hidden) const {
     for_weight_type<T>(weights_.dtype, [&](auto type) {
       using W = typename decltype(type)::type;
-      combine(
-          0, samples, channels_, [&](int64_t c, int64_t n) { return d_logits[n * channels_ + c]; },
-          static_cast<const W*>(weights_.fc2_weight), hidden_,
+      transposed_products(
+          static_cast<const W*>(weights_.fc2_weight), channels_, hidden_, samples,
+          [&](int64_t c, int64_t n) { return d_logits[n * channels_ + c]; },
           [&](int64_t n) { return d_hidden + 2 * n * hidden_; });
     });
     for (int64_t n = 0; n < samples; ++n)
@@ -132,9 +166,9 @@ class Mlp {
   void first_layer_backward(const A* d_hidden, int64_t samples, A* d_pooled) const {
     for_weight_type<T>(weights_.dtype, [&](auto type) {
       using W = typename decltype(type)::type;
-      combine(
-          0, 2 * samples, hidden_, [&](int64_t r, int64_t i) { return d_hidden[i * hidden_ + r]; },
-          static_cast<const W*>(weights_.fc1_weight), channels_,
+      transposed_products(
+          static_cast<const W*>(weights_.fc1_weight), hidden_, channels_, 2 * samples,
+          [&](int64_t r, int64_t i) { return d_hidden[i * hidden_ + r]; },
           [&](int64_t i) { return d_pooled + i * channels_; });
     });
   }

@@ -398,22 +398,19 @@ CBAM_INLINE A max_of_lanes(vec_t<A> v) {
   return fold_lanes<A, kLanes<A>>(v, [](auto a, auto b) { return b > a ? b : a; });
 }
 
-// The first lane whose mask is set; the number of lanes, or more, if there is none.
+// A bit for each lane whose mask is set.
 template <class A>
-CBAM_INLINE int first_of(ivec_t<A> mask) {
+CBAM_INLINE uint32_t bits_of(ivec_t<A> mask) {
 #if defined(__AVX512F__)
-  const __m512i bits = bit_cast<__m512i>(mask);
-  if constexpr (sizeof(A) == 4) return __builtin_ctz(_mm512_movepi32_mask(bits) | 1u << 16);
-  return __builtin_ctz(_mm512_movepi64_mask(bits) | 1u << 8);
+  const __m512i lanes = bit_cast<__m512i>(mask);
+  return sizeof(A) == 4 ? _mm512_movepi32_mask(lanes) : _mm512_movepi64_mask(lanes);
 #elif defined(__AVX2__)
-  const __m256i bits = bit_cast<__m256i>(mask);
-  const int set = sizeof(A) == 4 ? _mm256_movemask_ps(bit_cast<__m256>(bits))
-                                 : _mm256_movemask_pd(bit_cast<__m256d>(bits));
-  return __builtin_ctz(static_cast<unsigned>(set) | 1u << kLanes<A>);
+  return sizeof(A) == 4 ? _mm256_movemask_ps(bit_cast<__m256>(mask))
+                        : _mm256_movemask_pd(bit_cast<__m256d>(mask));
 #else
-  int i = 0;
-  while (i < kLanes<A> && !mask[i]) ++i;
-  return i;
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<A>; ++i) bits |= mask[i] ? 1u << i : 0u;
+  return bits;
 #endif
 }
 
