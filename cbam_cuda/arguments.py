@@ -1,13 +1,12 @@
-"""The checks that every call passes through, whatever backend it ends in.
+"""What is wrong with a call's arguments, in the terms of who made it.
 
-Each error names the argument, what was expected and what came. Tracing uses the same checks, so a
-model that cannot run does not compile either. (The compiled operators repeat only what keeps them
-inside their memory, for those who call them directly.)
+Each error names the argument, what was expected and what came, whatever backend the call ends in.
+Tracing and the plain form check before they run. The compiled operators refuse all that is refused
+here, in fewer words; a call that one of them refused is explained from here.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -125,39 +124,6 @@ def check_call(x: Tensor, weights: Weights) -> None:
             )
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected device {x.device}, that of x, got {tensor.device}")
-
-
-_MOST_KNOWN = 1024
-_known: set[tuple[object, ...]] = set()
-
-
-def is_known(x: Tensor, weights: Weights) -> bool:
-    """Whether a call like this passed `check_tensors` and `check_call` before.
-
-    They look at sizes, dtypes, devices and layouts alone, and take longer than small blocks do.
-    """
-    try:
-        return _signature(x, weights) in _known
-    except (AttributeError, TypeError):  # no tensor at all, or symbolic sizes
-        return False
-
-
-def remember(x: Tensor, weights: Weights) -> None:
-    """That this call passed both."""
-    if len(_known) >= _MOST_KNOWN:
-        _known.clear()
-    with contextlib.suppress(TypeError):
-        _known.add(_signature(x, weights))
-
-
-def _signature(x: Tensor, weights: Weights) -> tuple[object, ...]:
-    found: list[object] = [x.shape, x.dtype, x.device, x.layout]
-    for tensor in weights:
-        if tensor is None:
-            found.append(None)
-        else:
-            found += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
-    return tuple(found)
 
 
 def _check_shapes(channels: int, dim: int, weights: Weights) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import ops, reference, training
-from .arguments import Weights, check_call, check_tensors, is_known, remember
+from .arguments import Weights, check_call, check_tensors
 
 BACKENDS = ("auto", "cuda", "cpu", "emulated", "reference")
 _VARIABLE = "CBAM_CUDA_BACKEND"
@@ -67,27 +68,57 @@ def cbam(
             "reference" work, both in plain PyTorch.
     """
     weights = Weights(fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
-    tracing = torch.compiler.is_compiling()
-    checked = not tracing and is_known(x, weights)
-    if not checked:
-        check_tensors(x, weights)
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        x, weights, checked = *_cast_as_autocast(x, weights), False
-    if not checked:
-        check_call(x, weights)
-        if not tracing:
-            remember(x, weights)
+    return run(x, weights, return_attention, backend)
 
+
+def run(
+    x: Tensor, weights: Weights, return_attention: bool, backend: str
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """`cbam`, for weights that are together already."""
+    if torch.compiler.is_compiling():
+        check_tensors(x, weights)
+        return _run(x, weights, return_attention, backend, ops.forward_train)
+    # Checks in Python take longer than small blocks do, and the operators refuse whatever these
+    # refuse: they only say it better.
+    try:
+        return _run(x, weights, return_attention, backend, training.forward_train)
+    except Exception:
+        explained = _reason_to_refuse(x, weights)
+        if explained is None:
+            raise
+        raise explained from None
+
+
+def _run(
+    x: Tensor,
+    weights: Weights,
+    return_attention: bool,
+    backend: str,
+    forward_train: Callable[..., tuple[Tensor, ...]],
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    if torch._C._is_any_autocast_enabled():
+        x, weights = _cast_as_autocast(x, weights)
     library = _choose(backend, x.device)
+    if library is None or torch.compiler.is_compiling():
+        check_call(x, weights)
     if library is None:
         return reference.cbam(x, *weights, return_attention=return_attention)
     if return_attention or _needs_grad(x, weights):
-        forward = ops.forward_train if tracing else training.forward_train
-        out, channel_gate, spatial_gate, *_ = forward(x, weights, library)
+        out, channel_gate, spatial_gate, *_ = forward_train(x, weights, library)
         if return_attention:
             return out, channel_gate.to(x.dtype), spatial_gate.to(x.dtype)
         return out
     return ops.forward(x, weights, library)
+
+
+def _reason_to_refuse(x: Tensor, weights: Weights) -> TypeError | ValueError | None:
+    """What is wrong with the arguments of a call that failed, if it is they."""
+    try:
+        check_tensors(x, weights)
+        check_call(*_cast_as_autocast(x, weights))
+    except (TypeError, ValueError) as error:
+        return error
+    return None
 
 
 def _needs_grad(x: Tensor, weights: Weights) -> bool:
@@ -97,12 +128,12 @@ def _needs_grad(x: Tensor, weights: Weights) -> bool:
 
 
 def _cast_as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
-    """x in the dtype in which the plain form leaves autocast, and weights of one dtype.
+    """Under autocast, x in the dtype in which the plain form leaves it, and weights of one dtype.
 
     There the gates come out of convolutions in autocast's dtype and multiply x. float64 is left
     alone by autocast.
     """
-    if x.dtype == torch.float64:
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return x, weights
     x = x.to(torch.promote_types(x.dtype, torch.get_autocast_dtype(x.device.type)))
     if all(w is None or w.dtype == x.dtype for w in weights):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .arguments import check_spatial_dimensions
-from .functional import cbam, check_backend
+from .functional import check_backend, run
 
 
 class CBAM(reference.CBAM):
@@ -71,7 +71,7 @@ class CBAM(reference.CBAM):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """CBAM of x; see the class and `cbam_cuda.cbam`."""
         check_spatial_dimensions(x, self.dim)
-        return cbam(x, *self.weights(), return_attention=return_attention, backend=self.backend)
+        return run(x, self.weights(), return_attention, self.backend)
 
     def extra_repr(self) -> str:
         """What `print` shows beside the layers."""

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
 #include <string>
 
 namespace cbam {
@@ -19,28 +20,36 @@ std::string text(Sizes sizes) {
   return s + "]";
 }
 
-std::vector<int64_t> sizes_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return {sizes.begin(), sizes.end()};
-}
-
 bool same_kind(const std::optional<Strides>& a, const std::optional<Strides>& b) {
   return a && b && a->channels_first() == b->channels_first();
 }
 
+// As many sizes as x has dimensions, on the stack: small blocks take no longer than allocations do.
+class Extents {
+ public:
+  Extents(std::initializer_list<int64_t> first) {
+    for (const int64_t size : first) push(size);
+  }
+  void push(int64_t size) { values_[count_++] = size; }
+  operator Sizes() const { return Sizes(values_, count_); }
+
+ private:
+  static constexpr size_t kMost = 5;
+  int64_t values_[kMost];
+  size_t count_ = 0;
+};
+
 // [a, b] followed by the spatial sizes of x.
-std::vector<int64_t> over_space(const Tensor& x, int64_t a, int64_t b) {
-  std::vector<int64_t> sizes = sizes_of(x);
-  sizes[0] = a;
-  sizes[1] = b;
+Extents over_space(const Tensor& x, int64_t a, int64_t b) {
+  Extents sizes{a, b};
+  for (const int64_t size : x.sizes().slice(2)) sizes.push(size);
   return sizes;
 }
 
-// [a, b] followed by as many ones as x has spatial dimensions.
-std::vector<int64_t> over_point(const Tensor& x, int64_t a, int64_t b) {
-  std::vector<int64_t> sizes(x.dim(), 1);
-  sizes[0] = a;
-  sizes[1] = b;
+// [a, b] followed by ones up to `dimensions`.
+Extents over_point(int64_t dimensions, int64_t a, int64_t b) {
+  Extents sizes{a, b};
+  for (int64_t i = 2; i < dimensions; ++i) sizes.push(1);
   return sizes;
 }
 
@@ -58,10 +67,10 @@ void expect_tensor(const char* name, const Tensor& t, Sizes sizes, const Tensor&
 // Indices address memory: those of a direct caller must not lead out of it.
 void expect_indices(const char* name, const Tensor& t, int64_t below) {
   if (!t.is_cpu()) return;
-  const Tensor dense = torch::stable::contiguous(t);
-  const int32_t* p = static_cast<const int32_t*>(dense.const_data_ptr());
+  const Tensor indices = dense(t);
+  const int32_t* p = static_cast<const int32_t*>(indices.const_data_ptr());
   bool inside = true;
-  for (int64_t i = 0, n = dense.numel(); i < n; ++i) inside &= p[i] >= 0 && p[i] < below;
+  for (int64_t i = 0, n = indices.numel(); i < n; ++i) inside &= p[i] >= 0 && p[i] < below;
   STD_TORCH_CHECK(inside, name, ": expected indices in [0, ", below, ")");
 }
 
@@ -74,6 +83,24 @@ int32_t code_of(ScalarType dtype) {
     case ScalarType::Byte: return aoti_torch_dtype_uint8();
     default: return aoti_torch_dtype_float32();
   }
+}
+
+Tensor empty_strided(const Tensor& like, Sizes sizes, const int64_t* strides, ScalarType dtype) {
+  int32_t device_type, device_index;
+  AtenTensorHandle made;
+  const bool done = aoti_torch_get_device_type(like.get(), &device_type) == AOTI_TORCH_SUCCESS &&
+                    aoti_torch_get_device_index(like.get(), &device_index) == AOTI_TORCH_SUCCESS &&
+                    aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                             strides, code_of(dtype), device_type, device_index,
+                                             &made) == AOTI_TORCH_SUCCESS;
+  STD_TORCH_CHECK(done, "no memory for a tensor of shape ", text(sizes));
+  return Tensor(made);
+}
+
+// As torch's elementwise operators lay out their results; past the dispatcher where that is plain.
+Tensor empty_as(const Tensor& x) {
+  if (!x.is_contiguous()) return torch::stable::empty_like(x);
+  return empty_strided(x, x.sizes(), x.strides().data(), x.scalar_type());
 }
 
 // Allocators give large tensors back to the system and map them anew. Faulting that in by pages of
@@ -93,6 +120,8 @@ void ask_for_large_pages(const Tensor& t) {
 
 }  // namespace
 
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
   constexpr size_t kMostDimensions = 5;
   STD_TORCH_CHECK(sizes.size() <= kMostDimensions, "expected at most 5 dimensions");
@@ -101,15 +130,7 @@ Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
     strides[i] = stride;
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
-  int32_t device_type, device_index;
-  AtenTensorHandle made;
-  const bool done = aoti_torch_get_device_type(like.get(), &device_type) == AOTI_TORCH_SUCCESS &&
-                    aoti_torch_get_device_index(like.get(), &device_index) == AOTI_TORCH_SUCCESS &&
-                    aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                             strides, code_of(dtype), device_type, device_index,
-                                             &made) == AOTI_TORCH_SUCCESS;
-  STD_TORCH_CHECK(done, "no memory for a tensor of shape ", text(sizes));
-  return Tensor(made);
+  return empty_strided(like, sizes, strides, dtype);
 }
 
 DType dtype_of(ScalarType dtype) {
@@ -137,7 +158,9 @@ Shape check_forward(const Tensor& x, const WeightArguments& w) {
   STD_TORCH_CHECK(dim >= 1 && dim <= 3, "x: expected 3, 4 or 5 dimensions, got ", dim + 2);
   STD_TORCH_CHECK(static_cast<int64_t>(k.size()) == dim + 2, "conv_weight: expected ", dim + 2,
                   " dimensions, got ", k.size());
-  STD_TORCH_CHECK(w.fc1_weight.dim() >= 2, "fc1_weight: expected at least 2 dimensions");
+  for (const int64_t given : {w.fc1_weight.dim(), w.fc2_weight.dim()})
+    STD_TORCH_CHECK(given == 2 || given == dim + 2, "fc1_weight and fc2_weight: expected 2 or ",
+                    dim + 2, " dimensions");
 
   // Spatial dimensions fill up from the last one.
   int64_t space[3] = {1, 1, 1}, kernel[3] = {1, 1, 1};
@@ -158,13 +181,11 @@ Shape check_forward(const Tensor& x, const WeightArguments& w) {
   const ScalarType dtype = w.fc1_weight.scalar_type();
   STD_TORCH_CHECK(dtype == x.scalar_type() || dtype == accumulator_of(x),
                   "fc1_weight: expected the dtype of x or its accumulator's");
-  std::vector<int64_t> fc1{s.hidden, s.channels}, fc2{s.channels, s.hidden}, conv{1, 2};
-  for (int64_t i = 2; i < w.fc1_weight.dim(); ++i) fc1.push_back(1);
-  for (int64_t i = 2; i < w.fc2_weight.dim(); ++i) fc2.push_back(1);
-  for (int64_t i = 0; i < dim; ++i) conv.push_back(k[2 + i]);
-  expect_tensor("fc1_weight", w.fc1_weight, fc1, x, dtype);
-  expect_tensor("fc2_weight", w.fc2_weight, fc2, x, dtype);
-  expect_tensor("conv_weight", w.conv_weight, conv, x, dtype);
+  expect_tensor("fc1_weight", w.fc1_weight, over_point(w.fc1_weight.dim(), s.hidden, s.channels), x,
+                dtype);
+  expect_tensor("fc2_weight", w.fc2_weight, over_point(w.fc2_weight.dim(), s.channels, s.hidden), x,
+                dtype);
+  expect_tensor("conv_weight", w.conv_weight, over_space(w.conv_weight, 1, 2), x, dtype);
   if (w.fc1_bias) expect_tensor("fc1_bias", *w.fc1_bias, {s.hidden}, x, dtype);
   if (w.fc2_bias) expect_tensor("fc2_bias", *w.fc2_bias, {s.channels}, x, dtype);
   if (w.conv_bias) expect_tensor("conv_bias", *w.conv_bias, {1}, x, dtype);
@@ -172,22 +193,20 @@ Shape check_forward(const Tensor& x, const WeightArguments& w) {
 }
 
 DenseWeights::DenseWeights(const WeightArguments& w) {
-  const auto dense = [&](const Tensor& t) -> const void* {
+  const auto data = [&](const Tensor& t) -> const void* {
     if (t.is_contiguous()) return t.const_data_ptr();
-    owned.push_back(torch::stable::contiguous(t));
+    owned.push_back(dense(t));
     return owned.back().const_data_ptr();
   };
-  const auto dense_or_null = [&](const std::optional<Tensor>& t) {
-    return t ? dense(*t) : nullptr;
-  };
-  view = {dtype_of(w.fc1_weight),    dense(w.fc1_weight),       dense_or_null(w.fc1_bias),
-          dense(w.fc2_weight),       dense_or_null(w.fc2_bias), dense(w.conv_weight),
-          dense_or_null(w.conv_bias)};
+  const auto data_or_null = [&](const std::optional<Tensor>& t) { return t ? data(*t) : nullptr; };
+  view = {dtype_of(w.fc1_weight),   data(w.fc1_weight),       data_or_null(w.fc1_bias),
+          data(w.fc2_weight),       data_or_null(w.fc2_bias), data(w.conv_weight),
+          data_or_null(w.conv_bias)};
 }
 
 SavedTensors SavedTensors::make(const Tensor& x, const Shape& s) {
   const ScalarType acc = accumulator_of(x);
-  return {empty(x, over_point(x, s.samples, s.channels), acc),
+  return {empty(x, over_point(x.dim(), s.samples, s.channels), acc),
           empty(x, over_space(x, s.samples, 1), acc),
           empty(x, {s.samples, 2, s.channels}, acc),
           empty(x, {s.samples, 2, s.hidden}, acc),
@@ -198,7 +217,7 @@ SavedTensors SavedTensors::make(const Tensor& x, const Shape& s) {
 
 void SavedTensors::check(const Tensor& x, const Shape& s) const {
   const ScalarType acc = accumulator_of(x);
-  expect_tensor("channel_gate", channel_gate, over_point(x, s.samples, s.channels), x, acc);
+  expect_tensor("channel_gate", channel_gate, over_point(x.dim(), s.samples, s.channels), x, acc);
   expect_tensor("spatial_gate", spatial_gate, over_space(x, s.samples, 1), x, acc);
   expect_tensor("pooled", pooled, {s.samples, 2, s.channels}, x, acc);
   expect_tensor("hidden", hidden, {s.samples, 2, s.hidden}, x, acc);
@@ -210,9 +229,6 @@ void SavedTensors::check(const Tensor& x, const Shape& s) const {
 }
 
 SavedTensors SavedTensors::contiguous() const {
-  const auto dense = [](const Tensor& t) {
-    return t.is_contiguous() ? t : torch::stable::contiguous(t);
-  };
   return {dense(channel_gate), dense(spatial_gate), dense(pooled),        dense(hidden),
           dense(maps),         dense(pixel_argmax), dense(channel_argmax)};
 }
@@ -231,10 +247,10 @@ void check_gradients(const Tensor& x, const Shape& s, const Tensor& grad_out,
                      const std::optional<Tensor>& grad_channel_gate,
                      const std::optional<Tensor>& grad_spatial_gate) {
   const ScalarType acc = accumulator_of(x);
-  expect_tensor("grad_out", grad_out, sizes_of(x), x, x.scalar_type());
+  expect_tensor("grad_out", grad_out, x.sizes(), x, x.scalar_type());
   if (grad_channel_gate)
-    expect_tensor("grad_channel_gate", *grad_channel_gate, over_point(x, s.samples, s.channels), x,
-                  acc);
+    expect_tensor("grad_channel_gate", *grad_channel_gate,
+                  over_point(x.dim(), s.samples, s.channels), x, acc);
   if (grad_spatial_gate)
     expect_tensor("grad_spatial_gate", *grad_spatial_gate, over_space(x, s.samples, 1), x, acc);
 }
@@ -276,7 +292,7 @@ std::pair<Tensor, Tensor> in_one_layout(const Tensor& a, const Tensor& b) {
   return {copy_of(a), copy_of(b)};
 }
 
-Output::Output(const Tensor& x) : result(torch::stable::empty_like(x)), native(result) {
+Output::Output(const Tensor& x) : result(empty_as(x)), native(result) {
   if (!native_strides(result)) native = empty(x, x.sizes(), x.scalar_type());
   ask_for_large_pages(result);
 }

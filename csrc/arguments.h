@@ -1,6 +1,6 @@
 // From torch tensors to a Problem: the checks that keep kernels inside their memory, the layouts
-// they read, and the copies that bring anything else into one of those. Python has already told
-// users what is wrong in their terms (cbam_cuda/arguments.py); these errors are for direct calls.
+// they read, and the copies that bring anything else into one of those. Python says in users' terms
+// what is wrong with a call that was refused (cbam_cuda/arguments.py).
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -57,6 +57,9 @@ void check_gradients(const Tensor& x, const Shape& shape, const Tensor& grad_out
 // kernels do.
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype);
+
+// `t` itself, if it is contiguous.
+Tensor dense(const Tensor& t);
 
 DType dtype_of(ScalarType dtype);
 DType dtype_of(const Tensor& x);

@@ -86,8 +86,8 @@ struct WeightGradient {
   }
 };
 
-inline OptionalTensor contiguous(const OptionalTensor& t) {
-  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
+inline OptionalTensor dense(const OptionalTensor& t) {
+  return t ? OptionalTensor(dense(*t)) : std::nullopt;
 }
 
 inline void expect_mask(const std::vector<bool>& mask, const WeightArguments& w) {
@@ -123,8 +123,7 @@ InputGradients backward(const Tensor& grad_out, const OptionalTensor& grad_chann
          : in_one_layout(x_given, grad_out);
   const SavedTensors saved = given.contiguous();
   const DenseWeights weights(w);
-  const OptionalTensor d_gate = contiguous(grad_channel_gate),
-                       d_spatial = contiguous(grad_spatial_gate);
+  const OptionalTensor d_gate = dense(grad_channel_gate), d_spatial = dense(grad_spatial_gate);
   const WeightGradient d1(x, fc1_weight, output_mask[1]), d1b(x, fc1_bias, output_mask[2]),
       d2(x, fc2_weight, output_mask[3]), d2b(x, fc2_bias, output_mask[4]),
       dc(x, conv_weight, output_mask[5]), dcb(x, conv_bias, output_mask[6]);
