@@ -175,3 +175,19 @@ def gradients(backend: str, tensors: list[Tensor | None], grad_out: Tensor) -> l
     found = iter(torch.autograd.grad(out, wanted, grad_out))
     grads = [next(found) if t is not None and t.requires_grad else None for t in tensors]
     return [out.detach(), *grads]
+
+
+def reordered_gradients(tensors: list[Tensor | None], grad_out: Tensor) -> list[Tensor | None]:
+    """The reference's `gradients`, from channels and hidden units in reverse: the same sums in
+    another order."""
+    # Of out, then of each tensor: the dimensions that count channels or hidden units.
+    dims = ((1,), (1,), (0, 1), (0,), (0, 1), (0,), (), ())
+
+    def reverse(t: Tensor | None, over: tuple[int, ...]) -> Tensor | None:
+        return None if t is None else t.detach().flip(over)
+
+    out, *of_tensors = dims
+    reversed_ = [reverse(t, over) for t, over in zip(tensors, of_tensors, strict=True)]
+    leaves_ = [None if t is None else t.requires_grad_() for t in reversed_]
+    found = gradients("reference", leaves_, grad_out.flip(out))
+    return [reverse(t, over) for t, over in zip(found, dims, strict=True)]

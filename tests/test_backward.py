@@ -20,6 +20,7 @@ from cases import (
     leaves,
     make_weights,
     make_x,
+    reordered_gradients,
 )
 from tolerance import assert_as_good_as_eager
 
@@ -36,9 +37,10 @@ def check(backend, case, dtype, layout, grad_layout="contiguous", *, bias=True, 
     fused = gradients(backend, leaves(x, weights), grad)
     eager = gradients("reference", leaves(x, weights), grad)
     truth = gradients("reference", leaves(x, weights, torch.float64), grad.double())
-    for name, *three in zip(NAMES, fused, eager, truth, strict=True):
-        if three[2] is not None:
-            assert_as_good_as_eager(name, *three)
+    reordered = reordered_gradients(leaves(x, weights), grad)
+    for name, *four in zip(NAMES, fused, eager, truth, reordered, strict=True):
+        if four[2] is not None:
+            assert_as_good_as_eager(name, *four)
     return x, fused[1]
 
 
