@@ -15,21 +15,6 @@
 namespace cbam::cpu {
 namespace {
 
-// For each row of a sample, the columns whose maximum lies in it, in ascending order.
-struct RowHits {
-  int32_t* first;    // [rows + 1]
-  int32_t* columns;  // [cols]
-
-  void build(const int32_t* row_of_column, int64_t rows, int64_t cols) {
-    std::memset(first, 0, (rows + 1) * sizeof(int32_t));
-    for (int64_t j = 0; j < cols; ++j) ++first[row_of_column[j] + 1];
-    for (int64_t r = 0; r < rows; ++r) first[r + 1] += first[r];
-    for (int64_t j = 0; j < cols; ++j) columns[first[row_of_column[j]]++] = static_cast<int32_t>(j);
-    for (int64_t r = rows; r > 0; --r) first[r] = first[r - 1];
-    first[0] = 0;
-  }
-};
-
 template <class T>
 class Backward {
  public:
@@ -57,7 +42,6 @@ class Backward {
     A* d_mean;    // [pixels]: of the mean map, over C
     A* d_max;     // [pixels]: of the maximum map
     A* d_pooled;  // [2, channels]: of the mean (over S) and of the maximum over space
-    RowHits hits;
   };
 
   struct Workspace {
@@ -79,10 +63,7 @@ class Backward {
       planes = carver.array<A>(3 * planes_of.size());
       d_pooled = carver.array<A>(group * 2 * channels);
       for (int64_t i = 0; i < group; ++i)
-        reach[i] = {carver.array<A>(pixels),
-                    carver.array<A>(pixels),
-                    d_pooled + i * 2 * channels,
-                    {carver.array<int32_t>(rows + 1), carver.array<int32_t>(cols)}};
+        reach[i] = {carver.array<A>(pixels), carver.array<A>(pixels), d_pooled + i * 2 * channels};
       if (planes) std::memset(planes, 0, 3 * planes_of.size() * sizeof(A));
     }
     A* channel_sum(bool channels_first) const { return channels_first ? row_sum : col_sum; }
@@ -98,7 +79,6 @@ class Backward {
       if (!reaches_gate_) continue;
       Reach& reach = ws.reach[n - first];
       gradient_of_maps(ws, reach, run);
-      reach.hits.build(channels_first_ ? channel_argmax(n) : pixel_argmax(n), rows_, cols_);
       add_map_terms(n, ws, reach, run);
       gradient_of_gate(n, ws);
     }
@@ -233,15 +213,9 @@ class Backward {
   void add_map_terms(int64_t n, Workspace& ws, const Reach& reach, Run run) const {
     if (channels_first_) {
       run(rows_, [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; ++c) {
-          const T* row = x(n).row(c);
-          A term = dot(row, reach.d_mean, pixels_);
-          for (int32_t i = reach.hits.first[c]; i < reach.hits.first[c + 1]; ++i) {
-            const int32_t s = reach.hits.columns[i];
-            term += reach.d_max[s] * load_one(row + s);
-          }
-          ws.row_sum[c] += term;
-        }
+        for_rows<kRowsTogether>(begin, end, [&](auto together, int64_t c) {
+          map_terms_of_rows<decltype(together)::value>(n, c, ws, reach);
+        });
       });
     } else {
       run(row_blocks(rows_), [&](int64_t first, int64_t last) {
@@ -250,6 +224,22 @@ class Backward {
       merge_partials(ws.partial, ws.partial, run);
       add_scaled(ws.partial, A(1), ws.col_sum, cols_);
     }
+  }
+
+  // Channels first: the map terms of kRows channels.
+  template <int kRows>
+  CBAM_INLINE_MEMBER void map_terms_of_rows(int64_t n, int64_t c, Workspace& ws,
+                                            const Reach& reach) const {
+    A terms[kRows];
+    weighted_sums<kRows>(
+        x(n), c,
+        [&](int64_t s, auto lanes) {
+          const vec_t<A> mean = lanes.load(reach.d_mean + s), max = lanes.load(reach.d_max + s);
+          const ivec_t<A> maximum_of = lanes.indices(channel_argmax(n) + s);
+          return [=](int i) { return mean + where<A>(maximum_of == index_t<A>(c + i), max); };
+        },
+        terms);
+    for (int i = 0; i < kRows; ++i) ws.row_sum[c + i] += terms[i];
   }
 
   // Channels last: the map terms of one block of pixels.
@@ -289,69 +279,69 @@ class Backward {
         d_pooled[2 * n * shape_.channels + c] /= static_cast<A>(pixels_);
   }
 
-  // Rows [begin, end) of dx, a piece at a time: first as if no element were a maximum, then those
-  // that are. Pieces that are stored past the caches are finished before.
+  // Rows [begin, end) of dx.
   void write_dx(int64_t n, const Reach& reach, int64_t begin, int64_t end) const {
     const bool streamed = large_ && dx(n).whole_vectors();
-    const int32_t* own_maximum = channels_first_ ? pixel_argmax(n) : channel_argmax(n);
-    T finished[kPiece];
-    for (int64_t r = begin; r < end; ++r) {
-      int32_t hit = reach.hits.first[r];
-      for (int64_t first = 0; first < cols_; first += kPiece) {
-        const int64_t count = cols_ - first < kPiece ? cols_ - first : kPiece;
-        T* row = dx(n).row(r) + first;
-        T* to = streamed ? finished : row;
+    for_rows<kRowsTogether>(begin, end, [&](auto together, int64_t r) {
+      constexpr int kRows = decltype(together)::value;
+      const auto write = [&](auto for_columns) {
         if (channels_first_)
-          write_channel(n, reach, r, first, count, to);
+          write_channels<kRows>(n, reach, r, for_columns);
         else
-          write_pixel(n, reach, r, first, count, to);
-        const auto write_maximum = [&](int64_t j) {
-          if (first <= j && j < first + count) store_one(to + j - first, element(n, reach, r, j));
-        };
-        write_maximum(own_maximum[r]);
-        for (; hit < reach.hits.first[r + 1] && reach.hits.columns[hit] < first + count; ++hit)
-          write_maximum(reach.hits.columns[hit]);
-        if (streamed) stream_bytes(row, finished, count * sizeof(T));
-      }
-    }
+          write_pixels<kRows>(n, reach, r, for_columns);
+      };
+      if (streamed)
+        write([&](auto body) { for_streamed_vectors<A>(cols_, body); });
+      else
+        write([&](auto body) { for_vectors_again<A>(cols_, body); });
+    });
     if (streamed) finish_streams();
   }
 
-  // Of channel c, the pixels [first, first + count).
-  void write_channel(int64_t n, const Reach& reach, int64_t c, int64_t first, int64_t count,
-                     T* to) const {
-    const T* in = dout(n).row(c) + first;
-    const A *spatial = spatial_gate(n) + first, *d_mean = reach.d_mean + first;
-    const A gate = channel_gate(n)[c], d_avg = reach.d_pooled[c];
-    for_vectors_again<A>(count, [&](int64_t s, auto lanes) {
-      const vec_t<A> dy = lanes.load(in + s) * lanes.load(spatial + s) + lanes.load(d_mean + s);
-      lanes.store(to + s, dy * gate + d_avg);
+  // Channels [c, c + kRows).
+  template <int kRows, class ForColumns>
+  CBAM_INLINE_MEMBER void write_channels(int64_t n, const Reach& reach, int64_t c,
+                                         ForColumns for_columns) const {
+    const Matrix<const T> in = dout(n);
+    const Matrix<T> to = dx(n);
+    const A *spatial = spatial_gate(n), *gate = channel_gate(n) + c;
+    const A *d_avg = reach.d_pooled + c, *d_top = d_avg + shape_.channels;
+    const int32_t *maximum_of = channel_argmax(n), *top = pixel_argmax(n) + c;
+    for_columns([&](int64_t s, auto lanes) {
+      const vec_t<A> a = lanes.load(spatial + s), mean = lanes.load(reach.d_mean + s),
+                     max = lanes.load(reach.d_max + s);
+      const ivec_t<A> winner = lanes.indices(maximum_of + s), pixel = iota<A>() + index_t<A>(s);
+      for (int i = 0; i < kRows; ++i) {
+        vec_t<A> dy = lanes.load(in.row(c + i) + s) * a + mean;
+        dy += where<A>(winner == index_t<A>(c + i), max);
+        const vec_t<A> pools = d_avg[i] + where<A>(pixel == index_t<A>(top[i]), splat(d_top[i]));
+        lanes.store(to.row(c + i) + s, dy * gate[i] + pools);
+      }
     });
   }
 
-  // Of pixel s, the channels [first, first + count).
-  void write_pixel(int64_t n, const Reach& reach, int64_t s, int64_t first, int64_t count,
-                   T* to) const {
-    const T* in = dout(n).row(s) + first;
-    const A *gate = channel_gate(n) + first, *d_avg = reach.d_pooled + first;
-    const A spatial = spatial_gate(n)[s], d_mean = reach.d_mean[s];
-    for_vectors_again<A>(count, [&](int64_t c, auto lanes) {
-      const vec_t<A> dy = lanes.load(in + c) * spatial + d_mean;
-      lanes.store(to + c, dy * lanes.load(gate + c) + lanes.load(d_avg + c));
+  // Pixels [s, s + kRows).
+  template <int kRows, class ForColumns>
+  CBAM_INLINE_MEMBER void write_pixels(int64_t n, const Reach& reach, int64_t s,
+                                       ForColumns for_columns) const {
+    const Matrix<const T> in = dout(n);
+    const Matrix<T> to = dx(n);
+    const A *gate = channel_gate(n), *spatial = spatial_gate(n) + s;
+    const A *d_avg = reach.d_pooled, *d_top = d_avg + shape_.channels;
+    const A *d_mean = reach.d_mean + s, *d_max = reach.d_max + s;
+    const int32_t *maximum_of = pixel_argmax(n), *top = channel_argmax(n) + s;
+    for_columns([&](int64_t c, auto lanes) {
+      const vec_t<A> g = lanes.load(gate + c), avg = lanes.load(d_avg + c),
+                     max = lanes.load(d_top + c);
+      const ivec_t<A> winner = lanes.indices(maximum_of + c), channel = iota<A>() + index_t<A>(c);
+      for (int i = 0; i < kRows; ++i) {
+        vec_t<A> dy = lanes.load(in.row(s + i) + c) * spatial[i] + d_mean[i];
+        dy += where<A>(channel == index_t<A>(top[i]), splat(d_max[i]));
+        const vec_t<A> pools = avg + where<A>(winner == index_t<A>(s + i), max);
+        lanes.store(to.row(s + i) + c, dy * g + pools);
+      }
     });
   }
-
-  // dx in row r and column j, wherever the maxima are.
-  A element(int64_t n, const Reach& reach, int64_t r, int64_t j) const {
-    const int64_t c = channels_first_ ? r : j, s = channels_first_ ? j : r;
-    A dy = load_one(dout(n).row(r) + j) * spatial_gate(n)[s] + reach.d_mean[s];
-    if (channel_argmax(n)[s] == c) dy += reach.d_max[s];
-    A v = dy * channel_gate(n)[c] + reach.d_pooled[c];
-    if (pixel_argmax(n)[c] == s) v += reach.d_pooled[shape_.channels + c];
-    return v;
-  }
-
-  static constexpr int64_t kPiece = 1024;  // of a row of dx
 
   const BackwardProblem& p_;
   const Shape& shape_;

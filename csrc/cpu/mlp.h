@@ -38,7 +38,8 @@ void products(const W* matrix, int64_t rows, const A* vectors, int64_t count, in
   constexpr int kMost = 4;
   for (int64_t from = 0; from < count; from += kMost)
     for_count<kMost>(count - from < kMost ? count - from : kMost, [&](auto some) {
-      constexpr int kVectors = decltype(some)::value, kRows = kVectors > 2 ? 2 : 4;
+      constexpr int kVectors = decltype(some)::value;
+      constexpr int kRows = kVectors > 2 && kRegisters < 32 ? 2 : 4;
       const auto of_rows = [&](auto together, int64_t first) {
         some_products<decltype(together)::value, kVectors>(
             matrix + first * n, vectors + from * n, n,

@@ -12,6 +12,8 @@ namespace {
 constexpr int64_t kColumnTile = 512;
 constexpr int64_t kRowBlock = 32;
 constexpr int64_t kSumBlock = 4096;
+// Rows that share what is loaded for each column.
+constexpr int kRowsTogether = 4;
 
 template <class T>
 struct Matrix {
@@ -175,18 +177,17 @@ void reduce_columns(const Matrix<const T>& m, int64_t begin, int64_t end, int64_
 template <class T, class A = acc_t<T>>
 void scale_rows(const Matrix<const T>& x, const Matrix<T>& out, int64_t begin, int64_t end,
                 const A* row_factor, const A* col_factor, bool streamed) {
-  for (int64_t r = begin; r < end; ++r) {
-    const T* in = x.row(r);
-    T* to = out.row(r);
-    const A f = row_factor[r];
+  for_rows<kRowsTogether>(begin, end, [&](auto together, int64_t r) {
     const auto scale = [&](int64_t j, auto lanes) {
-      lanes.store(to + j, lanes.load(in + j) * f * lanes.load(col_factor + j));
+      const vec_t<A> f = lanes.load(col_factor + j);
+      for (int i = 0; i < decltype(together)::value; ++i)
+        lanes.store(out.row(r + i) + j, lanes.load(x.row(r + i) + j) * row_factor[r + i] * f);
     };
     if (streamed)
       for_streamed_vectors<A>(x.cols, scale);
     else
       for_vectors_again<A>(x.cols, scale);
-  }
+  });
   if (streamed) finish_streams();
 }
 
@@ -222,33 +223,26 @@ CBAM_INLINE void cross_rows(const Matrix<const T>& a, const Matrix<const T>& b, 
 template <class T, class A = acc_t<T>>
 void cross_sums(const Matrix<const T>& a, const Matrix<const T>& b, int64_t begin, int64_t end,
                 const A* row_factor, const A* col_factor, A* row_sum, A* col_sum) {
-  constexpr int kRows = 4;
   for (int64_t j = 0; j < a.cols; ++j) col_sum[j] = A(0);
-  int64_t r = begin;
-  for (; r + kRows <= end; r += kRows)
-    cross_rows<kRows>(a, b, r, row_factor, col_factor, row_sum, col_sum);
-  for (; r < end; ++r) cross_rows<1>(a, b, r, row_factor, col_factor, row_sum, col_sum);
+  for_rows<kRowsTogether>(begin, end, [&](auto together, int64_t r) {
+    cross_rows<decltype(together)::value>(a, b, r, row_factor, col_factor, row_sum, col_sum);
+  });
 }
 
-// sum_j row[j] * weight[j]
-template <class T>
-acc_t<T> dot(const T* row, const acc_t<T>* weight, int64_t cols) {
+// sums[i] = sum_j of row r + i of m times weight(j, lanes)(i), for kRows rows.
+template <int kRows, class T, class Weight>
+CBAM_INLINE void weighted_sums(const Matrix<const T>& m, int64_t r, Weight weight, acc_t<T>* sums) {
   using A = acc_t<T>;
-  constexpr int kUnroll = 4, kStep = kUnroll * kLanes<A>;
-  A total = A(0);
-  for (int64_t begin = 0; begin < cols; begin += kSumBlock) {
-    const int64_t end = cols - begin < kSumBlock ? cols : begin + kSumBlock;
-    vec_t<A> sum[kUnroll] = {};
-    int64_t j = begin;
-    for (; j + kStep <= end; j += kStep)
-      for (int u = 0; u < kUnroll; ++u)
-        sum[u] += load(row + j + u * kLanes<A>) * load(weight + j + u * kLanes<A>);
-    for_row_vectors<A>(j, end, [&](int64_t i, auto lanes) {
-      sum[0] += lanes.load(row + i) * lanes.load(weight + i);
+  for (int i = 0; i < kRows; ++i) sums[i] = A(0);
+  for (int64_t begin = 0; begin < m.cols; begin += kSumBlock) {
+    const int64_t end = m.cols - begin < kSumBlock ? m.cols : begin + kSumBlock;
+    vec_t<A> sum[kRows] = {};
+    for_row_vectors<A>(begin, end, [&](int64_t j, auto lanes) {
+      const auto of_column = weight(j, lanes);
+      for (int i = 0; i < kRows; ++i) sum[i] += lanes.load(m.row(r + i) + j) * of_column(i);
     });
-    total += sum_of_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (int i = 0; i < kRows; ++i) sums[i] += sum_of_lanes<A>(sum[i]);
   }
-  return total;
 }
 
 // to[j] += factor * row[j]

@@ -16,11 +16,11 @@ namespace cbam::cpu {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
+constexpr int kVectorBytes = 64, kRegisters = 32;
 #elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
+constexpr int kVectorBytes = 32, kRegisters = 16;
 #else
-constexpr int kVectorBytes = 16;
+constexpr int kVectorBytes = 16, kRegisters = 16;
 #endif
 
 // Lanes of A, the integers of the same width (also the type of comparisons), and their number.
@@ -68,6 +68,12 @@ CBAM_INLINE ivec_t<A> iota() {
   ivec_t<A> v{};
   for (int i = 0; i < kLanes<A>; ++i) v[i] = i;
   return v;
+}
+
+// v where the mask is set, 0 elsewhere.
+template <class A>
+CBAM_INLINE vec_t<A> where(ivec_t<A> mask, vec_t<A> v) {
+  return mask ? v : vec_t<A>{};
 }
 
 template <class To, class From>
@@ -188,6 +194,15 @@ CBAM_INLINE vec_t<acc_t<T>> load_first(const T* p, int64_t n) {
   return load(buffer);
 }
 
+// Positions, in integers of A's width.
+template <class A>
+CBAM_INLINE ivec_t<A> load_indices(const int32_t* p) {
+  typedef int32_t Narrow __attribute__((vector_size(kLanes<A> * 4)));
+  Narrow v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, ivec_t<A>);
+}
+
 template <class T>
 CBAM_INLINE void store_first(T* p, vec_t<acc_t<T>> v, int64_t n) {
   T buffer[kLanes<acc_t<T>>];
@@ -203,6 +218,7 @@ struct AllLanes {
   CBAM_INLINE_MEMBER vec_t<A> load(const T* p) const {
     return cpu::load(p);
   }
+  CBAM_INLINE_MEMBER ivec_t<A> indices(const int32_t* p) const { return load_indices<A>(p); }
   template <class T>
   CBAM_INLINE_MEMBER void store(T* p, vec_t<A> v) const {
     cpu::store(p, v);
@@ -216,6 +232,11 @@ struct FirstLanes {
   template <class T>
   CBAM_INLINE_MEMBER vec_t<A> load(const T* p) const {
     return load_first(p, n);
+  }
+  CBAM_INLINE_MEMBER ivec_t<A> indices(const int32_t* p) const {
+    int32_t buffer[kLanes<A>] = {};
+    for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+    return load_indices<A>(buffer);
   }
   template <class T>
   CBAM_INLINE_MEMBER void store(T* p, vec_t<A> v) const {
@@ -242,6 +263,10 @@ struct LastLanes {
   template <class T>
   CBAM_INLINE_MEMBER vec_t<A> load(const T* p) const {
     return or_else(cpu::load(p - before), vec_t<A>{});
+  }
+  // The other lanes read as what stands there.
+  CBAM_INLINE_MEMBER ivec_t<A> indices(const int32_t* p) const {
+    return load_indices<A>(p - before);
   }
   // What the other lanes stand for is written again as it is.
   template <class T>
@@ -274,18 +299,28 @@ CBAM_INLINE void for_vectors_again(int64_t n, Body body) {
   if (n % kLanes<A>) body(n - kLanes<A>, AllLanes<A>{});
 }
 
-// Stores past the caches, for what is larger than they are: `to` on a multiple of 16 bytes, as is
-// the number of bytes. Other threads see them after finish_streams().
-CBAM_INLINE void stream_bytes(void* to, const void* from, int64_t bytes) {
-#if defined(__SSE2__)
-  for (int64_t i = 0; i < bytes; i += sizeof(__m128i)) {
-    __m128i part;
-    __builtin_memcpy(&part, static_cast<const char*>(from) + i, sizeof part);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + i), part);
-  }
-#else
-  __builtin_memcpy(to, from, bytes);
+// Stores a vector past the caches, for what is larger than they are: `p` on a multiple of its size.
+// Other threads see it after finish_streams().
+template <class T>
+CBAM_INLINE void stream(T* p, vec_t<acc_t<T>> v) {
+  constexpr int kBytes = kLanes<acc_t<T>> * sizeof(T);
+  T stored[kLanes<acc_t<T>>];
+  store(stored, v);
+#if defined(__AVX512F__)
+  if constexpr (kBytes == 64)
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_loadu_si512(stored));
 #endif
+#if defined(__AVX2__)
+  if constexpr (kBytes == 32)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                               _mm256_loadu_si256(reinterpret_cast<const __m256i*>(stored)));
+#endif
+#if defined(__SSE2__)
+  if constexpr (kBytes == 16)
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(p),
+                            _mm_loadu_si128(reinterpret_cast<const __m128i*>(stored)));
+#endif
+  std::memcpy(p, stored, kBytes);
 }
 CBAM_INLINE void finish_streams() {
 #if defined(__SSE2__)
@@ -296,14 +331,7 @@ template <class A>
 struct StreamedLanes : AllLanes<A> {
   template <class T>
   CBAM_INLINE_MEMBER void store(T* p, vec_t<A> v) const {
-    constexpr int kBytes = kLanes<A> * sizeof(T);
-    if constexpr (kBytes % 16 == 0) {
-      T stored[kLanes<A>];
-      cpu::store(stored, v);
-      stream_bytes(p, stored, kBytes);
-    } else {
-      cpu::store(p, v);
-    }
+    stream(p, v);
   }
 };
 // for_vectors_again of rows that hold whole vectors.
@@ -364,6 +392,15 @@ template <int kMost, class Body>
 CBAM_INLINE void for_count(int64_t n, Body body) {
   if (n == kMost) return body(Count<kMost>{});
   if constexpr (kMost > 1) for_count<kMost - 1>(n, body);
+}
+
+// Calls body(Count<kRows>{}, r) for rows [begin, end), kRows at a time, and Count<1>{} for what is
+// left.
+template <int kRows, class Body>
+CBAM_INLINE void for_rows(int64_t begin, int64_t end, Body body) {
+  int64_t r = begin;
+  for (; r + kRows <= end; r += kRows) body(Count<kRows>{}, r);
+  for (; r < end; ++r) body(Count<1>{}, r);
 }
 
 // Reductions across lanes, in a fixed order: halves onto halves.
