@@ -32,6 +32,7 @@ COLORS = {
     "compile": "#3d7ea6",
     "tuned compile": "#7fb3d0",
     "max-autotune": "#22577a",
+    "tuned max-autotune": "#14a098",
     "fused": "#e4572e",
 }
 LABELS = {
@@ -41,7 +42,8 @@ LABELS = {
     "timm": "timm",
     "compile": "torch.compile",
     "tuned compile": "tuned, torch.compile",
-    "max-autotune": "tuned, max-autotune",
+    "max-autotune": "torch.compile, max-autotune",
+    "tuned max-autotune": "tuned, max-autotune",
     "fused": "cbam_cuda",
 }
 STYLE = {
@@ -113,7 +115,7 @@ def draw_speed(panels: Sequence[Axes], rows: Sequence[Found]) -> None:
 
 
 def draw_bandwidth(panels: Sequence[Axes], rows: Sequence[Found]) -> None:
-    """The bytes that nobody can save over the time taken, over the size of x."""
+    """The bytes that nobody can save over the time taken, over the size of x; a roof: the copy."""
     for panel, direction in zip(panels, DIRECTIONS, strict=True):
         of = usual(rows, direction)
         for name in COLORS:
@@ -123,10 +125,11 @@ def draw_bandwidth(panels: Sequence[Axes], rows: Sequence[Found]) -> None:
             if points:
                 panel.plot(
                     *zip(*points, strict=True),
-                    "o",
+                    "-" if name == "copy" else "o",
                     color=COLORS[name],
                     label=LABELS[name],
-                    markersize=7 if name in ("copy", "fused") else 4,
+                    markersize=7 if name == "fused" else 4,
+                    linewidth=2.5,
                 )
         panel.set(title=f"{TITLES[direction]}{_kind(of)}", xscale="log", yscale="log")
         panel.set(xlabel="x, MB")
