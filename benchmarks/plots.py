@@ -106,7 +106,8 @@ def draw_speed(panels: Sequence[Axes], rows: Sequence[Found]) -> None:
         if of:
             line.set_label(LABELS["copy"])
         panel.axhline(1, color=COLORS["eager"], linewidth=2, label=LABELS["eager"])
-        panel.set_xticks(range(len(of)), [shape_name(row["shape"]) for row in of], fontsize=8)
+        ticks = [f"{row['shape'][0]}x\n{shape_name(row['shape'][1:])}" for row in of]
+        panel.set_xticks(range(len(of)), ticks, fontsize=8)
         panel.set(title=f"{TITLES[direction]}{_kind(of)}", yscale="log")
         panel.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
         panel.grid(False, axis="x")
@@ -122,6 +123,8 @@ def draw_bandwidth(panels: Sequence[Axes], rows: Sequence[Found]) -> None:
             points = sorted(
                 (_bytes(row) / 2**20, _speed(row, name)) for row in of if _time(row, name)
             )
+            if name == "copy":  # the fastest of each size
+                points = list(dict(points).items())
             if points:
                 panel.plot(
                     *zip(*points, strict=True),
