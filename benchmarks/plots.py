@@ -228,11 +228,11 @@ def _gain(row: Found, name: str) -> float:
     return (_time(row, "eager") or 0.0) / (_time(row, name) or 1.0)
 
 
-def _bytes(row: Found) -> float:
+def _bytes(row: Found) -> int:
     """Of x."""
     passes = {"forward": 2, "step": 5}[row["direction"]]
     copied: float = row["copy_gigabytes_per_second"] * (_time(row, "copy") or 0.0) * 1e3
-    return copied / passes
+    return round(copied / passes)
 
 
 def _speed(row: Found, name: str) -> float:
