@@ -21,24 +21,27 @@ import cbam_cuda
 
 from . import block, network, plots, report, rows
 from .contestants import COMPILED_ON_CUDA, PLAIN
-from .gpu import timings
+from .gpu import facts, timings
 from .gpu.problems import too_large
 from .outcome import REPORT, Folder
 from .problems import SMALL, Problem, in_stages, problems
 from .progress import Say, shown
-from .rows import Row
+from .rows import Costs, Row
 from .stamp import environment, stamp
 from .text import slugify
 
 SECONDS, QUICK_SECONDS = 330.0, 38.0
-EACH, QUICK_EACH = 0.35, 0.12  # seconds of a contestant in a row
-NETWORK_SHARE, THREADS_SHARE = 0.11, 0.07  # of all seconds
+EACH, QUICK_EACH = 0.3, 0.12  # seconds of a contestant in a row
+SHARES = {"block": 0.0, "threads": 0.06, "network": 0.13}  # of all seconds, kept for a file
+COMPILE_SHARE = 0.4  # of all seconds, after which no row on CUDA has torch.compile in it
 SHORTEST = 3.0  # seconds left with which a row is begun
-# Large, the hardest, small; then how far other dtypes and layouts are from these.
+# The hardest, small, other dtypes and layouts; and then, as it may take most of the time, large
+# with torch.compile.
 QUICK = (
-    *map(Problem, ((8, 256, 56, 56), (8, 2048, 7, 7), SMALL)),
+    *map(Problem, ((8, 2048, 7, 7), SMALL)),
     Problem((8, 256, 56, 56), torch.bfloat16),
     Problem((8, 256, 56, 56), layout="channels_last"),
+    Problem((8, 256, 56, 56)),
 )
 RESULTS = Path(__file__).parent / "results"
 COMPILE = ("few", "none", "all")
@@ -70,7 +73,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def with_compile(problem: Problem, options: argparse.Namespace) -> bool:
     """Whether torch.compile takes part: usually in the stages of a ResNet-50, quick in one."""
     if options.compile == "few":
-        return problem in (in_stages(8)[:1] if options.quick else in_stages(8))
+        first, *_, last = in_stages(1)  # of single samples two stand for all: each takes 15 seconds
+        return problem in (in_stages(8)[:1] if options.quick else [*in_stages(8), first, last])
     return bool(options.compile == "all")
 
 
@@ -85,88 +89,97 @@ class Bench:
     def __init__(self, options: argparse.Namespace, device: torch.device, say: Say) -> None:
         self.options, self.device, self.say = options, device, say
         self.end = time.monotonic() + options.seconds
-        facts = environment(device)
-        name = f"{facts['device']} threads {facts['threads']}" if device.type == "cpu" else ""
-        self.folder = Folder(
-            options.output / slugify(name or facts["device"]), {"environment": {**facts, **stamp()}}
-        )
+        on_cuda = device.type == "cuda"
+        found = facts.collect() if on_cuda else {**environment(device), **stamp()}
+        words = [found["device"], *([] if on_cuda else [f"threads {found['threads']}"])]
+        words += ["quick"] if options.quick else []  # beside a full run, not in its place
+        path = options.output / slugify(" ".join(words))
+        self.folder = Folder(path, {"environment": found})
+        self.compiling = 0.0  # seconds of rows with torch.compile
+
+    @property
+    def files(self) -> list[str]:
+        """What this run takes."""
+        left_out = {"threads", "network"} if self.options.quick else set()
+        if self.device.type == "cuda" or torch.get_num_threads() == 1:
+            left_out.add("threads")
+        return [f for f in report.FILES if f in self.options.only and f not in left_out]
 
     def run(self) -> None:
         """Take everything; each file is there as soon as it has rows."""
-        work = {"block": self.block, "threads": self.threads, "network": self.network}
-        for name in report.FILES:
-            if name in self.options.only:
-                self.folder.forget(name)
-                work[name]()
+        take = {"block": self.block, "threads": self.threads, "network": self.network}
+        for name in self.files:
+            self.folder.forget(name)
+            take[name]()
         self.write_report()
 
     def block(self) -> None:
         """One block over all problems."""
-        reserved = sum(
-            share
-            for name, share in (("network", NETWORK_SHARE), ("threads", THREADS_SHARE))
-            if name in self.options.only and not self.options.quick
-        )
-        each = QUICK_EACH if self.options.quick else EACH
-
-        def time_row(problem: Problem, left: float) -> list[Row]:
-            compiled = with_compile(problem, self.options)
-            if self.device.type == "cpu":
-                return block.time_row(problem, each, compiled)
-            rivals = [*PLAIN, *(COMPILED_ON_CUDA if compiled else ())]
-            return timings.time_row_and_memory(problem, rivals)
-
         why_not = block.too_large if self.device.type == "cpu" else too_large
-        self._take("block", list(wanted(self.options)), reserved, time_row, why_not)
+        self._take("block", list(wanted(self.options)), self._time_block, why_not, self._kind)
+
+    def _time_block(self, problem: Problem) -> list[Row]:
+        compiled = with_compile(problem, self.options)
+        if self.device.type == "cpu":
+            return block.time_row(problem, QUICK_EACH if self.options.quick else EACH, compiled)
+        compiled = compiled and self.compiling < COMPILE_SHARE * self.options.seconds
+        begin = time.monotonic()
+        rivals = [*PLAIN, *(COMPILED_ON_CUDA if compiled else ())]
+        try:
+            return timings.time_row_and_memory(problem, rivals)
+        finally:
+            self.compiling += compiled * (time.monotonic() - begin)
+
+    def _kind(self, problem: Problem) -> tuple[object, float]:
+        return with_compile(problem, self.options), problem.elements
 
     def threads(self) -> None:
         """The stages of a ResNet-50 over numbers of threads."""
-        if self.device.type == "cuda" or self.options.quick or torch.get_num_threads() == 1:
-            return
-        self._take(
-            "threads",
-            in_stages(8),
-            NETWORK_SHARE,
-            lambda problem, left: list(block.time_threads(problem, EACH)),
-            block.too_large,
-        )
+
+        def time_row(problem: Problem) -> list[Row]:
+            return list(block.time_threads(problem, EACH))
+
+        self._take("threads", in_stages(8), time_row, block.too_large, lambda p: ("", p.elements))
 
     def network(self) -> None:
         """A whole network."""
-        if not self.options.quick:
-            self._take(
-                "network",
-                network.settings(),
-                0.0,
-                lambda setting, left: network.time_setting(setting, self.device),
-                lambda setting: None,
-            )
+        self._take(
+            "network",
+            network.settings(),
+            lambda setting: network.time_setting(setting, self.device),
+            lambda setting: None,
+            lambda setting: (setting.mode, 1.0),
+        )
 
     def _take(
         self,
         name: str,
         things: Sequence[rows.Wanted],
-        reserved: float,
-        time_row: Callable[[rows.Wanted, float], list[Row]],
+        time_row: Callable[[rows.Wanted], list[Row]],
         why_not: Callable[[rows.Wanted], str | None],
+        kind: Callable[[rows.Wanted], tuple[object, float]],
     ) -> None:
-        """Rows of one file; so large a part of all seconds is for those after it."""
+        """Rows of one file; a part of all seconds is kept for those after it."""
+        begin, costs = time.monotonic(), Costs()
+        later = self.files[self.files.index(name) + 1 :]
+        end = self.end - self.options.seconds * sum(SHARES[file] for file in later)
+
+        def too_long(thing: rows.Wanted) -> str | None:
+            late = time.monotonic() + costs.expected(*kind(thing)) > end
+            return "no time left" if late else why_not(thing)
 
         def and_say(thing: rows.Wanted, left: float) -> list[Row]:
             self.say(f"{name}: {thing}", [])
-            found = time_row(thing, left)
+            began = time.monotonic()
+            found = time_row(thing)
+            costs.add(*kind(thing), time.monotonic() - began)
             self.say(f"{name}: {thing}", found)
             return found
 
-        seconds = self.end - time.monotonic() - reserved * self.options.seconds
-        rows.take(
-            things,
-            seconds,
-            SHORTEST,
-            and_say,
-            why_not,
-            lambda found: self.folder.write(name, found),
-        )
+        def keep(found: Row) -> None:
+            self.folder.write(name, {"seconds": round(time.monotonic() - begin, 1), **found})
+
+        rows.take(things, end - begin, SHORTEST, and_say, too_long, keep)
 
     def write_report(self) -> None:
         """From the files there are, also those of earlier runs."""

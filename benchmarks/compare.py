@@ -1,24 +1,30 @@
 """``python -m benchmarks.compare OLD NEW``: two folders of results side by side.
 
-For every row and contestant that both have: microseconds, their ratio, and whether that is more
-than noise. Exit code 1 where the fused block became slower.
+For every row and contestant that both have, of the block, over threads, and of the network:
+microseconds, their ratio, and whether that is more than noise. "fused" is what a user got in each,
+whichever strategy that was. Exit code 1 where the fused block, or the network with it, became
+slower.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from .rows import Found, fused, geometric_mean, timing
+from . import report
+from .network import pairs
+from .outcome import Folder
+from .rows import Found, fused, geometric_mean
 from .text import markdown, microseconds, number
 
 LEAST = 0.05  # differences below are noise, however narrow the quartiles
 FASTER, SLOWER, SAME = "faster", "SLOWER", ""
-FILE = "block.json"
+METHODS = ("graph", "launched")  # the first that both have been timed by
+
+Timings = dict[tuple[str, str], dict[str, Found]]  # by row and direction, then by contestant
 
 
 class Change(NamedTuple):
@@ -45,18 +51,34 @@ class Change(NamedTuple):
         return SAME
 
 
-def changes(old: Sequence[Found], new: Sequence[Found]) -> Iterator[Change]:
-    """Of the rows that both have, in the order of the new ones."""
-    before = {(row["name"], row["direction"]): row for row in old if "error" not in row}
-    for row in new:
-        was = before.get((row["name"], row.get("direction", "")))
-        if was is None or "error" in row:
+def of_blocks(rows: Sequence[Found]) -> Timings:
+    """All timings of rows of one block, also over threads."""
+    found: Timings = {}
+    for row in rows:
+        if "error" in row:
             continue
-        for name in row["contestants"]:
-            one, other = timing(was, name), timing(row, name)
-            if one and other:
-                shown = "fused" if name == fused(row) else name
-                yield Change(row["name"], row["direction"], shown, one, other)
+        name = f"{row['name']}, {row['threads']} threads" if "threads" in row else row["name"]
+        own = found[name, row["direction"]] = dict(row["contestants"])
+        if fused(row) in own:
+            own["fused"] = own[fused(row)]
+    return found
+
+
+def of_networks(rows: Sequence[Found]) -> Timings:
+    """All timings of rows of the network."""
+    return {
+        ("network", setting): {n: {"launched": row["microseconds"]} for n, row in pair.items()}
+        for setting, pair in pairs(list(rows)).items()
+    }
+
+
+def changes(old: Timings, new: Timings) -> Iterator[Change]:
+    """Of what both have, in the order of the new one."""
+    for key, contestants in new.items():
+        for name, found in contestants.items():
+            was = old.get(key, {}).get(name, {})
+            if both := [method for method in METHODS if method in was and method in found]:
+                yield Change(*key, name, was[both[0]], found[both[0]])
 
 
 def render(found: Sequence[Change], names: Sequence[str]) -> str:
@@ -82,17 +104,21 @@ def render(found: Sequence[Change], names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a folder.
+def read(path: Path) -> Timings:
+    """All timings of a folder.
 
     Raises:
         SystemExit: there are none.
     """
-    file = folder / FILE
-    if not file.exists():
-        raise SystemExit(f"expected a folder with {FILE}, got {folder}")
-    rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
-    return rows
+    files = report.read(Folder(path)) if path.is_dir() else {}
+    rows = {name: data["rows"] for name, data in files.items() if data}
+    if not rows:
+        wanted = " or ".join(f"{name}.json" for name in report.FILES)
+        raise SystemExit(f"expected a folder with {wanted}, got {path}")
+    found: Timings = {}
+    for name, of in rows.items():
+        found |= of_networks(of) if name == "network" else of_blocks(of)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

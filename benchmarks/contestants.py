@@ -1,16 +1,18 @@
 """What is compared: the same block, with the same weights, on the same input.
 
-``eager``           `cbam_cuda.reference.CBAM`, plain PyTorch
-``tuned``           the same with the fastest operators that PyTorch has for it
-``compile``         eager under `torch.compile`
-``tuned compile``   tuned under `torch.compile`
-``max-autotune``    tuned under `torch.compile(mode="max-autotune-no-cudagraphs")`; CUDA only
-``timm``            `timm.layers.cbam.CbamModule` without its norm; 2D, where timm is importable
-``fused``           `cbam_cuda.CBAM`, on the device's own backend or not at all
+``eager``               `cbam_cuda.reference.CBAM`, plain PyTorch
+``tuned``               the same with the fastest operators that PyTorch has for it
+``timm``                `timm.layers.cbam.CbamModule` without its norm; 2D, where timm is importable
+``compile``             eager under `torch.compile`
+``tuned compile``       tuned under `torch.compile`
+``max-autotune``        eager under `torch.compile(mode="max-autotune-no-cudagraphs")`; CUDA only
+``tuned max-autotune``  tuned under the same
+``fused``               `cbam_cuda.CBAM`, on the device's own backend or not at all
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -31,7 +33,14 @@ class Compiled(NamedTuple):
 
 
 COMPILED = {"compile": Compiled("eager"), "tuned compile": Compiled("tuned")}
-COMPILED_ON_CUDA = {**COMPILED, "max-autotune": Compiled("tuned", "max-autotune-no-cudagraphs")}
+# CUDA graphs are made of all contestants alike, by what times them.
+_MOST = "max-autotune-no-cudagraphs"
+COMPILED_ON_CUDA = {
+    **COMPILED,
+    "max-autotune": Compiled("eager", _MOST),
+    "tuned max-autotune": Compiled("tuned", _MOST),
+}
+RIVALS = (*PLAIN, *COMPILED_ON_CUDA)
 
 
 class Tuned(reference.CBAM):
@@ -84,15 +93,35 @@ def make_block(
 
 
 def _timm(eager: reference.CBAM) -> nn.Module:
-    from timm.layers.cbam import CbamModule
-
     if eager.dim != 2:
         raise ValueError(f"expected 2 dimensions, got {eager.dim}")
+    _make_torchvision_importable()
+    from timm.layers.cbam import CbamModule
+
     hidden, channels = eager.fc1.weight.shape[:2]
     found = CbamModule(channels, rd_channels=hidden, spatial_kernel_size=KERNEL_SIZE, mlp_bias=True)
     found.channel.fc1, found.channel.fc2 = eager.fc1, eager.fc2
     found.spatial.conv = eager.conv  # in place of a convolution and its norm
     return found
+
+
+@functools.cache  # what is returned must live on
+def _make_torchvision_importable() -> torch.library.Library | None:
+    """For timm, which imports it.
+
+    Built for another torch it comes without its operators, and yet declares, as it is imported,
+    what two of them give: these get their schemas.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:  # timm will say so
+        return None
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+    return None
 
 
 def first_line(error: Exception) -> str:

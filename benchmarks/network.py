@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from .truth import tolerance
 
 NETWORKS = ("plain", "fused")
 IMAGE = (3, 224, 224)
-FEW_IMAGES = (4, *IMAGE)  # enough to compare outputs
+FEW_IMAGES = (2, *IMAGE)  # enough to compare
 # What the layers around the block work in: training under autocast, inference all of it.
 DTYPES = {
     "cuda": {"training": torch.bfloat16, "inference": torch.float16},
@@ -45,11 +46,13 @@ class Effort(NamedTuple):
 
     images: int
     steps: int  # of a sample, which follow each other without a wait
-    samples: int
+    samples: int  # of each network, at least
+    seconds: float  # after which there are no more samples than that
     warm_ups: int
 
 
-EFFORT = {"cuda": Effort(64, 5, 5, 3), "cpu": Effort(2, 1, 3, 1)}
+EFFORT = {"cuda": Effort(64, 5, 5, 4.0, 3), "cpu": Effort(2, 1, 4, 5.0, 1)}
+MOST_SAMPLES = 15
 
 
 def settings() -> list[Setting]:
@@ -58,10 +61,51 @@ def settings() -> list[Setting]:
 
 
 def time_setting(setting: Setting, device: torch.device) -> list[Row]:
-    """Both networks, once they are known to compute the same."""
+    """Both networks, taking turns, once they are known to compute the same."""
     torch.backends.cudnn.allow_tf32 = False  # it would hide differences; no timing is of float32
     assert_agree(setting, device)
-    return [time_network(setting, name, device, EFFORT[device.type]) for name in NETWORKS]
+    effort, dtype = EFFORT[device.type], DTYPES[device.type][setting.mode]
+    images = _images((effort.images, *IMAGE), device, setting.layout)
+    works, peaks = {}, {}
+    for name, network in networks(device, setting.layout).items():
+        works[name] = work = WORK[setting.mode](network, images, dtype)
+        for _ in range(effort.warm_ups):
+            work()
+        network.zero_grad()  # gradients are part of what a step takes
+        peaks[name] = peak_bytes(work, device)
+    samples = _take_turns(works, device, effort)
+    return [_row(setting, n, dtype, effort.images, peaks[n], samples[n]) for n in NETWORKS]
+
+
+def _take_turns(
+    works: dict[str, Callable[[], object]], device: torch.device, effort: Effort
+) -> dict[str, list[float]]:
+    """Microseconds of a step, as many of each."""
+    samples: dict[str, list[float]] = {name: [] for name in works}
+    end = time.monotonic() + effort.seconds
+    for count in range(MOST_SAMPLES):
+        if count >= effort.samples and time.monotonic() > end:
+            break
+        for name, work in works.items():
+            samples[name].append(time_once(work, device, effort.steps))
+    return samples
+
+
+def _row(
+    setting: Setting, name: str, dtype: torch.dtype, images: int, peak: int, samples: list[float]
+) -> Row:
+    found = as_found(samples)
+    return {
+        "name": f"{setting} {name}",
+        **setting._asdict(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "contestant": name,
+        "images": images,
+        "milliseconds": found["median"] / 1e3,
+        "images_per_second": 1e6 * images / found["median"],
+        "peak_bytes": peak,
+        "microseconds": found,
+    }
 
 
 def networks(device: torch.device, layout: str) -> dict[str, nn.Module]:
@@ -77,42 +121,33 @@ def networks(device: torch.device, layout: str) -> dict[str, nn.Module]:
 def assert_agree(
     setting: Setting, device: torch.device, shape: tuple[int, ...] = FEW_IMAGES
 ) -> None:
-    """Fail unless outputs in float32 keep to the rule that the suite has for a single block.
+    """Fail unless outputs in float32 and gradients keep to the rule that a single block has.
 
     It fits the network too: the fused one may be off from the plain one in float64 by a multiple of
     what the plain one in float32 is off by, and what rounding does in all other layers is in both.
-    Batch norms use their running statistics, which do not magnify the differences of few images.
+    Gradients are compared in float64: in float32 either network takes another element for a maximum
+    here and there, and many layers carry that on. Batch norms use their running statistics, which
+    do not magnify the differences of few images.
     """
     images = _images(shape, device, setting.layout)
     plain, fused = (network.eval() for network in networks(device, setting.layout).values())
     with torch.set_grad_enabled(setting.mode == "training"):  # which operators are called
         one, other = plain(images).detach(), fused(images).detach()
+    wide = images.double()
     with torch.no_grad():
-        truth = plain.double()(images.double())
+        truth = plain.double()(wide)
     tolerance.assert_as_good_as_eager(str(setting), other, one, truth)
+    if setting.mode == "training":
+        expected, found = gradients(plain, wide), gradients(fused.double(), wide)
+        for name, truth in expected.items():
+            tolerance.assert_as_good_as_eager(f"{setting}, {name}", found[name], truth, truth)
 
 
-def time_network(setting: Setting, name: str, device: torch.device, effort: Effort) -> Row:
-    """One network, alone in memory: median time of a step, and the most memory that one takes."""
-    network = networks(device, setting.layout)[name]
-    dtype = DTYPES[device.type][setting.mode]
-    images = _images((effort.images, *IMAGE), device, setting.layout)
-    work = WORK[setting.mode](network, images, dtype)
-    for _ in range(effort.warm_ups):
-        work()
-    peak = peak_bytes(work, device)
-    found = as_found(time_once(work, device, effort.steps) for _ in range(effort.samples))
-    return {
-        "name": f"{setting} {name}",
-        **setting._asdict(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "contestant": name,
-        "images": effort.images,
-        "milliseconds": found["median"] / 1e3,
-        "images_per_second": 1e6 * effort.images / found["median"],
-        "peak_bytes": peak,
-        "microseconds": found,
-    }
+def gradients(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Of half the sum of squared scores, by the images and by all weights."""
+    leaves = {"images": images.detach().requires_grad_(), **dict(network.named_parameters())}
+    out = network(leaves["images"])
+    return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), out), strict=True))
 
 
 def _images(shape: tuple[int, ...], device: torch.device, layout: str) -> Tensor:

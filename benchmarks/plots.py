@@ -32,6 +32,7 @@ COLORS = {
     "compile": "#3d7ea6",
     "tuned compile": "#7fb3d0",
     "max-autotune": "#22577a",
+    "tuned max-autotune": "#14a098",
     "fused": "#e4572e",
 }
 LABELS = {
@@ -41,7 +42,8 @@ LABELS = {
     "timm": "timm",
     "compile": "torch.compile",
     "tuned compile": "tuned, torch.compile",
-    "max-autotune": "tuned, max-autotune",
+    "max-autotune": "torch.compile, max-autotune",
+    "tuned max-autotune": "tuned, max-autotune",
     "fused": "cbam_cuda",
 }
 STYLE = {
@@ -104,7 +106,8 @@ def draw_speed(panels: Sequence[Axes], rows: Sequence[Found]) -> None:
         if of:
             line.set_label(LABELS["copy"])
         panel.axhline(1, color=COLORS["eager"], linewidth=2, label=LABELS["eager"])
-        panel.set_xticks(range(len(of)), [shape_name(row["shape"]) for row in of], fontsize=8)
+        ticks = [f"{row['shape'][0]}x\n{shape_name(row['shape'][1:])}" for row in of]
+        panel.set_xticks(range(len(of)), ticks, fontsize=8)
         panel.set(title=f"{TITLES[direction]}{_kind(of)}", yscale="log")
         panel.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
         panel.grid(False, axis="x")
@@ -113,20 +116,23 @@ def draw_speed(panels: Sequence[Axes], rows: Sequence[Found]) -> None:
 
 
 def draw_bandwidth(panels: Sequence[Axes], rows: Sequence[Found]) -> None:
-    """The bytes that nobody can save over the time taken, over the size of x."""
+    """The bytes that nobody can save over the time taken, over the size of x; a roof: the copy."""
     for panel, direction in zip(panels, DIRECTIONS, strict=True):
         of = usual(rows, direction)
         for name in COLORS:
             points = sorted(
                 (_bytes(row) / 2**20, _speed(row, name)) for row in of if _time(row, name)
             )
+            if name == "copy":  # the fastest of each size
+                points = list(dict(points).items())
             if points:
                 panel.plot(
                     *zip(*points, strict=True),
-                    "o",
+                    "-" if name == "copy" else "o",
                     color=COLORS[name],
                     label=LABELS[name],
-                    markersize=7 if name in ("copy", "fused") else 4,
+                    markersize=7 if name == "fused" else 4,
+                    linewidth=2.5,
                 )
         panel.set(title=f"{TITLES[direction]}{_kind(of)}", xscale="log", yscale="log")
         panel.set(xlabel="x, MB")
@@ -222,11 +228,11 @@ def _gain(row: Found, name: str) -> float:
     return (_time(row, "eager") or 0.0) / (_time(row, name) or 1.0)
 
 
-def _bytes(row: Found) -> float:
+def _bytes(row: Found) -> int:
     """Of x."""
     passes = {"forward": 2, "step": 5}[row["direction"]]
     copied: float = row["copy_gigabytes_per_second"] * (_time(row, "copy") or 0.0) * 1e3
-    return copied / passes
+    return round(copied / passes)
 
 
 def _speed(row: Found, name: str) -> float:

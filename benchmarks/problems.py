@@ -16,6 +16,7 @@ BATCHES = (8, 1, 32, 256)  # the most wanted first
 SMALL = (1, 64, 56, 56)
 # A large image, a sequence, a volume.
 OTHERS = ((1, 64, 512, 512), (8, 256, 4096), (2, 64, 16, 56, 56))
+LARGEST = (256, 2048, 7, 7)  # of the largest batch, what takes the least time
 
 
 class Problem(NamedTuple):
@@ -28,7 +29,12 @@ class Problem(NamedTuple):
     @property
     def bytes(self) -> int:
         """Of x."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+        return self.dtype.itemsize * self.elements
+
+    @property
+    def elements(self) -> int:
+        """Of x."""
+        return torch.Size(self.shape).numel()
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -44,22 +50,26 @@ def in_stages(
 
 def problems() -> Iterator[Problem]:
     """All there are, the most wanted first."""
+    return iter(dict.fromkeys(_by_wish()))
+
+
+def _by_wish() -> Iterator[Problem]:
+    """Some more than once."""
+    kinds = [(dtype, layout) for layout in LAYOUTS for dtype in DTYPES]
     yield from in_stages(8)
+    yield from in_stages(1)
     yield from in_stages(8, torch.bfloat16)
     yield from in_stages(8, layout="channels_last")
-    yield Problem(SMALL)
-    yield from in_stages(1)
-    yield from map(Problem, OTHERS)
-    yield from in_stages(32)
+    yield from map(Problem, (SMALL, *OTHERS, LARGEST))
     yield from in_stages(8, torch.float16)
-    kinds = [(dtype, layout) for layout in LAYOUTS for dtype in DTYPES]
-    seen = {(8, torch.float32, layout) for layout in LAYOUTS}
-    seen |= {(8, dtype, "contiguous") for dtype in DTYPES}
-    seen |= {(n, torch.float32, "contiguous") for n in (1, 32)}
+    yield from in_stages(32)
+    for dtype, layout in kinds:
+        # Without dimensions 2 and 3 there is nothing that channels could be behind.
+        shapes = [s for s in OTHERS if layout == "contiguous" or len(s) > 3]
+        yield from (Problem(shape, dtype, layout) for shape in shapes)
     for n in BATCHES:
         for dtype, layout in kinds:
-            if (n, dtype, layout) not in seen:
-                yield from in_stages(n, dtype, layout)
+            yield from in_stages(n, dtype, layout)
 
 
 def memory_format(layout: str, dims: int) -> torch.memory_format:

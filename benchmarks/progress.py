@@ -1,4 +1,4 @@
-"""What a reader sees while rows are taken: a bar and a growing table, or plain lines in a pipe."""
+"""What a reader sees while rows are taken: a bar over a growing table, or plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .tables import best
 from .text import microseconds, number
 
 COLUMNS = ("problem", "direction", "copy", "eager", "fused", "eager/fused", "best/fused")
-MOST_LINES = 30  # of the table on a terminal
+AROUND_LINES = 6  # of a terminal: the bar, the table's frame and head, and the cursor's
 
 Say = Callable[[str, list[Row]], None]  # what has just been done, and the rows that it gave
 
@@ -47,17 +47,19 @@ def _terminal(seconds: float, console: Console) -> Iterator[Say]:
     task = bar.add_task("", total=seconds)
 
     def table() -> Table:
-        found = Table(*COLUMNS)
-        for cells in lines[-MOST_LINES:]:
+        found = Table()
+        for index, name in enumerate(COLUMNS):
+            found.add_column(name, justify="left" if index < 2 else "right", no_wrap=True)
+        for cells in lines[-max(1, console.height - AROUND_LINES) :]:
             found.add_row(*cells)
         return found
 
-    with Live(Group(table(), bar), console=console) as live:
+    with Live(Group(bar, table()), console=console) as live:
 
         def say(what: str, rows: list[Row]) -> None:
             lines.extend(map(_cells, rows))
             bar.update(task, description=what, completed=time.monotonic() - began)
-            live.update(Group(table(), bar))
+            live.update(Group(bar, table()))
 
         yield say
 

@@ -18,23 +18,48 @@ FILES = ("block", "threads", "network")
 def render(found: Mapping[str, Found | None]) -> str:
     """The whole report, of the files there are."""
     there = {name: data for name, data in found.items() if data}
-    facts = next(iter(there.values()))["environment"]
-    lines = [f"# CBAM on {facts['device']}", ""]
+    device = next(iter(there.values()))["environment"]["device"]
+    lines = [f"# CBAM on {device}", ""]
     for name, data in there.items():
         rows = [row for row in data["rows"] if "error" not in row]
         if rows:
             lines += SECTIONS[name](rows)
         lines += _left_out(data)
-    lines += ["## Environment", ""]
-    lines += [f"- {key}: {value}" for key, value in facts.items() if value is not None]
+    lines += ["## Environment", "", *_environment(there)]
     return "\n".join(lines) + "\n"
+
+
+def _environment(there: Mapping[str, Found]) -> Iterator[str]:
+    """A line a fact; files of several runs may differ in it."""
+    facts = {
+        n: {**data["environment"], "seconds": data.get("seconds")} for n, data in there.items()
+    }
+    for key in dict.fromkeys(key for found in facts.values() for key in found):
+        files: dict[str, list[str]] = {}
+        for name, found in facts.items():
+            if (value := found.get(key)) is not None:
+                files.setdefault(_shown(value), []).append(name)
+        one = len(files) == 1
+        said = (v if one else f"{v} ({', '.join(names)})" for v, names in files.items())
+        if files:
+            yield f"- {key}: {'; '.join(said)}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {part}" for key, part in value.items())
+    return str(value)
 
 
 def _block(rows: list[Found]) -> Iterator[str]:
     for direction, title in TITLES.items():
         if of := [row for row in rows if row["direction"] == direction]:
             yield from (f"## {title}", "", tables.block_table(of), "")
-    yield from (tables.NOTE, "", f"Noise: {tables.noise(rows)}.", "")
+            yield from (tables.copy_table(of), "")
+    yield from (tables.NOTE, "")
+    if any(name in row["contestants"] for row in rows for name in tables.STRATEGIES):
+        yield from (tables.STRATEGIES_NOTE, "")
+    yield from (f"Noise: {tables.noise(rows)}.", "")
     yield from ("## Where something else is faster", "")
     yield from ([f"- {line}" for line in tables.losses(rows)] or ["Nowhere in this table."])
     yield ""
@@ -42,7 +67,7 @@ def _block(rows: list[Found]) -> Iterator[str]:
     memory = [row for row in rows if row.get("memory")]
     if of := [row for row in memory if row["name"] in stages] or memory:
         yield from ("## Memory of training", "", tables.memory_table(of), "")
-        yield from (tables.MEMORY_NOTE, "")
+        yield from (tables.memory_note(of), "")
     yield from _pictures("block")
 
 
@@ -69,16 +94,19 @@ SECTIONS: dict[str, Callable[[list[Found]], Iterator[str]]] = {
 
 
 def _left_out(data: Mapping[str, Any]) -> Iterator[str]:
-    """What was not timed, and why."""
-    reasons: dict[str, list[str]] = {}
+    """What was not timed, or not as the others of its row were, and why."""
+    reasons: dict[str, dict[str, None]] = {}  # in order, each name once
     for row in data["rows"]:
         if "error" in row:
-            reasons.setdefault(row["error"], []).append(row["name"])
+            reasons.setdefault(row["error"], {})[row["name"]] = None
         for name, why in row.get("missing", {}).items():
-            if row.get("direction") == "forward":
-                reasons.setdefault(f"without {name}, {why}", []).append(row["name"])
+            reasons.setdefault(f"without {name}, {why}", {})[row["name"]] = None
+        for name, found in row.get("contestants", {}).items():
+            if row["method"] == "graph" and "no_graph" in found:
+                why = f"{name} is in no CUDA graph, {found['no_graph']}"
+                reasons.setdefault(why, {})[f"{row['name']} {row['direction']}"] = None
     for skip in data["skipped"]:
-        reasons.setdefault(skip["reason"], []).append(skip["name"])
+        reasons.setdefault(skip["reason"], {})[skip["name"]] = None
     if reasons:
         yield from ("Left out:", "")
         yield from (f"- {why}: {', '.join(names)}" for why, names in reasons.items())

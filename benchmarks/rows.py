@@ -31,6 +31,27 @@ Found = Mapping[str, Any]
 Wanted = TypeVar("Wanted")  # what a row is of; its text is the row's name
 
 
+class Costs:
+    """Seconds that a row is going to take, judged by those taken before it.
+
+    Those of a kind take alike by their size: a row at least as long as the one nearest in size, and
+    in proportion where it is larger.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[object, list[tuple[float, float]]] = {}
+
+    def add(self, kind: object, size: float, seconds: float) -> None:
+        """What one took."""
+        self.known.setdefault(kind, []).append((size, seconds))
+
+    def expected(self, kind: object, size: float) -> float:
+        """Of the next one; 0 where nothing is known of its kind."""
+        known = self.known.get(kind, [])
+        nearest = min(known, key=lambda one: abs(math.log(size / one[0])), default=(size, 0.0))
+        return nearest[1] * max(1.0, size / nearest[0])
+
+
 def take(
     wanted: Sequence[Wanted],
     seconds: float,
@@ -93,6 +114,11 @@ def median(row: Found, name: str) -> float | None:
     """Microseconds of a contestant; None where it was not timed."""
     found = timing(row, name)
     return None if found is None else found["median"]
+
+
+def spread(found: Found) -> float:
+    """How far the quartiles of a timing are from its median, as a part of it."""
+    return float(found["upper"] - found["lower"]) / 2 / float(found["median"])
 
 
 def fused(row: Found) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import cbam_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
+OPTIONAL = ("triton", "timm")  # packages that contestants need
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -24,25 +26,46 @@ def environment(device: torch.device) -> dict[str, Any]:
     build = cbam_cuda.info()["build"] or {}
     return {
         "device": _device_name(device),
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": _load_average(),
         "cbam_cuda": cbam_cuda.__version__,
         "cpu_target": build.get("cpu_target"),
+        "compiler": build.get("compiler"),
         "torch": torch.__version__,
+        **{name: _version(name) for name in OPTIONAL},
+        "compiler_of_torch_compile": _compiler(),
         "python": platform.python_version(),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    """None where it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _compiler() -> str | None:
+    """What torch.compile compiles with for the CPU."""
+    said = printed([os.environ.get("CXX", "g++"), "--version"])
+    return said.splitlines()[0] if said else None
 
 
 def _load_average() -> float | None:

@@ -2,60 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+from .contestants import RIVALS
 from .network import NETWORKS, pairs, plain_over_fused
-from .rows import Found, fused, geometric_mean, median, speedup, timing
+from .rows import Found, fused, geometric_mean, median, speedup, spread, timing
 from .text import markdown, microseconds, number, shape_name
 
-RIVALS = ("eager", "tuned", "timm", "compile", "tuned compile", "max-autotune")
-BUSY = 0.2  # quartiles this fraction of the median apart
-SLOWER = 0.95  # speed-ups below are shown as losses
-NETWORK_COLUMNS = (("milliseconds", 1, 1), ("images_per_second", 1, 1), ("peak_bytes", 1e9, 2))
+STRATEGIES = {"cuda streaming": "streaming", "cuda resident": "resident"}
+BUSY = 0.1  # quartiles this fraction of the median away from it
+NETWORK_COLUMNS = (("images_per_second", 1, 1), ("peak_bytes", 1e9, 2))
 
 NOTE = """\
-Medians in microseconds. The copy is the memory limit: read x, write out; in the backward read x and
-out's gradient, write x's gradient; it writes over old results, where all others allocate theirs.
-"of copy" is its time over the fused block's, GB/s what the fused block would move if it moved as
-little. "eager/" and "best/" are how many times the fused block's time plain PyTorch and the fastest
-of all others take. Every contestant was compared with float64 before it was timed."""
+Medians in microseconds, with how far the quartiles are from them. The copy is the memory limit:
+read x, write out; in the backward read x and out's gradient, write x's gradient; it writes over old
+results, where all others allocate theirs. "eager/" and "best/" are how many times the fused block's
+time plain PyTorch and the fastest of all others take. "of copy" is the copy's time over a
+contestant's: the fraction of its bandwidth. MB is what the copy moves, GB/s how fast it does. Every
+contestant was compared with float64 before it was timed."""
+STRATEGIES_NOTE = """\
+Where "streaming" and "resident" are given, each was forced; "fused" is the one that a user gets."""
 
 MEMORY_NOTE = """\
 Forward and backward of x and all weights, in sizes of x: what autograd keeps until the backward,
 and the most that exists at any time; x, out's gradient and the weights are not counted."""
+MEMORY_ON_CPU_NOTE = """\
+Nor is what the CPU backend allocates past PyTorch while it runs, for each thread: 1/32 of a sample
+in float32, and three numbers a channel and three a position for each of the samples, up to eight,
+that it works on together."""
+MEMORY_ON_CUDA_NOTE = """\
+Compiled blocks were compiled to keep what the backward could have written over, as it is timed more
+than once: their peak may be lower elsewhere."""
 
 NETWORK_NOTE = """\
-ResNet-50 with CBAM in every block, median milliseconds of a step: forward, backward and SGD, or
-inference. "peak" is the most memory that tensors take beside the weights."""
+ResNet-50 with CBAM in every block, median milliseconds of a step, with how far the quartiles are
+from it: forward, backward and SGD, or inference; both networks take turns. "peak" is the most
+memory that tensors take beside the weights and the optimizer's state."""
 
 
 def block_table(rows: Sequence[Found]) -> str:
     """Rows of one direction, and the geometric mean of the speed-ups."""
-    names = [name for name in RIVALS if any(median(row, name) for row in rows)]
-    header = ["NxCx...", "dtype", "layout", "copy", *names, "fused"]
-    header += ["eager/fused", "best/fused", "of copy", "GB/s"]
-    body = [_block_cells(row, names) for row in rows]
+    rivals = _there(rows, RIVALS)
+    forced = _there(rows, STRATEGIES)
+    header = ["NxCx...", "dtype", "layout", "copy", *rivals, *(STRATEGIES[n] for n in forced)]
+    header += ["fused", "eager/fused", "best/fused", "of copy"]
+    body = []
+    for row in rows:
+        names = ("copy", *rivals, *forced, fused(row))
+        ratios = (speedup(row, "eager"), best(row), of_copy(row, fused(row)))
+        times = (_time(timing(row, name)) for name in names)
+        body.append([*_problem(row), *times, *(number(ratio, 2) for ratio in ratios)])
     if len(rows) > 1:
         means = (geometric_mean(speedup(row, "eager") for row in rows), _mean_best(rows))
-        blanks = [""] * (4 + len(names))
-        body.append(["geometric mean", *blanks, *(number(mean, 2) for mean in means), "", ""])
+        blanks = [""] * (len(header) - 4)
+        body.append(["geometric mean", *blanks, *(number(mean, 2) for mean in means), ""])
     return markdown(header, body, left=3)
 
 
-def _block_cells(row: Found, names: Sequence[str]) -> list[str]:
-    ours = fused(row)
-    of_copy = row["fraction_of_copy"].get(ours)
-    speed = None if of_copy is None else of_copy * row["copy_gigabytes_per_second"]
-    return [
-        shape_name(row["shape"]),
-        row["dtype"],
-        row["layout"],
-        *(microseconds(median(row, name)) for name in ("copy", *names, ours)),
-        number(speedup(row, "eager"), 2),
-        number(best(row), 2),
-        number(of_copy, 2),
-        number(speed, 1),
-    ]
+def copy_table(rows: Sequence[Found]) -> str:
+    """How near each contestant is to the copy; rows of one direction."""
+    rivals = _there(rows, RIVALS)
+    forced = _there(rows, STRATEGIES)
+    header = ["NxCx...", "dtype", "layout", "MB", "GB/s of copy"]
+    header += [f"{name} of copy" for name in (*rivals, *map(STRATEGIES.get, forced), "fused")]
+    body = []
+    for row in rows:
+        speed = row["copy_gigabytes_per_second"]
+        moved = speed * (median(row, "copy") or 0.0) / 1e3
+        cells = [*_problem(row), number(moved, 1), number(speed, 1)]
+        names = (*rivals, *forced, fused(row))
+        body.append([*cells, *(number(of_copy(row, name), 3) for name in names)])
+    return markdown(header, body, left=3)
+
+
+def _there(rows: Sequence[Found], names: Iterable[str]) -> list[str]:
+    """Those that any row has."""
+    return [name for name in names if any(median(row, name) for row in rows)]
+
+
+def _problem(row: Found) -> list[str]:
+    return [shape_name(row["shape"]), row["dtype"], row["layout"]]
+
+
+def _time(found: Found | None, unit: float = 1.0, digits: int | None = None) -> str:
+    """A cell: the median, and how far the quartiles are from it."""
+    if found is None:
+        return "-"
+    value = found["median"] / unit
+    text = microseconds(value) if digits is None else number(value, digits)
+    return f"{text} ±{100 * spread(found):.0f}%" if found["samples"] > 1 else text
+
+
+def of_copy(row: Found, name: str) -> float | None:
+    """The fraction of the copy's bandwidth at which a contestant works."""
+    copy, own = median(row, "copy"), median(row, name)
+    return None if copy is None or own is None else copy / own
 
 
 def best(row: Found) -> float | None:
@@ -73,17 +114,26 @@ def losses(rows: Sequence[Found]) -> Iterator[str]:
     for row in rows:
         for name in RIVALS:
             ratio = speedup(row, name)
-            if ratio is not None and ratio < SLOWER:
-                yield f"{row['name']}, {row['direction']}: {name} takes {ratio:.2f} of our time"
+            if ratio is not None and ratio < 1:
+                line = f"{row['name']}, {row['direction']}: {name} takes {ratio:.2f} of our time"
+                theirs, ours = timing(row, name), timing(row, fused(row))
+                sure = theirs and ours and theirs["upper"] < ours["lower"]
+                yield line if sure else f"{line}, within the noise"
 
 
 def noise(rows: Sequence[Found]) -> str:
-    """How far apart the quartiles of timings are."""
+    """How far the quartiles of timings are from their medians."""
     found = [t for row in rows for name in row["contestants"] if (t := timing(row, name))]
-    spread = sorted((t["upper"] - t["lower"]) / t["median"] for t in found)
-    typical, worst = spread[len(spread) // 2], spread[-1]
-    text = f"the quartiles are {typical:.0%} of the median apart, at worst {worst:.0%}"
+    spreads = sorted(map(spread, found))
+    typical, worst = spreads[len(spreads) // 2], spreads[-1]
+    text = f"the quartiles are {typical:.0%} of the median away from it, at worst {worst:.0%}"
     return text + ("; a busy machine, measure again" if typical > BUSY else "")
+
+
+def memory_note(rows: Sequence[Found]) -> str:
+    """What the numbers are, and what they lack."""
+    on_cuda = any("buffers" in row for row in rows)
+    return f"{MEMORY_NOTE}\n{MEMORY_ON_CUDA_NOTE if on_cuda else MEMORY_ON_CPU_NOTE}"
 
 
 def memory_table(rows: Sequence[Found]) -> str:
@@ -93,7 +143,7 @@ def memory_table(rows: Sequence[Found]) -> str:
     header += [f"{name} {what}" for what in ("kept", "peak") for name in names]
     body = []
     for row in rows:
-        cells = [shape_name(row["shape"]), row["dtype"], row["layout"]]
+        cells = _problem(row)
         for key in ("saved_bytes", "peak_bytes"):
             for name in names:
                 found = row["memory"].get(name)
@@ -109,14 +159,14 @@ def threads_table(rows: Sequence[Found]) -> str:
     body = []
     for row in rows:
         one = alone[row["name"], row["direction"]]
-        times = [median(row, name) for name in ("copy", "fused")]
+        times = [timing(row, name) for name in ("copy", "fused")]
         gains = [median(one, name) / median(row, name) for name in ("copy", "fused")]  # type: ignore[operator]
         body.append(
             [
                 shape_name(row["shape"]),
                 row["direction"],
                 str(row["threads"]),
-                *map(microseconds, times),
+                *map(_time, times),
                 *(number(gain, 2) for gain in gains),
             ]
         )
@@ -132,6 +182,7 @@ def network_table(rows: Sequence[Found]) -> str:
     for pair in pairs(rows).values():
         first = pair[NETWORKS[0]]
         cells = [first["mode"], first["layout"], first["dtype"], str(first["images"])]
+        cells += [_time(pair[name]["microseconds"], 1e3, 1) for name in NETWORKS]
         for key, unit, digits in NETWORK_COLUMNS:
             cells += [number(pair[name][key] / unit, digits) for name in NETWORKS]
         body.append([*cells, number(plain_over_fused(pair), 2)])

@@ -17,46 +17,55 @@ import tolerance
 
 __all__ = ["Truth", "cases", "tolerance"]
 
+PART = 1 << 20  # elements of x that are looked at together: what fits into caches
+OUT, DX = "out", "gradient of x"
+
 
 class Truth:
-    """Output and gradient of x, for the first and the last sample of a problem, in float64.
+    """Output and all gradients of a problem, by plain PyTorch in its dtype and in float64.
 
-    A sample's output and gradient do not depend on the others, so that these two stand for all and
-    the truth stays cheap.
+    Of every sample. A sample's output and gradient do not depend on the others, and the weights'
+    gradients are sums over them: a part of the batch at a time takes little memory beside the
+    results.
     """
 
     def __init__(self, problem: Problem, x: Tensor, grad: Tensor) -> None:
-        self.ends = [0, -1] if x.shape[0] > 1 else [0]
-        dim, channels = x.dim() - 2, x.shape[1]
-        eager = make_block("eager", channels, problem.dtype, x.device, dim)
-        xs, grads = x[self.ends], grad[self.ends]
-        self.eager = _differentiate(eager, xs, grads)
-        self.wide = _differentiate(eager.double(), xs.double(), grads.double())
+        block = make_block("eager", x.shape[1], problem.dtype, x.device, x.dim() - 2)
+        self.names = (OUT, DX, *(f"gradient of {name}" for name, _ in block.named_parameters()))
+        samples = max(1, PART * x.shape[0] // x.numel())
+        self.parts = [slice(n, n + samples) for n in range(0, x.shape[0], samples)]
+        self.eager = dict(zip(self.names, differentiate(block, x, grad), strict=True))
+        block.double()
+        found = [differentiate(block, x[p].double(), grad[p].double()) for p in self.parts]
+        out, dx, *weights = zip(*found, strict=True)
+        wide = (torch.cat(out), torch.cat(dx), *(sum(parts) for parts in weights))
+        self.wide = dict(zip(self.names, wide, strict=True))
 
     def assert_right(self, name: str, block: nn.Module, x: Tensor, grad: Tensor) -> None:
-        """Raises AssertionError unless inference, training and gradient are as good as eager's.
+        """Raises AssertionError unless inference, training and gradients are as good as eager's.
 
         The fused block keeps to the rule element by element. Of the gradients of others the norm
         does: where two elements are the maximum, they may share the gradient or choose the other.
         """
+        fused = name == "fused"
         with torch.no_grad():
-            inference = block(x)[self.ends]
-        out, dx = (whole[self.ends] for whole in _differentiate(block, x, grad))
-        for what, found, index in (
-            ("inference", inference, 0),
-            ("out", out, 0),
-            ("gradient of x", dx, 1),
-        ):
-            judge = (
-                tolerance.assert_norm_as_good_as_eagers
-                if index and name != "fused"
-                else tolerance.assert_as_good_as_eager
-            )
-            judge(f"{name}, {what}", found, self.eager[index], self.wide[index])
+            self.judge(f"{name}, inference", OUT, block(x), by_element=True)
+        for what, found in zip(self.names, differentiate(block, x, grad), strict=True):
+            self.judge(f"{name}, {what}", what, found, by_element=fused or what == OUT)
+
+    def judge(self, title: str, what: str, found: Tensor, by_element: bool) -> None:
+        """The same of one result, in each part of the batch: one of `names`."""
+        rule = (
+            tolerance.assert_as_good_as_eager
+            if by_element
+            else tolerance.assert_norm_as_good_as_eagers
+        )
+        for part in self.parts if what in (OUT, DX) else [...]:
+            rule(title, found[part], self.eager[what][part], self.wide[what][part])
 
 
-def _differentiate(block: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def differentiate(block: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+    """The output, and the gradients of x and all weights."""
     x = x.detach().requires_grad_()
     out = block(x)
-    (dx,) = torch.autograd.grad(out, x, grad)
-    return out.detach(), dx
+    return [out.detach(), *torch.autograd.grad(out, [x, *block.parameters()], grad)]

@@ -1,244 +1,18 @@
-"""``python -m benchmarks``: contestants, measurements, tables and pictures, with tiny shapes."""
+"""``python -m benchmarks`` as a program, with tiny shapes; the guard of CI, and the targets."""
 
 from __future__ import annotations
 
 import json
-import sys
-import types
 from io import StringIO
-from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
+from test_bench_results import TINY, row
 
-import cbam_cuda
 from benchmarks import __main__ as bench
-from benchmarks import (
-    block,
-    compare,
-    contestants,
-    guard,
-    memory,
-    plots,
-    problems,
-    progress,
-    rows,
-    stamp,
-    tables,
-    targets,
-    text,
-    timing,
-    truth,
-)
+from benchmarks import block, guard, plots, problems, progress, targets
 from benchmarks.problems import Problem
-
-CPU = torch.device("cpu")
-TINY = Problem((2, 16, 6, 5))
-KINDS = [
-    TINY,
-    TINY._replace(layout="channels_last"),
-    Problem((2, 16, 9)),
-    Problem((2, 16, 3, 4, 5)),
-]
-
-
-def timed(**medians):
-    return {n: {"launched": timing.as_found([m, m, m])} for n, m in medians.items()}
-
-
-def row(problem=TINY, direction="forward", missing=(), **medians):
-    times = {"copy": 100.0, "eager": 1000.0, "compile": 400.0, "fused": 200.0} | medians
-    found = timed(**{name: time for name, time in times.items() if name not in missing})
-    return rows.describe(
-        problem, direction, found, dict.fromkeys(missing, "no compiler"), ["fused"]
-    )
-
-
-# Problems and contestants.
-
-
-def test_problems_are_what_is_promised():
-    found = list(problems.problems())
-    assert len(found) == len(set(found))
-    stages = {
-        Problem((n, *shape), dtype, layout)
-        for n in (1, 8, 32, 256)
-        for shape in problems.BLOCKS
-        for dtype in problems.DTYPES
-        for layout in problems.LAYOUTS
-    }
-    assert stages <= set(found)
-    assert {len(p.shape) for p in found} == {3, 4, 5}
-    assert Problem((1, 64, 512, 512)) in found
-
-
-@pytest.mark.parametrize("problem", KINDS, ids=str)
-@pytest.mark.parametrize("name", ["tuned", "fused"])
-def test_contestants_compute_the_same(name, problem):
-    x, grad = (problems.draw(*problem, CPU, seed) for seed in (0, 1))
-    made = contestants.make_block(name, x.shape[1], problem.dtype, CPU, x.dim() - 2)
-    truth.Truth(problem, x, grad).assert_right(name, made, x, grad)
-
-
-@pytest.mark.parametrize("name", ["fused", "tuned"])
-def test_truth_notices_a_wrong_gradient(name):
-    class Wrong(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.block = contestants.make_block("eager", 16, TINY.dtype, CPU)
-
-        def forward(self, x):
-            return self.block(x) + (x - x.detach()) * 1e-3
-
-    x, grad = (problems.draw(*TINY, CPU, seed) for seed in (0, 1))
-    with pytest.raises(AssertionError, match=r"gradient of x: (norm )?off by"):
-        truth.Truth(TINY, x, grad).assert_right(name, Wrong(), x, grad)
-
-
-def test_truth_notices_a_wrong_block():
-    x, grad = (problems.draw(*TINY, CPU, seed) for seed in (0, 1))
-    made = contestants.make_block("fused", 16, TINY.dtype, CPU)
-    with torch.no_grad():
-        made.conv.bias += 1e-3
-    with pytest.raises(AssertionError, match="fused, inference: off by"):
-        truth.Truth(TINY, x, grad).assert_right("fused", made, x, grad)
-
-
-class Timm(nn.Module):
-    """Stands for timm's module: the same parts under the same names, with a norm."""
-
-    def __init__(self, channels, rd_channels, spatial_kernel_size, mlp_bias):
-        super().__init__()
-        self.channel, self.spatial = nn.Module(), nn.Module()
-        self.channel.fc1 = nn.Conv2d(channels, rd_channels, 1, bias=mlp_bias)
-        self.channel.fc2 = nn.Conv2d(rd_channels, channels, 1, bias=mlp_bias)
-        self.spatial.conv = nn.Sequential(
-            nn.Conv2d(2, 1, spatial_kernel_size, padding=3, bias=False), nn.BatchNorm2d(1)
-        )
-
-    def forward(self, x):
-        pooled = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-        logits = [self.channel.fc2(self.channel.fc1(vector).relu()) for vector in pooled]
-        y = x * sum(logits).sigmoid()
-        maps = torch.cat((y.mean(1, keepdim=True), y.amax(1, keepdim=True)), 1)
-        return y * self.spatial.conv(maps).sigmoid()
-
-
-def test_timm_without_its_norm(monkeypatch):
-    module = types.SimpleNamespace(CbamModule=Timm)
-    for name in ("timm", "timm.layers", "timm.layers.cbam"):
-        monkeypatch.setitem(sys.modules, name, module)
-    found = block.Contestants(TINY, ["timm", "fused"])
-    assert (list(found.blocks), found.missing) == (["timm", "fused"], {})
-    assert not any(isinstance(part, nn.BatchNorm2d) for part in found.blocks["timm"].modules())
-    missing = block.Contestants(Problem((2, 16, 9)), ["timm", "fused"]).missing
-    assert missing == {"timm": "ValueError: expected 2 dimensions, got 1"}
-
-
-def test_contestants_that_are_not_there_are_said(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm.layers.cbam", None)
-    monkeypatch.setitem(contestants.COMPILED_ON_CUDA, "compile", contestants.Compiled("none"))
-    found = block.Contestants(TINY, ["timm", "compile", "fused"])
-    assert list(found.blocks) == ["fused"]
-    assert found.missing["timm"].startswith("ModuleNotFoundError")
-    assert found.missing["compile"].startswith("ValueError: expected one of eager")
-
-
-# Time and memory.
-
-
-def test_summary_is_median_and_quartiles():
-    assert timing.summarize([4.0, 1.0, 2.0, 3.0, 5.0])[:3] == (3.0, 2.0, 4.0)
-    assert timing.summarize([7.0]) == timing.Timing(7.0, 7.0, 7.0, 1)
-
-
-def test_contestants_take_turns():
-    order = []
-    fns = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    found = timing.time_together(fns, CPU, 0.01)
-    turns = [name for name, last in zip(order, [None, *order], strict=False) if name != last]
-    assert turns == ["a", "b"] * (1 + timing.ROUNDS)
-    assert len(found["a"]["raw"]) == found["a"]["samples"] >= timing.ROUNDS
-
-
-def test_a_slow_contestant_gets_fewer_turns(monkeypatch):
-    monkeypatch.setattr(timing, "time_once", lambda fn, device, calls=1: fn())
-    fns = {"slow": lambda: 1e6, "fast": lambda: 10.0}
-    found = timing.time_together(fns, CPU, 0.05)
-    assert found["slow"]["samples"] == 1
-    assert found["fast"]["samples"] == timing.ROUNDS * timing.MOST_SAMPLES
-
-
-def test_memory_of_known_tensors():
-    x = torch.randn(1000, requires_grad=True)
-    assert memory.saved_bytes(lambda: x * 2, [x]) == 0
-    assert memory.saved_bytes(lambda: (x * 2).exp(), [x]) == 4000
-    assert memory.saved_bytes(lambda: (x * x).exp().exp(), []) == 3 * 4000
-
-    def call():
-        with torch.no_grad():
-            y = x + 1
-            del y
-            return x + 1 + 1
-
-    assert 8000 <= memory.peak_bytes(call, CPU) < 8100  # numbers are tensors too
-
-
-def test_environment_says_where_numbers_come_from():
-    facts = stamp.environment(CPU)
-    assert {"device", "threads", "torch", "cbam_cuda", "command"} <= set(facts)
-    assert facts["cbam_cuda"] == cbam_cuda.__version__
-
-
-# Rows and tables.
-
-
-def test_ratios_are_to_the_fused_block():
-    found = row()
-    assert (rows.speedup(found, "eager"), tables.best(found)) == (5.0, 2.0)
-    assert found["fraction_of_copy"] == {"fused": 0.5}
-    assert found["copy_gigabytes_per_second"] == pytest.approx(2 * TINY.bytes / 100e-6 / 1e9)
-    assert rows.speedup(row(missing=["compile"]), "compile") is None
-    on_gpu = {**row(), "auto": "resident"}
-    on_gpu["contestants"]["cuda resident"] = on_gpu["contestants"].pop("fused")
-    assert rows.speedup(on_gpu, "eager") == 5.0
-
-
-def test_geometric_mean_passes_over_what_is_missing():
-    assert rows.geometric_mean([2.0, None, 8.0]) == pytest.approx(4.0)
-    assert rows.geometric_mean([None]) is None
-
-
-def test_table_says_what_is_missing():
-    lines = tables.block_table([row(), row(missing=["compile"])]).splitlines()
-    assert lines[2].startswith("| 2x16x6x5 ")
-    assert [cell.strip() for cell in lines[3].split("|")][6] == "-"
-    assert lines[-1].startswith("| geometric mean")
-    assert len({len(line) for line in lines}) == 1
-
-
-def test_losses_are_shown():
-    (line,) = tables.losses([row(), row(compile=150.0)])
-    assert line == "2x16x6x5 float32 contiguous, forward: compile takes 0.75 of our time"
-
-
-def test_threads_are_compared_with_one():
-    one = {**row(), "threads": 1}
-    two = {**row(copy=50.0, fused=125.0), "threads": 2}
-    cells = [c.strip() for c in tables.threads_table([one, two]).splitlines()[3].split("|")]
-    assert cells[3:8] == ["2", "50.0", "125", "2.00", "1.60"]
-
-
-@pytest.mark.parametrize(
-    ("name", "file"), [("AMD EPYC (2x)", "amd-epyc-2x"), ("NVIDIA H100 80GB", "nvidia-h100-80gb")]
-)
-def test_file_names(name, file):
-    assert text.slugify(name) == file
-
-
-# The program.
 
 
 def small(monkeypatch):
@@ -267,6 +41,53 @@ def test_end_to_end(monkeypatch, tmp_path, capsys):
         if name not in plots.FILES:
             assert (folder / f"{name}.svg").stat().st_size > 5000
             assert f"({name}.svg)" in report
+
+
+def test_quick_leaves_a_full_run_alone(monkeypatch, tmp_path):
+    small(monkeypatch)
+    monkeypatch.setattr(bench, "problems", lambda: iter([TINY]))
+    monkeypatch.setattr(bench.network, "settings", list)
+    monkeypatch.setattr(bench, "EACH", 0.01)
+    arguments = ["--compile", "none", "--output", str(tmp_path)]
+    full = bench.main(arguments)
+    before = {file.name: file.read_bytes() for file in full.iterdir()}
+    assert {"block.json", "network.json", "report.md", "speed.svg"} <= set(before)
+    quick = bench.main(["--quick", *arguments])
+    assert quick.name == f"{full.name}-quick"
+    assert {file.name: file.read_bytes() for file in full.iterdir()} == before
+
+
+def test_a_run_forgets_only_what_it_takes(monkeypatch, tmp_path):
+    small(monkeypatch)
+    arguments = ["--quick", "--compile", "none", "--output", str(tmp_path)]
+    folder = bench.main(arguments)
+    (folder / "network.json").write_text('{"environment": {}, "rows": [], "skipped": []}')
+    before = (folder / "block.json").read_text()
+    bench.main([*arguments, "--only", "block", "network"])
+    assert (folder / "network.json").exists()
+    assert (folder / "block.json").read_text() != before
+
+
+def test_time_is_kept_for_the_files_after(monkeypatch, tmp_path):
+    """By a faked clock, over rows of ten seconds: none is begun that would end too late."""
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(bench.facts, "collect", lambda: {"device": "a GPU"})
+    monkeypatch.setattr(bench, "too_large", lambda problem: None)
+
+    def time_row(thing, *_):
+        now[0] += 10.0
+        return [{"name": str(thing), "error": "none"}]
+
+    monkeypatch.setattr(bench.timings, "time_row_and_memory", time_row)
+    monkeypatch.setattr(bench.network, "time_setting", time_row)
+    options = bench.parse(["--seconds", "100", "--compile", "none", "--output", str(tmp_path)])
+    run = bench.Bench(options, torch.device("cuda"), lambda what, found: None)
+    run.run()
+    counts = {name: len(run.folder.read(name)["rows"]) for name in run.files}
+    assert counts == {"block": 8, "network": 2}
+    assert run.folder.read("block")["skipped"][0]["reason"] == "no time left"
+    assert run.folder.read("block")["seconds"] == 80.0
 
 
 def test_what_the_time_does_not_suffice_for_is_said(monkeypatch, tmp_path):
@@ -307,36 +128,14 @@ def test_progress(terminal):
     assert ("\x1b[" in shown) == terminal
 
 
-# Comparing and guarding.
-
-
-def written(folder: Path, *found) -> Path:
-    folder.mkdir()
-    (folder / compare.FILE).write_text(json.dumps({"rows": found}))
-    return folder
-
-
-def test_compare(tmp_path, capsys):
-    old = written(tmp_path / "old", row(), row(direction="step"), row(Problem((1, 2, 3))))
-    new = written(tmp_path / "new", row(fused=300.0), row(direction="step", fused=150.0))
-    assert compare.main([str(old), str(new)]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert [cell.strip() for cell in lines[2].split("|")][6:8] == ["1.50", compare.SLOWER]
-    assert "faster" in lines[3]
-    assert "eager: 1.000 of the old time, geometric mean" in lines
-    assert compare.main([str(old), str(old)]) == 0
-    with pytest.raises(SystemExit, match=r"expected a folder with block\.json"):
-        compare.main([str(tmp_path), str(new)])
-
-
-def test_noise_is_no_regression():
-    old, new = row(), row()
-    new["contestants"]["fused"]["launched"] = timing.as_found([190.0, 230.0, 260.0])
-    (change,) = [c for c in compare.changes([old], [new]) if c.contestant == "fused"]
-    assert change.verdict == compare.SLOWER
-    old["contestants"]["fused"]["launched"] = timing.as_found([180.0, 200.0, 240.0])
-    (change,) = [c for c in compare.changes([old], [new]) if c.contestant == "fused"]
-    assert change.verdict == compare.SAME
+def test_the_bar_stays_on_a_low_terminal():
+    stream = StringIO()
+    console = Console(file=stream, force_terminal=True, width=150, height=12)
+    with progress.shown(10.0, console) as say:
+        for index in range(20):
+            say("block: the last", [{**row(), "name": f"row {index}"}])
+    last = stream.getvalue().rpartition("block: the last")[2]
+    assert [index for index in range(20) if f"row {index} " in last] == [14, 15, 16, 17, 18, 19]
 
 
 def test_targets(monkeypatch, capsys):

@@ -9,7 +9,7 @@ import torch
 from test_gpu_timings import cells_of, finished
 from torch import nn
 
-from benchmarks import network, resnet, rows, tables
+from benchmarks import network, resnet, rows, tables, timing
 from benchmarks.gpu import network as on_gpu
 from benchmarks.gpu import report
 from benchmarks.gpu import rows as gpu_rows
@@ -56,7 +56,7 @@ def test_settings_are_all_there_are():
 def on_cpu(monkeypatch):
     """Short networks and tiny images on the CPU; what stands for the device's memory and clock.
 
-    The clock runs what it is given once, and says 4, 2, 3 and so on milliseconds.
+    The clock runs what it is given once, and says of both networks 4, 2, 3 and so on milliseconds.
     """
     seen = types.SimpleNamespace(networks=[], events=[])
     networks, images = network.networks, network._images
@@ -74,7 +74,7 @@ def on_cpu(monkeypatch):
         assert (device.type, calls) == ("cuda", 5)
         work()
         seen.events.append("sample")
-        return 1e3 * (4, 2, 3)[seen.events.count("sample") % 3]
+        return 1e3 * (4, 2, 3)[(seen.events.count("sample") - 1) // 2 % 3]
 
     def peak(work, device):
         seen.events.append("memory")
@@ -85,7 +85,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(network, "networks", watched)
     monkeypatch.setattr(network, "_images", lambda _, device, layout: images(TINY, CPU, layout))
     monkeypatch.setattr(network, "time_once", clock)
-    monkeypatch.setitem(network.EFFORT, "cuda", network.Effort(64, 5, 3, 1))
+    monkeypatch.setitem(network.EFFORT, "cuda", network.Effort(64, 5, 3, 0.0, 1))
     monkeypatch.setattr(network, "peak_bytes", peak)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     return seen
@@ -100,13 +100,36 @@ def test_a_setting(on_cpu, mode):
         assert (row["mode"], row["layout"], row["contestant"]) == (mode, "channels_last", name)
         assert (row["milliseconds"], row["peak_bytes"]) == (3.0, 5_000_000_000)
         assert row["images_per_second"] == pytest.approx(64 / 3e-3)
-        assert row["microseconds"]["raw"] == [2000.0, 3000.0, 4000.0]
+        assert row["microseconds"]["raw"] == [4000.0, 2000.0, 3000.0]
     compared = [("plain", torch.float32), ("fused", torch.float32), ("plain", torch.float64)]
-    timed = []
-    for name in network.NETWORKS:
-        call = name, network.DTYPES["cuda"][mode]
-        timed += [call, "memory", call, *[call, "sample"] * 3]
-    assert on_cpu.events == [*compared, *timed]
+    if mode == "training":
+        compared += [(name, torch.float64) for name in network.NETWORKS]
+    calls = [(name, network.DTYPES["cuda"][mode]) for name in network.NETWORKS]
+    looked_at = [event for call in calls for event in (call, "memory", call)]
+    turns = [event for call in calls for event in (call, "sample")]
+    assert on_cpu.events == [*compared, *looked_at, *turns * 3]
+
+
+def test_there_are_more_samples_where_there_is_time(on_cpu):
+    effort = network.Effort(64, 5, 2, 60.0, 1)
+    works = {name: lambda: None for name in network.NETWORKS}
+    found = network._take_turns(works, torch.device("cuda"), effort)
+    assert [len(samples) for samples in found.values()] == [network.MOST_SAMPLES] * 2
+
+
+def test_gradients_are_part_of_the_memory_of_a_step(on_cpu, monkeypatch):
+    """Those that the step before has left are gone, or their places would count for its own."""
+    left = []
+
+    def peak(work, device):
+        weights = on_cpu.networks[-1][network.NETWORKS[len(left)]].parameters()
+        left.append(sum(p.grad is not None for p in weights))
+        work()
+        return 1
+
+    monkeypatch.setattr(network, "peak_bytes", peak)
+    network.time_setting(network.Setting("training", "contiguous"), torch.device("cuda"))
+    assert left == [0, 0]
 
 
 def test_training_changes_the_weights_and_inference_does_not(on_cpu):
@@ -139,6 +162,21 @@ def test_networks_that_differ_are_not_timed(monkeypatch, on_cpu):
     assert "sample" not in on_cpu.events
 
 
+def test_networks_with_other_gradients_are_not_timed(monkeypatch, on_cpu):
+    networks = network.networks
+
+    def differing(device, layout):
+        found = networks(device, layout)
+        conv = found["fused"].features[-1].cbam.conv
+        conv.bias.register_hook(lambda grad: grad * (1 + 1e-9))
+        return found
+
+    monkeypatch.setattr(network, "networks", differing)
+    with pytest.raises(AssertionError, match=r"training contiguous, .*cbam.conv.bias: off by"):
+        network.time_setting(network.Setting("training", "contiguous"), torch.device("cuda"))
+    assert "sample" not in on_cpu.events
+
+
 def row(mode, name, milliseconds):
     return {
         "name": f"{mode} contiguous {name}",
@@ -150,6 +188,7 @@ def row(mode, name, milliseconds):
         "milliseconds": milliseconds,
         "images_per_second": 64e3 / milliseconds,
         "peak_bytes": 1e9 * milliseconds,
+        "microseconds": timing.as_found([k * milliseconds for k in (900, 1000, 1260)]),
     }
 
 
@@ -165,8 +204,8 @@ FAILURE = {"name": "training channels_last", "error": "AssertionError: off by 1"
 def test_table_of_the_network():
     table = tables.network_table([*FOUND, FAILURE])
     assert cells_of(table, 0)[4:6] == ["plain ms", "fused ms"]
-    first = ["training", "contiguous", "float16", "64", "60.0", "40.0", "1066.7", "1600.0"]
-    assert cells_of(table) == [*first, "60.00", "40.00", "1.50"]
+    first = ["training", "contiguous", "float16", "64", "60.0 ±9%", "40.0 ±9%", "1066.7"]
+    assert cells_of(table) == [*first, "1600.0", "60.00", "40.00", "1.50"]
     assert cells_of(table, 3)[-1] == "1.25"
     skipped = [{"name": "inference channels_last", "reason": "no time left"}]
     lines = list(report.SECTIONS["network"]({"rows": [*FOUND, FAILURE], "skipped": skipped}))

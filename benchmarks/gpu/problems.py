@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -17,13 +18,14 @@ from .. import calls
 from ..calls import Buffers
 from ..contestants import COMPILED_ON_CUDA, first_line, make_block
 from ..problems import Problem, draw
-from ..truth import Truth
+from ..truth import OUT, Truth
 from .calls import by_strategy, fused_backward
+from .strategies import STRATEGIES, contestant
 
 GRAPH_CALLS = 20
 FOOTPRINT = 4  # inputs together, in sizes of the L2 cache
 FREE = 0.85  # the part of free memory that a row may take
-COMPILE_SECONDS = 30
+COMPILE_SECONDS = 60  # of all compiled contestants of a row together
 MAKERS = {"forward": calls.forward, "backward": calls.backward, "step": calls.step}
 
 
@@ -82,9 +84,10 @@ class Contestants(Strategies):
         self.blocks: dict[str, nn.Module] = {}
         # Else a compiled backward gives memory of the forward away, and runs once.
         torch._functorch.config.donated_buffer = False
+        if any(name in COMPILED_ON_CUDA for name in rivals):
+            torch.compiler.reset()  # what rows before had compiled
+        self.compile_seconds = COMPILE_SECONDS
         for name in rivals:
-            if name in COMPILED_ON_CUDA:
-                torch.compiler.reset()
             self._add_rival(name)
         self._add("fused", self.block("fused"), ["step"])
 
@@ -100,23 +103,38 @@ class Contestants(Strategies):
 
     def leave_out_wrong(self) -> None:
         """Compare all with float64: a wrong rival is missing, a wrong fused block is an error."""
-        truth = Truth(self.problem, self.buffers.xs[0], self.buffers.grads[0])
-        for name, block in self.blocks.items():
+        x, grad = (tensors[0] for tensors in self.buffers)
+        truth = Truth(self.problem, x, grad)
+        for name, block in list(self.blocks.items()):
             try:
-                truth.assert_right(name, block, self.buffers.xs[0], self.buffers.grads[0])
+                truth.assert_right(name, block, x, grad)
             except AssertionError as error:
                 if name in ("eager", "fused"):
                     raise
+                del self.blocks[name]
                 for direction, found in self.calls.items():
                     found.pop(name, None)
                     self.missing[direction][name] = first_line(error)
+        for name in map(contestant, STRATEGIES):
+            self._assert_strategy_right(name, truth)
+
+    def _assert_strategy_right(self, name: str, truth: Truth) -> None:
+        """What is forced; the block's own calls ran what "auto" picks."""
+        if call := self.calls["forward"].get(name):
+            with torch.no_grad():
+                truth.judge(f"{name}, inference", OUT, call(0), by_element=True)
+        if call := self.calls["backward"].get(name):
+            for what, found in zip(truth.names[1:], call(0), strict=True):
+                shaped = found.view(truth.eager[what].shape)
+                truth.judge(f"{name}, {what}", what, shaped, by_element=True)
 
     def _add_rival(self, name: str) -> None:
         """In as many directions as it compiles for; the backward may fail alone."""
         block = None
+        limit = self._compiling if name in COMPILED_ON_CUDA else contextlib.nullcontext
         for directions in (("forward", "step"), ("backward",)):
             try:
-                with at_most(COMPILE_SECONDS):
+                with limit():
                     block = self.block(name) if block is None else block
                     self._add(name, block, directions)
             except (
@@ -129,14 +147,26 @@ class Contestants(Strategies):
                     self.missing[direction][name] = first_line(error)
                 return
 
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Raise TimeoutError once the row's time for it is over."""
+        begin = time.monotonic()
+        try:
+            with at_most(self.compile_seconds):
+                yield
+        finally:
+            self.compile_seconds -= time.monotonic() - begin
+
 
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in what runs longer; in the main thread."""
 
     def late(*_: object) -> None:
-        raise TimeoutError(f"took more than {seconds} s")
+        raise TimeoutError(f"took more than {seconds:.3g} s")
 
+    if seconds <= 0:  # a timer of none would never end
+        raise TimeoutError("no time left")
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
