@@ -101,8 +101,11 @@ def test_whole_program(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(program, "STEPS", [steps.Step("checks", 30, passing)])
     monkeypatch.setattr(program, "RESULTS", tmp_path)
+    for name in ("network.json", "report.md"):
+        Folder(tmp_path / "nvidia-h200").path.joinpath(name).write_text("of make bench")
     assert program.main(["--only", "checks"]) == 0
-    assert (tmp_path / "nvidia-h200/checks.json").exists()
+    assert (tmp_path / "nvidia-h200/acceptance/checks.json").exists()
+    assert (tmp_path / "nvidia-h200/report.md").read_text() == "of make bench"
     printed = capsys.readouterr().out
     assert "| checks | passed |" in printed
     monkeypatch.setattr(program, "STEPS", [steps.Step("checks", 30, failing)])

@@ -25,6 +25,7 @@ from .report import overview
 from .steps import NAMES, STEPS, Deadline, exit_code, run_steps
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+ACCEPTANCE = "acceptance"  # beside the files of `python -m benchmarks`, some of the same names
 
 
 def parse_steps(text: str) -> tuple[str, ...]:
@@ -41,7 +42,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     add = parser.add_argument
-    add("--out", type=Path, metavar="FOLDER", help="default: benchmarks/results/<device>")
+    add("--out", type=Path, metavar="FOLDER", help="default: <device>/acceptance of all results")
     add("--only", type=parse_steps, default=NAMES, metavar="STEP,STEP", help=f"of {NAMES}")
     add("--minutes", type=float, default=8.0, help="after which no more is begun: %(default)s")
     return parser.parse_args(arguments)
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return NO_GPU
     deadline = Deadline(options.minutes)
     device = torch.cuda.get_device_name()
-    folder = Folder(options.out or RESULTS / slugify(device), facts.stamp())
+    folder = Folder(options.out or RESULTS / slugify(device) / ACCEPTANCE, facts.stamp())
     print(f"{device}; results: {folder.path}")
     steps = [step for step in STEPS if step.name in options.only]
     outcomes = run_steps(steps, folder, deadline, lambda line: print(line, flush=True))
