@@ -89,7 +89,17 @@ def test_a_step_leaves_a_share_to_those_after_it(tmp_path):
     assert given == [18, 30, 50, 50]
 
 
+def test_time_before_the_first_step_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps.time, "time", lambda: 1000.0)
+    assert steps.Deadline(8, 900.0).left() == pytest.approx(380, abs=1)
+    assert steps.Deadline(8).left() == pytest.approx(480, abs=1)
+    given = steps.Deadline(1, 941.0)
+    one = [steps.Step("tests", 30, passing)]
+    assert steps.run_steps(one, Folder(tmp_path), given, str)["tests"].summary == "no time left"
+
+
 def test_options():
+    assert program.parse(["--since", "1764000000"]).since == 1764000000
     assert program.parse(["--only", "tests,checks"]).only == ("tests", "checks")
     assert program.parse([]).minutes == 8
     with pytest.raises(SystemExit):

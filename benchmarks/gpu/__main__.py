@@ -44,7 +44,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, metavar="FOLDER", help="default: <device>/acceptance of all results")
     add("--only", type=parse_steps, default=NAMES, metavar="STEP,STEP", help=f"of {NAMES}")
-    add("--minutes", type=float, default=8.0, help="after which no more is begun: %(default)s")
+    add("--minutes", type=float, default=8.0, help="after which all has ended: %(default)s")
+    add("--since", type=float, metavar="TIME", help="when these began, by `date +%%s`; else now")
     return parser.parse_args(arguments)
 
 
@@ -62,10 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason := why_not():
         print(reason, file=sys.stderr)
         return NO_GPU
-    deadline = Deadline(options.minutes)
+    deadline = Deadline(options.minutes, options.since)
     device = torch.cuda.get_device_name()
     folder = Folder(options.out or RESULTS / slugify(device) / ACCEPTANCE, facts.stamp())
-    print(f"{device}; results: {folder.path}")
+    print(f"{device}; {deadline.left():.0f} s left; results: {folder.path}")
     steps = [step for step in STEPS if step.name in options.only]
     outcomes = run_steps(steps, folder, deadline, lambda line: print(line, flush=True))
     print(f"\n{overview({name: folder.read(name) for name in options.only})}\n")
