@@ -115,6 +115,8 @@ def _sanitizers(found: Found) -> Iterator[str]:
         ]
         header = ["tool", "result", "errors", "warnings", "seconds"]
         yield from ("## compute-sanitizer", "", markdown(header, body, left=2), "")
+        watched = dict.fromkeys(line for tool in tools.values() for line in tool["watched"])
+        yield from (*(f"- watched, {line}" for line in watched), "")
 
 
 def _environment(found: Found) -> Iterator[str]:
