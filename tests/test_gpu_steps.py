@@ -118,6 +118,18 @@ def test_whole_program(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "nvidia-h200/report.md").read_text() == "of make bench"
     printed = capsys.readouterr().out
     assert "| checks | passed |" in printed
+    assert "not measured" not in printed
     monkeypatch.setattr(program, "STEPS", [steps.Step("checks", 30, failing)])
     assert program.main(["--out", str(tmp_path / "here")]) == 1
     assert (tmp_path / "here/report.md").exists()
+
+
+def test_targets_are_printed_before_the_steps(monkeypatch, tmp_path, capsys):
+    row = {"name": "1x1x1x1", "error": "out of memory"}
+    timed = lambda seconds, folder: Outcome(PASSED, "fine", details={"rows": [row]})  # noqa: E731
+    monkeypatch.setattr(program, "why_not", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(program, "STEPS", [steps.Step("timings", 30, timed)])
+    assert program.main(["--out", str(tmp_path), "--only", "timings"]) == 0
+    printed = capsys.readouterr().out
+    assert 0 < printed.index("not measured") < printed.index("| timings | passed |")

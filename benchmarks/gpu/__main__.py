@@ -19,7 +19,7 @@ import cbam_cuda
 
 from ..outcome import Folder
 from ..text import slugify
-from . import facts
+from . import facts, targets
 from .architecture import NO_GPU, why_no_gpu
 from .report import overview
 from .steps import NAMES, STEPS, Deadline, exit_code, run_steps
@@ -69,7 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{device}; {deadline.left():.0f} s left; results: {folder.path}")
     steps = [step for step in STEPS if step.name in options.only]
     outcomes = run_steps(steps, folder, deadline, lambda line: print(line, flush=True))
-    print(f"\n{overview({name: folder.read(name) for name in options.only})}\n")
+    found = {name: folder.read(name) for name in options.only}
+    if timed := (found.get("timings") or {}).get("rows"):
+        print(f"\n{targets.table(timed)}")
+    print(f"\n{overview(found)}\n")
     print(f"written: {folder.path}")
     return exit_code(outcomes)
 
