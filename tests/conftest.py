@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 
 import pytest
 import torch
-from hypothesis import settings
 
 import cbam_cuda
 
-settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
-settings.load_profile("suite")
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
+    settings.load_profile("suite")
 
 
 FUSED = ("cpu", "emulated", "cuda")

@@ -89,7 +89,17 @@ def test_a_step_leaves_a_share_to_those_after_it(tmp_path):
     assert given == [18, 30, 50, 50]
 
 
+def test_time_before_the_first_step_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps.time, "time", lambda: 1000.0)
+    assert steps.Deadline(8, 900.0).left() == pytest.approx(380, abs=1)
+    assert steps.Deadline(8).left() == pytest.approx(480, abs=1)
+    given = steps.Deadline(1, 941.0)
+    one = [steps.Step("tests", 30, passing)]
+    assert steps.run_steps(one, Folder(tmp_path), given, str)["tests"].summary == "no time left"
+
+
 def test_options():
+    assert program.parse(["--since", "1764000000"]).since == 1764000000
     assert program.parse(["--only", "tests,checks"]).only == ("tests", "checks")
     assert program.parse([]).minutes == 8
     with pytest.raises(SystemExit):
@@ -101,10 +111,25 @@ def test_whole_program(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(program, "STEPS", [steps.Step("checks", 30, passing)])
     monkeypatch.setattr(program, "RESULTS", tmp_path)
+    for name in ("network.json", "report.md"):
+        Folder(tmp_path / "nvidia-h200").path.joinpath(name).write_text("of make bench")
     assert program.main(["--only", "checks"]) == 0
-    assert (tmp_path / "nvidia-h200/checks.json").exists()
+    assert (tmp_path / "nvidia-h200/acceptance/checks.json").exists()
+    assert (tmp_path / "nvidia-h200/report.md").read_text() == "of make bench"
     printed = capsys.readouterr().out
     assert "| checks | passed |" in printed
+    assert "not measured" not in printed
     monkeypatch.setattr(program, "STEPS", [steps.Step("checks", 30, failing)])
     assert program.main(["--out", str(tmp_path / "here")]) == 1
     assert (tmp_path / "here/report.md").exists()
+
+
+def test_targets_are_printed_before_the_steps(monkeypatch, tmp_path, capsys):
+    row = {"name": "1x1x1x1", "error": "out of memory"}
+    timed = lambda seconds, folder: Outcome(PASSED, "fine", details={"rows": [row]})  # noqa: E731
+    monkeypatch.setattr(program, "why_not", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(program, "STEPS", [steps.Step("timings", 30, timed)])
+    assert program.main(["--out", str(tmp_path), "--only", "timings"]) == 0
+    printed = capsys.readouterr().out
+    assert 0 < printed.index("not measured") < printed.index("| timings | passed |")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from cases import LAYOUTS, Case, gradients, leaves, make_weights, make_x
 from conftest import FUSED, why_not
+from tolerance import assert_as_good_as_eager
+
+pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import assert_as_good_as_eager
 
 BACKENDS = [name for name in FUSED if why_not(name) is None]
 

@@ -19,12 +19,13 @@ import cbam_cuda
 
 from ..outcome import Folder
 from ..text import slugify
-from . import facts
+from . import facts, targets
 from .architecture import NO_GPU, why_no_gpu
 from .report import overview
 from .steps import NAMES, STEPS, Deadline, exit_code, run_steps
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+ACCEPTANCE = "acceptance"  # beside the files of `python -m benchmarks`, some of the same names
 
 
 def parse_steps(text: str) -> tuple[str, ...]:
@@ -41,9 +42,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     add = parser.add_argument
-    add("--out", type=Path, metavar="FOLDER", help="default: benchmarks/results/<device>")
+    add("--out", type=Path, metavar="FOLDER", help="default: <device>/acceptance of all results")
     add("--only", type=parse_steps, default=NAMES, metavar="STEP,STEP", help=f"of {NAMES}")
-    add("--minutes", type=float, default=8.0, help="after which no more is begun: %(default)s")
+    add("--minutes", type=float, default=8.0, help="after which all has ended: %(default)s")
+    add("--since", type=float, metavar="TIME", help="when these began, by `date +%%s`; else now")
     return parser.parse_args(arguments)
 
 
@@ -61,13 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason := why_not():
         print(reason, file=sys.stderr)
         return NO_GPU
-    deadline = Deadline(options.minutes)
+    deadline = Deadline(options.minutes, options.since)
     device = torch.cuda.get_device_name()
-    folder = Folder(options.out or RESULTS / slugify(device), facts.stamp())
-    print(f"{device}; results: {folder.path}")
+    folder = Folder(options.out or RESULTS / slugify(device) / ACCEPTANCE, facts.stamp())
+    print(f"{device}; {deadline.left():.0f} s left; results: {folder.path}")
     steps = [step for step in STEPS if step.name in options.only]
     outcomes = run_steps(steps, folder, deadline, lambda line: print(line, flush=True))
-    print(f"\n{overview({name: folder.read(name) for name in options.only})}\n")
+    found = {name: folder.read(name) for name in options.only}
+    if timed := (found.get("timings") or {}).get("rows"):
+        print(f"\n{targets.table(timed)}")
+    print(f"\n{overview(found)}\n")
     print(f"written: {folder.path}")
     return exit_code(outcomes)
 

@@ -8,6 +8,7 @@ from typing import Any
 from ..rows import TITLES, Found
 from ..tables import NETWORK_NOTE, network_table
 from ..text import markdown
+from . import targets
 from .tables import (
     SWEEP_NOTE,
     TIMINGS_NOTE,
@@ -54,6 +55,8 @@ def _checks(found: Found) -> Iterator[str]:
 
 
 def _timings(found: Found) -> Iterator[str]:
+    if found.get("rows"):
+        yield from ("## Targets", "", targets.table(found["rows"]), "", targets.NOTE, "")
     for direction, title in TITLES.items():
         if rows := _of(found, direction):
             yield from (f"## {title}", "", timing_table(rows, direction), "")
@@ -115,6 +118,8 @@ def _sanitizers(found: Found) -> Iterator[str]:
         ]
         header = ["tool", "result", "errors", "warnings", "seconds"]
         yield from ("## compute-sanitizer", "", markdown(header, body, left=2), "")
+        watched = dict.fromkeys(line for tool in tools.values() for line in tool["watched"])
+        yield from (*(f"- watched, {line}" for line in watched), "")
 
 
 def _environment(found: Found) -> Iterator[str]:

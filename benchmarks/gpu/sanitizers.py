@@ -11,7 +11,7 @@ from typing import Any
 
 from ..outcome import FAILED, PASSED, SKIPPED, Folder, Outcome
 from .commands import Finished, run_all, tail
-from .small import FINISHED
+from .small import FINISHED, WATCHED
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 OPTIONS = (
@@ -30,6 +30,7 @@ _HAZARDS = re.compile(
     r"^=+ RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, (\d+) warnings?\)",
     re.MULTILINE,
 )
+_WATCHED = re.compile(rf"^{WATCHED}(.*)", re.MULTILINE)
 # What is reported starts right after the sign; what belongs to it is indented.
 _REPORTS = re.compile(r"^=+ (?!COMPUTE-SANITIZER|(?:ERROR|RACECHECK) SUMMARY)(\S.*)", re.MULTILINE)
 
@@ -58,7 +59,7 @@ def find_tool() -> str | None:
 
 
 def parse(done: Finished) -> dict[str, Any]:
-    """What a tool said: state, errors, warnings, what is wrong, and its first reports."""
+    """What a tool said: state, errors, warnings, what is wrong, its first reports, what it saw."""
     errors = [int(count) for count in _ERRORS.findall(done.text)]
     hazards = [(int(e), int(w)) for e, w in _HAZARDS.findall(done.text)]
     found = sum(errors) + sum(e for e, _ in hazards)
@@ -70,6 +71,7 @@ def parse(done: Finished) -> dict[str, Any]:
         "warnings": warnings,
         "wrong": wrong,
         "reports": list(dict.fromkeys(_REPORTS.findall(done.text)))[:20],
+        "watched": _WATCHED.findall(done.text),
         "seconds": round(done.seconds, 1),
         "exit_code": done.code,
         "output": tail(done.text, 40) if wrong else [],

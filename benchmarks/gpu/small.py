@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
 import torch
 
 import cbam_cuda
@@ -11,6 +14,7 @@ from .inputs import cases, train
 from .strategies import STRATEGIES, Tally, forced
 
 FINISHED = "small: reached the end"
+WATCHED = "small, "  # begins a line about a strategy
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CASES = tuple(
     case
@@ -27,39 +31,83 @@ CASES = tuple(
 )
 
 
-def run(device: str = "cuda") -> int:
-    """Make all calls; returns how many.
+class Watched(NamedTuple):
+    """What is called."""
 
-    Inputs are made on the CPU and copied, so that hardly any kernels run but those in question.
-    """
-    calls = 0
+    case: cases.Case
+    dtype: torch.dtype
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{self.case}, {str(self.dtype).removeprefix('torch.')}, {self.layout}"
+
+
+def _form(name: str, shape: tuple[int, ...], hidden: int, dtype: torch.dtype, last: bool = False):
+    return Watched(cases.Case(name, shape, hidden, (7, 7)), dtype, cases.NATIVE_LAYOUTS[last])
+
+
+# Ways of an H100 to hold samples on the chip that no smaller problem takes.
+FORMS = (
+    _form("maps in bands", (1, 128, 56, 56), 8, torch.float32, last=True),
+    _form("maps in bands while training", (1, 32, 112, 112), 2, torch.float32),
+    _form("x comes and goes, clusters of 16", (1, 256, 40, 40), 16, torch.float32),
+    _form("several boxes a block", (1, 16, 56, 56), 2, torch.float32, last=True),
+    _form("backward on the whole grid", (1, 8, 100, 100), 2, torch.float16),
+    _form("several samples of a visit, several visits", (256, 64, 2, 2), 64, torch.float16),
+    _form("several visits of a team", (150, 128, 2, 2), 64, torch.float16, last=True),
+)
+
+
+def problems() -> Iterator[Watched]:
+    """All of them."""
     for case in CASES:
         for dtype in DTYPES:
             for layout in cases.NATIVE_LAYOUTS:
-                calls += _calls(case, dtype, layout, device)
-    return calls
+                yield Watched(case, dtype, layout)
+    yield from FORMS
 
 
-def _calls(case: cases.Case, dtype: torch.dtype, layout: str, device: str) -> int:
+def run(device: str = "cuda") -> dict[str, str]:
+    """Make all calls; returns how many of each strategy, and those that it has no plan for.
+
+    Inputs are made on the CPU and copied, so that hardly any kernels run but those in question.
+
+    Raises:
+        SkippedError: a strategy made no call at all.
+    """
+    tallies = {strategy: Tally() for strategy in STRATEGIES}
+    for problem in problems():
+        _make_calls(problem, device, tallies)
+    return {strategy: tally.said("calls") for strategy, tally in tallies.items()}
+
+
+def _make_calls(problem: Watched, device: str, tallies: Mapping[str, Tally]) -> None:
+    case, dtype, layout = problem
     x = cases.LAYOUTS[layout](cases.make_x(case, dtype)).to(device)
     weights = Weights(*(w.to(device) for w in cases.make_weights(case, dtype)))
     grad = cases.LAYOUTS[layout](cases.make_x(case, dtype, seed=2)).to(device)
-    results = []
-    tally = Tally()
-    for strategy in STRATEGIES:
-        with tally.problem(strategy), forced(strategy), torch.no_grad():
-            results.append([cbam_cuda.cbam(x, *weights, backend=device)])
-            results.append(cbam_cuda.cbam(x, *weights, backend=device, return_attention=True))
-        with tally.problem(strategy), forced(strategy):
-            results.append(train(x, weights, grad))
-    # The copies wait for the kernels, and an error of theirs is raised here.
-    finite = [torch.isfinite(t.cpu()).all().item() for tensors in results for t in tensors]
-    assert all(finite), (case, dtype, layout)
-    return len(results)
+
+    def forward(attention: bool):
+        with torch.no_grad():
+            found = cbam_cuda.cbam(x, *weights, backend=device, return_attention=attention)
+        return found if attention else [found]
+
+    calls = {
+        "inference": lambda: forward(False),
+        "attention": lambda: forward(True),
+        "training": lambda: train(x, weights, grad),
+    }
+    for strategy, tally in tallies.items():
+        for name, call in calls.items():
+            with tally.problem(f"{problem}, {name}"), forced(strategy):
+                # The copies wait for the kernels, and an error of theirs is raised here.
+                finite = [torch.isfinite(tensor.cpu()).all().item() for tensor in call()]
+                assert all(finite), f"{problem}, {name}, {strategy}: not finite"
 
 
 if __name__ == "__main__":
-    calls = run()
+    said = run()
     torch.cuda.synchronize()
-    print(f"cbam_cuda {cbam_cuda.__version__}, {calls} calls")
+    for strategy, calls in said.items():
+        print(f"{WATCHED}{strategy}: {calls}")
     print(FINISHED)

@@ -37,10 +37,11 @@ NAMES = tuple(step.name for step in STEPS)
 
 
 class Deadline:
-    """So many minutes from now."""
+    """So many minutes from now, or from when the command began that this is a part of."""
 
-    def __init__(self, minutes: float) -> None:
-        self.end = time.monotonic() + 60 * minutes
+    def __init__(self, minutes: float, since: float | None = None) -> None:
+        gone = 0.0 if since is None else time.time() - since
+        self.end = time.monotonic() + 60 * minutes - gone
 
     def left(self) -> float:
         """Seconds."""

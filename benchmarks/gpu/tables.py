@@ -7,16 +7,20 @@ from collections.abc import Sequence
 from ..rows import Found, median
 from ..text import markdown, number, shape_name
 from .strategies import STRATEGIES, contestant
+from .targets import AUTOTUNED
+
+RIVALS = ("eager", "tuned", AUTOTUNED)
 
 TIMINGS_NOTE = """\
 Medians in microseconds a call. "graph": 20 calls inside of a replayed CUDA graph; "launched": calls
 one after another from Python. Every sample begins with a cold L2 cache and goes through several
 inputs and outputs. The copy is the memory limit: read x, write out; in the backward read x and
 out's gradient, write x's gradient; "of copy" is its time over the fused block's. The backward alone
-is that of forwards made before: of the plain and the compiled block by autograd, of the fused one
-its operator. Forward and backward alone are timed under each strategy; ratios and GB/s are those of
-the one that "auto" picks. GB/s counts what the plan says the device's memory must move.
-torch.compile runs at one batch size only."""
+is that of forwards made before: of plain and compiled blocks by autograd, of the fused one its
+operator. Forward and backward alone are timed under each strategy; ratios and GB/s are those of the
+one that "auto" picks. GB/s counts what the plan says the device's memory must move. Tuned is
+plain PyTorch by its fastest operators, max-autotune that under torch.compile; both run at one batch
+size only."""
 
 SWEEP_NOTE = """\
 Microseconds, measured as above, on contiguous tensors: inference, and the backward alone;
@@ -25,11 +29,11 @@ Microseconds, measured as above, on contiguous tensors: inference, and the backw
 
 def timing_table(rows: Sequence[Found], direction: str) -> str:
     """Rows of one direction."""
-    header = ["NxCxHxW", "dtype", "layout", "by", "copy", "eager", "compile"]
+    header = ["NxCxHxW", "dtype", "layout", "by", "copy", *RIVALS]
     if direction == "step":
-        header += ["fused", "eager/fused", "compile/fused", "of copy"]
+        header += ["fused", *(f"{name}/fused" for name in RIVALS), "of copy"]
         return markdown(header, [_step_cells(row) for row in rows], left=4)
-    header += [*STRATEGIES, "auto", "eager/auto", "compile/auto"]
+    header += [*STRATEGIES, "auto", *(f"{name}/auto" for name in RIVALS)]
     header += [*(f"{strategy} of copy" for strategy in STRATEGIES), "GB/s"]
     return markdown(header, [_strategy_cells(row) for row in rows], left=4)
 
@@ -53,11 +57,11 @@ def _step_cells(row: Found) -> list[str]:
 
 def _times(row: Found, ours: Sequence[str]) -> list[str]:
     cells = [shape_name(row["shape"]), row["dtype"], row["layout"], row["method"]]
-    return cells + [number(median(row, n), 1) for n in ("copy", "eager", "compile", *ours)]
+    return cells + [number(median(row, n), 1) for n in ("copy", *RIVALS, *ours)]
 
 
 def _ratios(row: Found, ours: str) -> list[str]:
-    return [number(_ratio(median(row, n), median(row, ours)), 2) for n in ("eager", "compile")]
+    return [number(_ratio(median(row, n), median(row, ours)), 2) for n in RIVALS]
 
 
 def _ratio(time: float | None, ours: float | None) -> float | None:

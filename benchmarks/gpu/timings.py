@@ -18,19 +18,19 @@ from . import rows
 from .measure import Clock, measure
 from .problems import Contestants, buffers, too_large
 from .rows import describe
+from .targets import AUTOTUNED, COMPARED_BATCH
 
-BATCHES = (32, 1, 8, 256)
-COMPILED_BATCH = 32
 ROW_SECONDS = 8.0  # with less left, a row is not begun
 COMPILE_SECONDS = 80.0  # for all rows together
 
 
 def problems() -> Iterator[Problem]:
-    """All rows, the most wanted first."""
-    kinds = [(n, dtype, "contiguous") for dtype in (torch.float16, torch.float32) for n in BATCHES]
-    kinds.append((32, torch.bfloat16, "contiguous"))
-    for dtype in (torch.float16, torch.float32, torch.bfloat16):
-        kinds.append((32, dtype, "channels_last"))
+    """All rows, the most wanted first; those that compilation slows down after a few others."""
+    first = ((256, torch.float16), (1, torch.float16), (256, torch.float32))
+    compared = [(COMPARED_BATCH, dtype) for dtype in (torch.float16, torch.float32, torch.bfloat16)]
+    others = ((8, torch.float16), (8, torch.float32), (1, torch.float32))
+    kinds = [(n, dtype, "contiguous") for n, dtype in (*first, *compared, *others)]
+    kinds += [(n, dtype, "channels_last") for n, dtype in compared]
     for n, dtype, layout in kinds:
         for block in BLOCKS:
             yield Problem((n, *block), dtype, layout)
@@ -49,11 +49,11 @@ class Timer:
 
     def __call__(self, problem: Problem, left: float) -> list[Row]:
         """A row a direction."""
-        wanted = problem.shape[0] == COMPILED_BATCH
-        compiled = ["compile"] if wanted and self.compiling < COMPILE_SECONDS < left else []
+        compared = problem.shape[0] == COMPARED_BATCH
+        compiled = [AUTOTUNED] if compared and self.compiling < COMPILE_SECONDS < left else []
         begin = time.monotonic()
         try:
-            return time_row(problem, ["eager", *compiled])
+            return time_row(problem, ["eager", *(["tuned"] if compared else []), *compiled])
         finally:
             if compiled:
                 self.compiling += time.monotonic() - begin
