@@ -1,5 +1,5 @@
 """Resident plans on a device of which a process may use less than they were made for, as in a slice
-of it: a team that cannot run is not launched.
+of it, or that has no cooperative launches: a team that cannot run is not launched.
 """
 
 from __future__ import annotations
@@ -56,6 +56,14 @@ def room(emulator):
     """Leave so many multiprocessors of the device to this process; plans do not know."""
     yield emulator.emulator_set_multiprocessors
     emulator.emulator_set_multiprocessors(EMULATED_MULTIPROCESSORS)
+
+
+@pytest.fixture
+def no_cooperative_launches(emulator):
+    """The device takes none, as some drivers have it."""
+    emulator.emulator_set_cooperative_launch(0)
+    yield
+    emulator.emulator_set_cooperative_launch(1)
 
 
 @pytest.fixture(params=TEAMS, ids=str)
@@ -135,3 +143,13 @@ def test_a_team_without_room_that_is_asked_for(team, direction, call, room):
         call("resident")
     room(team.enough[direction])
     assert call("resident")[1] == "resident"
+
+
+def test_grids_where_there_are_no_cooperative_launches(team, call, no_cooperative_launches):
+    runs = team.kind == "cluster"
+    assert call("auto")[1] == ("resident" if runs else "streaming")
+    if runs:
+        assert call("resident")[1] == "resident"
+        return
+    with pytest.raises(ValueError, match=NO_ROOM):
+        call("resident")
