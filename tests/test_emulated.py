@@ -196,8 +196,8 @@ def least_words(shape, hidden: int, direction: str, team: int) -> int:
     """
     channels, pixels = shape[1], prod(shape[2:])
     if team:
-        # Backwards. Each block puts out its share of the sums of hidden units and of pixels, and one
-        # has a pixel's gate, its maps' gradients and its position; all others read all of these.
+        # Backwards. Each block puts out its share of the sums of hidden units and of pixels, one of
+        # them a pixel's gate, its maps' gradients and its position; all of them read all of these.
         put_out = team * (hidden + pixels) + 4 * pixels
         return put_out + team * (team * hidden + 5 * pixels) + 3 * channels + 4 * pixels
     if direction == "backward":

@@ -1,6 +1,6 @@
 """The resident backward on the emulator: every way to hold samples on the chip gives gradients as
-good as eager's, and streaming's, in one launch and those that sum over the batch. What it reads, and
-that it gives the same bits in every schedule, is shown in test_emulated.py.
+good as eager's, and streaming's, in one launch and those that sum over the batch. What it reads,
+and that it gives the same bits in every schedule, is shown in test_emulated.py.
 """
 
 from __future__ import annotations
