@@ -49,6 +49,8 @@ REDUNDANT = {
     "for (int done = 0; done <= block.rows; done += g.chunk) {": LAST_CHUNK,
     "map_terms.cu: for (int done = 0; done < block.rows; done += g.chunk) { -> "
     "for (int done = 0; done <= block.rows; done += g.chunk) {": LAST_CHUNK,
+    "map_terms.cu: for (int done = 0; done < block.rows; done += g.chunk) { -> "
+    "for (int done = 0; done <= block.rows; done += g.chunk) { (number 2)": LAST_CHUNK,
     "reduce_rows.cu: for (int done = 0; done < rows; done += rows_at_once) { -> "
     "for (int done = 0; done <= rows; done += rows_at_once) {": (
         "one more round in which no row is inside: nothing is read or written"

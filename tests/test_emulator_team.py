@@ -266,6 +266,14 @@ def test_cooperative_launches_must_fit_the_device(catalogue):
     assert not meet(catalogue, 5, threads=1024)
 
 
+def test_a_device_without_cooperative_launches(catalogue):
+    catalogue.emulator_set_cooperative_launch(0)
+    report = meet(catalogue, 4, cooperative=True)
+    catalogue.emulator_set_cooperative_launch(1)
+    assert re.match("cudaErrorNotSupported: .*the device has no cooperative launches", report)
+    assert not meet(catalogue, 4, cooperative=True)
+
+
 @pytest.mark.parametrize(
     ("threads", "shared_bytes", "blocks"),
     [(1024, 0, 2), (1, 0, 32), (65, 0, 21), (128, 40 * 1024, 5), (512, 227 * 1024, 1)],

@@ -86,17 +86,18 @@ int most_clusters(void (*kernel)(Parameters...), const Grid& grid) {
   return 0;
 }
 
-// The same of blocks of a cooperative grid.
+// The same of blocks of a cooperative grid; 0 where there are no such grids.
 template <class... Parameters>
 int64_t most_blocks(void (*kernel)(Parameters...), const Grid& grid) {
-  int device = 0, multiprocessors = 0, each = 0;
+  int device = 0, cooperates = 0, multiprocessors = 0, each = 0;
   if (opt_in(reinterpret_cast<const void*>(kernel), grid) == cudaSuccess &&
       cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&cooperates, cudaDevAttrCooperativeLaunch, device) == cudaSuccess &&
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) ==
           cudaSuccess &&
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(
           &each, kernel, grid.threads, static_cast<size_t>(grid.shared_bytes)) == cudaSuccess)
-    return int64_t{each} * multiprocessors;
+    return cooperates ? int64_t{each} * multiprocessors : 0;
   cudaGetLastError();
   return 0;
 }

@@ -34,6 +34,7 @@ struct OptIn {
 
 std::unordered_map<const void*, OptIn> opt_ins;
 int multiprocessors = 132;
+bool cooperates = true;
 
 uint64_t count(const dim3& extent) { return uint64_t{extent.x} * extent.y * extent.z; }
 
@@ -107,6 +108,7 @@ BrokenLimit room_broken(const Launch& launch) {
 
 BrokenLimit cooperation_broken(const Launch& launch) {
   if (!launch.cooperative) return {};
+  if (!cooperates) return {cudaErrorNotSupported, "the device has no cooperative launches"};
   const uint64_t most =
       static_cast<uint64_t>(blocks_per_multiprocessor(count(launch.block), launch.shared_bytes)) *
       static_cast<uint64_t>(multiprocessors);
@@ -176,10 +178,12 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device || attribute != cudaDevAttrMultiProcessorCount)
-    return emulator::refused("an attribute of a device that the emulator does not know");
-  *value = emulator::multiprocessors;
-  return cudaSuccess;
+  if (device) return emulator::refused("a device that the emulator does not have");
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = emulator::multiprocessors; return cudaSuccess;
+    case cudaDevAttrCooperativeLaunch: *value = emulator::cooperates; return cudaSuccess;
+  }
+  return emulator::refused("an attribute of a device that the emulator does not know");
 }
 
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
@@ -203,4 +207,8 @@ extern "C" int emulator_set_multiprocessors(int count) {
   if (count < 1) return -1;
   emulator::multiprocessors = count;
   return 0;
+}
+
+extern "C" void emulator_set_cooperative_launch(int possible) {
+  emulator::cooperates = possible != 0;
 }

@@ -40,6 +40,8 @@ void emulator_reset_counts();
 // Of the emulated device, 132 to begin with: 16 of them form a group, of at most 8, that a cluster
 // must fit in; how many blocks they hold limits cooperative launches. 0, or -1 for less than one.
 int emulator_set_multiprocessors(int count);
+// Whether it takes cooperative launches, as it does to begin with.
+void emulator_set_cooperative_launch(int possible);
 
 // "plain", "asan" or "race".
 const char* emulator_kind();

@@ -114,6 +114,7 @@ const char* cudaGetErrorName(cudaError_t status) {
     case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
     case cudaErrorCooperativeLaunchTooLarge: return "cudaErrorCooperativeLaunchTooLarge";
     case cudaErrorInvalidClusterSize: return "cudaErrorInvalidClusterSize";
+    case cudaErrorNotSupported: return "cudaErrorNotSupported";
   }
   return "unknown error";
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class Mutant:
     path: str  # below csrc
     kind: str  # "barrier" or "bound"
     line: int
-    key: str  # the same after a change elsewhere in the file
+    key: str  # of no other one; the same after a change elsewhere in the file
     text: str  # of the whole file
 
     def __str__(self) -> str:
@@ -97,10 +98,13 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
         start, before = found.start(), code[: found.start()].rstrip()
         what = f"barrier {number}, {found[1]} after {line_at(before, len(before))}"
         yield mutant("barrier", start, what, f"{text[:start]};{text[found.end() :]}")
+    seen: Counter[str] = Counter()
     for start, end, new in weakened(code):
         changed = text[:start] + new + text[end:]
         what = f"{line_at(text, start)} -> {line_at(changed, start)}"
-        yield mutant("bound", start, what, changed)
+        seen[what] += 1
+        again = f" (number {seen[what]})" if seen[what] > 1 else ""
+        yield mutant("bound", start, what + again, changed)
 
 
 def all_mutants() -> list[Mutant]:

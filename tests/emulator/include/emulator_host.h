@@ -16,6 +16,7 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorLaunchFailure = 719,
   cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorNotSupported = 801,
   cudaErrorInvalidClusterSize = 912,
 };
 
@@ -27,7 +28,7 @@ enum cudaFuncAttribute {
 
 enum cudaSharedCarveout { cudaSharedmemCarveoutMaxShared = 100 };
 
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrCooperativeLaunch = 95 };
 
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeCooperative = 2,
@@ -61,8 +62,9 @@ const char* cudaGetErrorName(cudaError_t status);
 const char* cudaGetErrorString(cudaError_t status);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 
-// There is one device, a model of an H100 but for the number of its multiprocessors, which
-// emulator_set_multiprocessors sets.
+// There is one device, a model of an H100 but for the number of its multiprocessors and whether it
+// takes cooperative launches, which emulator_set_multiprocessors and
+// emulator_set_cooperative_launch set.
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel,
