@@ -36,32 +36,25 @@ struct Extremes {
   int64_t argmax;
 };
 
-// The first column in [begin, end) whose scaled value is `wanted`, or is NaN where `wanted` is NaN;
-// `end` if there is none. Several vectors are looked at for each branch, which nobody can predict.
-template <bool kScaled, class T>
-int64_t find_first(const T* row, const acc_t<T>* factor, int64_t begin, int64_t end,
-                   acc_t<T> wanted) {
-  using A = acc_t<T>;
-  constexpr int64_t kBits = 64;
-  const bool nan = wanted != wanted;
-  const auto hits_of = [&](int64_t j, auto lanes) {
-    vec_t<A> v = lanes.load(row + j);
-    if constexpr (kScaled) v *= lanes.load(factor + j);
-    return uint64_t{bits_of<A>(nan ? v != v : v == wanted)};
-  };
-  for (int64_t from = begin; from < end; from += kBits) {
-    const int64_t to = end - from < kBits ? end : from + kBits;
-    uint64_t hits = 0;
-    int64_t j = from;
-    for (; j + kLanes<A> <= to; j += kLanes<A>) hits |= hits_of(j, AllLanes<A>{}) << (j - from);
-    if (const int64_t rest = to - j; rest > 0) {
-      const uint64_t last = to >= kLanes<A>
-                                ? hits_of(to - kLanes<A>, AllLanes<A>{}) >> (kLanes<A> - rest)
-                                : hits_of(j, FirstLanes<A>{rest}) & ((1u << rest) - 1);
-      hits |= last << (j - from);
-    }
-    if (hits) return from + __builtin_ctzll(hits);
+// The first of the columns at[u] + u * kLanes + lane in which max[u] is `best`.
+template <class A, int kCount>
+CBAM_INLINE int64_t first_of_maxima(const vec_t<A> (&max)[kCount], const ivec_t<A> (&at)[kCount],
+                                    A best) {
+  ivec_t<A> first = at[0] + iota<A>();
+  first = max[0] == best ? first : largest_index<A>();
+  for (int u = 1; u < kCount; ++u) {
+    const ivec_t<A> column = at[u] + iota<A>() + static_cast<index_t<A>>(u * kLanes<A>);
+    first = (max[u] == best) & (column < first) ? column : first;
   }
+  return fold_lanes<index_t<A>, kLanes<A>>(first, [](auto a, auto b) { return b < a ? b : a; });
+}
+
+// Sums and maxima are made as if there were no NaN, which loses every comparison but shows in the
+// sum. Only then is it looked for: the first i in [begin, end) for which value(i) is NaN, or `end`.
+template <class Value>
+int64_t first_nan(int64_t begin, int64_t end, Value value) {
+  for (int64_t i = begin; i < end; ++i)
+    if (const auto v = value(i); v != v) return i;
   return end;
 }
 
@@ -71,44 +64,41 @@ template <bool kScaled, bool kArgmax, class T>
 Extremes<acc_t<T>> reduce_row(const T* row, const acc_t<T>* factor, int64_t cols) {
   using A = acc_t<T>;
   constexpr int kUnroll = 4, kStep = kUnroll * kLanes<A>;
-  Extremes<A> r{A(0), minus_infinity<A>(), 0};
-  int64_t block_of_max = 0;
+  A total = A(0);
+  vec_t<A> max[kUnroll];
+  for (auto& m : max) m = splat(minus_infinity<A>());
+  ivec_t<A> at[kUnroll] = {};  // lane l of max[u] stood in column at[u] + u * kLanes + l
+  const auto take = [&](int u, int64_t column, vec_t<A> v) {
+    if constexpr (kArgmax)
+      at[u] = v > max[u] ? ivec_t<A>{} + static_cast<index_t<A>>(column) : at[u];
+    max[u] = maximum<A>(v, max[u]);
+  };
   for (int64_t begin = 0; begin < cols; begin += kSumBlock) {
-    const int64_t n = cols - begin < kSumBlock ? cols - begin : kSumBlock;
-    const T* x = row + begin;
-    const A* f = factor + begin;
-    vec_t<A> sum[kUnroll] = {}, max[kUnroll];
-    for (auto& m : max) m = splat(minus_infinity<A>());
-    int64_t j = 0;
-    for (; j + kStep <= n; j += kStep)
-      for (int u = 0; u < kUnroll; ++u) {
-        vec_t<A> v = load(x + j + u * kLanes<A>);
-        if constexpr (kScaled) v *= load(f + j + u * kLanes<A>);
-        sum[u] += v;
-        max[u] = maximum<A>(v, max[u]);
-      }
-    for_row_vectors<A>(j, n, [&](int64_t i, auto lanes) {
-      vec_t<A> v = lanes.load(x + i);
-      if constexpr (kScaled) v *= lanes.load(f + i);
-      sum[0] += v;
-      max[0] = maximum<A>(lanes.or_else(v, splat(minus_infinity<A>())), max[0]);
-    });
-    r.sum += sum_of_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    const A block_max =
-        max_of_lanes<A>(maximum<A>(maximum<A>(max[0], max[1]), maximum<A>(max[2], max[3])));
-    if (block_max > r.max) {
-      r.max = block_max;
-      block_of_max = begin;
-    }
+    const int64_t end = cols - begin < kSumBlock ? cols : begin + kSumBlock;
+    vec_t<A> sum[kUnroll] = {};
+    const auto add = [&](int u, int64_t j, int64_t column, auto lanes) {
+      vec_t<A> v = lanes.load(row + j);
+      if constexpr (kScaled) v *= lanes.load(factor + j);
+      sum[u] += v;
+      take(u, column, lanes.or_else(v, splat(minus_infinity<A>())));
+    };
+    int64_t j = begin;
+    for (; j + kStep <= end; j += kStep)
+      for (int u = 0; u < kUnroll; ++u) add(u, j + u * kLanes<A>, j, AllLanes<A>{});
+    for_row_vectors<A>(j, end,
+                       [&](int64_t i, auto lanes) { add(0, i, i - lanes.skipped(), lanes); });
+    total += sum_of_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
+  Extremes<A> r{total,
+                max_of_lanes<A>(maximum<A>(maximum<A>(max[0], max[1]), maximum<A>(max[2], max[3]))),
+                0};
   if constexpr (kArgmax) {
-    const A nan = r.sum;
-    const int64_t first_nan = nan != nan ? find_first<kScaled>(row, factor, 0, cols, nan) : cols;
-    if (first_nan < cols) {
-      r.max = nan;
-      r.argmax = first_nan;
-    } else {
-      r.argmax = find_first<kScaled>(row, factor, block_of_max, cols, r.max);
+    r.argmax = first_of_maxima<A>(max, at, r.max);
+    if (total != total) {
+      const int64_t nan = first_nan(0, cols, [&](int64_t i) {
+        return kScaled ? load_one(row + i) * factor[i] : load_one(row + i);
+      });
+      if (nan < cols) r = {total, total, nan};
     }
   }
   return r;
@@ -127,9 +117,8 @@ CBAM_INLINE void fold_rows(const Matrix<const T>& m, int64_t r, int64_t col, con
     ivec_t<A> index;
     __builtin_memcpy(&index, argmax, sizeof index);
     for (int i = 0; i < kRows; ++i) {
-      const ivec_t<A> wins = takes_maximum(v[i], best);
-      best = wins ? v[i] : best;
-      index = wins ? ivec_t<A>{} + static_cast<index_t<A>>(r + i) : index;
+      index = v[i] > best ? ivec_t<A>{} + static_cast<index_t<A>>(r + i) : index;
+      best = maximum<A>(v[i], best);
     }
     __builtin_memcpy(argmax, &index, sizeof index);
   } else {
@@ -169,7 +158,19 @@ void reduce_columns(const Matrix<const T>& m, int64_t begin, int64_t end, int64_
     });
   settle_slots<A>(sum, cols);
   settle_slots<A>(max, cols);
-  if constexpr (kArgmax) settle_slots<A>(argmax, cols);
+  if constexpr (kArgmax) {
+    settle_slots<A>(argmax, cols);
+    for (int64_t j = 0; j < cols; ++j) {
+      if (sum[j] == sum[j]) continue;
+      const int64_t nan = first_nan(begin, end, [&](int64_t row) {
+        const A v = load_one(m.row(row) + col + j);
+        return kScaled ? v * factor[row] : v;
+      });
+      if (nan == end) continue;
+      max[j] = sum[j];
+      argmax[j] = static_cast<index_t<A>>(nan);
+    }
+  }
 }
 
 // out[r][j] = x[r][j] * row_factor[r] * col_factor[j] for rows [begin, end); `streamed`: past the

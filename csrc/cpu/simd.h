@@ -62,6 +62,12 @@ CBAM_INLINE A minus_infinity() {
   return -static_cast<A>(__builtin_inff());
 }
 
+// More than any position.
+template <class A>
+CBAM_INLINE ivec_t<A> largest_index() {
+  return ivec_t<A>{} + static_cast<index_t<A>>(INT32_MAX);
+}
+
 // 0, 1, 2, ... in the integers of A's width.
 template <class A>
 CBAM_INLINE ivec_t<A> iota() {
@@ -225,6 +231,8 @@ struct AllLanes {
   }
   // v, and `other` in lanes where nothing was loaded.
   CBAM_INLINE_MEMBER vec_t<A> or_else(vec_t<A> v, vec_t<A>) const { return v; }
+  // Lanes before the first element.
+  CBAM_INLINE_MEMBER int64_t skipped() const { return 0; }
 };
 template <class A>
 struct FirstLanes {
@@ -245,6 +253,7 @@ struct FirstLanes {
   CBAM_INLINE_MEMBER vec_t<A> or_else(vec_t<A> v, vec_t<A> other) const {
     return iota<A>() < static_cast<index_t<A>>(n) ? v : other;
   }
+  CBAM_INLINE_MEMBER int64_t skipped() const { return 0; }
 };
 template <class A, class Body>
 CBAM_INLINE void for_vectors(int64_t n, Body body) {
@@ -276,6 +285,7 @@ struct LastLanes {
   CBAM_INLINE_MEMBER vec_t<A> or_else(vec_t<A> v, vec_t<A> other) const {
     return iota<A>() >= static_cast<index_t<A>>(before) ? v : other;
   }
+  CBAM_INLINE_MEMBER int64_t skipped() const { return before; }
 };
 // As for_vectors, over begin .. n of rows that begin at 0. A store may write again what stands
 // before its place.
@@ -433,22 +443,6 @@ CBAM_INLINE vec_t<A> maximum(vec_t<A> a, vec_t<A> b) {
 template <class A>
 CBAM_INLINE A max_of_lanes(vec_t<A> v) {
   return fold_lanes<A, kLanes<A>>(v, [](auto a, auto b) { return b > a ? b : a; });
-}
-
-// A bit for each lane whose mask is set.
-template <class A>
-CBAM_INLINE uint32_t bits_of(ivec_t<A> mask) {
-#if defined(__AVX512F__)
-  const __m512i lanes = bit_cast<__m512i>(mask);
-  return sizeof(A) == 4 ? _mm512_movepi32_mask(lanes) : _mm512_movepi64_mask(lanes);
-#elif defined(__AVX2__)
-  return sizeof(A) == 4 ? _mm256_movemask_ps(bit_cast<__m256>(mask))
-                        : _mm256_movemask_pd(bit_cast<__m256d>(mask));
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes<A>; ++i) bits |= mask[i] ? 1u << i : 0u;
-  return bits;
-#endif
 }
 
 // e^v to about one unit in the last place: v = n ln2 + r, Taylor series in r, |r| <= ln2 / 2.
