@@ -91,7 +91,9 @@ class Bench:
         self.end = time.monotonic() + options.seconds
         on_cuda = device.type == "cuda"
         found = facts.collect() if on_cuda else {**environment(device), **stamp()}
-        words = [found["device"], *([] if on_cuda else [f"threads {found['threads']}"])]
+        # Processors of one name differ in what they have.
+        kind = [] if on_cuda else [found["cpu_target"], f"threads {found['threads']}"]
+        words = [found["device"], *kind]
         words += ["quick"] if options.quick else []  # beside a full run, not in its place
         path = options.output / slugify(" ".join(words))
         self.folder = Folder(path, {"environment": found})

@@ -29,6 +29,7 @@ def test_end_to_end(monkeypatch, tmp_path, capsys):
         (layout, way) for layout in problems.LAYOUTS for way in block.DIRECTIONS
     ]
     assert found["ended"]
+    assert f"-{found['environment']['cpu_target']}-threads-" in folder.name
     assert {"commit", "date", "device", "torch", "command"} <= set(found["environment"])
     step = found["rows"][1]
     assert {"copy", "eager", "tuned", "fused"} <= set(step["contestants"])
