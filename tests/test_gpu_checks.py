@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import why_not
+from regimes import plan_of
 from torch.autograd import DeviceType
 
 import cbam_cuda
@@ -60,6 +61,8 @@ def test_what_becomes_of_a_check(monkeypatch, check, state, reason):
 def test_checks_of_values_pass_on_the_cpu():
     assert values.network_shapes((TINY,), (2,), "cpu") == "6 problems"
     assert values.network_gradients((TINY,), "cpu") == "6 problems"
+    few = values.sequences_and_volumes(values.OTHER_DIMENSIONS[:1], "cpu")
+    assert few == "12 forwards and backwards"
     assert "1,440 elements" in values.more_than_31_bits(TINY, 1000, "cpu")
     assert values.repeated((TINY,), 2, "cpu") == "forward and backward, 3 problems"
 
@@ -76,6 +79,8 @@ def test_checks_of_values_can_fail(monkeypatch):
     with pytest.raises(AssertionError, match="off by"):
         values.network_shapes((TINY,), (1,), "cpu")
     with pytest.raises(AssertionError, match="off by"):
+        values.sequences_and_volumes(device="cpu")
+    with pytest.raises(AssertionError, match="off by"):
         values.more_than_31_bits(TINY, 1000, "cpu")
     with pytest.raises(AssertionError, match="run 0, result 1: 1920 of 1920 values"):
         values.repeated((TINY,), 1, "cpu")
@@ -91,8 +96,40 @@ def test_a_wrong_gradient_fails(monkeypatch):
     monkeypatch.setattr(inputs.cases, "gradients", wrong)
     with pytest.raises(AssertionError, match="x: off by"):
         values.network_gradients((TINY,), "cpu")
+    with pytest.raises(AssertionError, match=r"sequence, torch\.float32, contiguous, x: off by"):
+        values.sequences_and_volumes(device="cpu")
     with pytest.raises(AssertionError, match="sample 0, contiguous, x: off by"):
         values.more_than_31_bits(TINY, 1000, "cpu")
+
+
+def test_memory_is_asked_for_before_each_large_tensor(monkeypatch):
+    seen, left = [], [1]
+
+    def empty(size, **options):
+        if not left:
+            raise torch.cuda.OutOfMemoryError
+        left.pop()
+        seen.append(size)
+
+    monkeypatch.setattr(values.torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("given back"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (12 * 10**9, 40 * 10**9))
+    monkeypatch.setattr(values, "_samples_right", lambda shape, layout, *_: seen.append(layout))
+    with pytest.raises(SkippedError, match="26 GB are needed, 12 are free"):
+        values.more_than_31_bits()
+    assert seen == ["given back", 6 * 2676 * 802816 * 2, "contiguous", "given back"]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("layout", inputs.cases.NATIVE_LAYOUTS)
+def test_sequences_and_volumes_have_resident_plans(layout, backward):
+    """Or under that strategy the check would be of nothing."""
+    held = set()
+    for case in values.OTHER_DIMENSIONS:
+        with contextlib.suppress(ValueError):
+            plan_of(case, torch.float16, layout, backward=backward)
+            held.add(len(case.shape))
+    assert held == {3, 5}
 
 
 class Recorded:

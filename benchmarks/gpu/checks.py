@@ -23,6 +23,7 @@ from .strategies import STRATEGIES, forced
 _OF_EACH_STRATEGY = {
     "shapes of networks against float64": values.network_shapes,
     "their gradients against float64": values.network_gradients,
+    "sequences and volumes against float64": values.sequences_and_volumes,
     "more than 2^31 elements": values.more_than_31_bits,
     "100 runs, equal to the bit": values.repeated,
     "forward in a CUDA graph": capture.forward,

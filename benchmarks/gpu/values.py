@@ -1,4 +1,4 @@
-"""Values: shapes of real networks, tensors past 2^31 elements, and many runs of the same."""
+"""Values: shapes of networks, other dimensions, tensors past 2^31 elements, the same many times."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .inputs import (
     assert_gradients_right,
     assert_right,
     assert_same,
+    cases,
     draw_weights,
     run,
     train,
@@ -22,6 +23,12 @@ BATCHES = (1, 8, 32)
 RUNS = 100
 MORE_THAN = 2**31
 COPIES = 6  # x, out, their gradients, and room for what else runs
+# Those of the suite, and what networks have of sequences and volumes.
+OTHER_DIMENSIONS = (
+    *(case for case in cases.CASES if len(case.shape) != 4),
+    cases.Case("sequence of a network", (8, 256, 512), 16, (7,)),
+    cases.Case("volume of a network", (4, 64, 8, 14, 14), 4, (7, 7, 7)),
+)
 TRAINING_BATCH = 2  # few: where two channels are nearly the same, either may be the maximum
 
 
@@ -56,23 +63,48 @@ def network_gradients(
     return tally.said()
 
 
+def sequences_and_volumes(
+    of: tuple[cases.Case, ...] = OTHER_DIMENSIONS, device: str = "cuda"
+) -> str:
+    """One and three dimensions: forward and all gradients, in every dtype and layout."""
+    tally = Tally()
+    for case, dtype, layout in itertools.product(of, DTYPES, cases.NATIVE_LAYOUTS):
+        place = cases.LAYOUTS[layout]
+        x, grad = (place(cases.make_x(case, dtype, device, seed)) for seed in (0, 2))
+        weights = cases.make_weights(case, dtype, device)
+        name = f"{case}, {dtype}, {layout}"
+        with tally.problem(f"{name}, forward"):
+            assert_right(name, run(x, weights), x, weights)
+        with tally.problem(f"{name}, backward"):
+            assert_gradients_right(name, train(x, weights, grad), x, weights, grad)
+    return tally.said("forwards and backwards")
+
+
 def more_than_31_bits(
     block: tuple[int, int, int] = BLOCKS[0], elements: int = MORE_THAN, device: str = "cuda"
 ) -> str:
     """Samples at both ends, in the middle and across element 2^31 against runs of their own."""
     size = block[0] * block[1] * block[2]
     n = elements // size + 2
-    if device == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        needed = COPIES * n * size * torch.float16.itemsize
-        if free < needed:
-            raise SkippedError(f"{needed / 1e9:.0f} GB are needed, {free / 1e9:.0f} are free")
     samples = [slice(k, k + 1) for k in (0, n // 2, elements // size, n - 1)]
     tally = Tally()
     for layout in LAYOUTS:
+        if device == "cuda":
+            _reserve(COPIES * n * size * torch.float16.itemsize)
         with tally.problem(layout):
             _samples_right((n, *block), layout, samples, device)
     return f"[{n}, {', '.join(map(str, block))}], {n * size:,} elements: {tally.said('layouts')}"
+
+
+def _reserve(needed: int) -> None:
+    """Take memory that this process then gives out again; other checks run and want some too."""
+    torch.cuda.empty_cache()
+    try:
+        torch.empty(needed, dtype=torch.uint8, device="cuda")
+    except torch.cuda.OutOfMemoryError as error:
+        free, _ = torch.cuda.mem_get_info()
+        reason = f"{needed / 1e9:.0f} GB are needed, {free / 1e9:.0f} are free"
+        raise SkippedError(reason) from error
 
 
 def _samples_right(
