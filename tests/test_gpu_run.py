@@ -209,6 +209,12 @@ def test_programs_end_in_time_with_all_they_started(monkeypatch):
     assert (done["b"].code, done["b"].text, done["b"].timed_out) == (3, "done\n", False)
 
 
+def test_a_program_that_was_never_asked_to_end_is_out_of_time_as_well(monkeypatch):
+    """On a busy machine nobody looks at it between the last call and the end."""
+    monkeypatch.setattr(commands, "GRACE", 0.0)
+    assert commands.run(shell("sleep 60"), 0.2).timed_out
+
+
 def test_a_program_that_is_asked_to_end_may_still_write():
     done = commands.run(shell("trap 'echo results; exit' INT; sleep 60 & wait"), 1.5)
     assert (done.text, done.timed_out) == ("results\n", True)

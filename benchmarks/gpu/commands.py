@@ -85,10 +85,11 @@ def run_all(
                 name = waiting.pop(0)
                 running[name] = _Program(commands[name], environment or {})
             for name, program in list(running.items()):
-                if program.has_ended() or now > end:
-                    finished[name] = running.pop(name).finish()
-                elif now > last_call:
+                ended = program.has_ended()
+                if now > last_call and not ended:
                     program.ask_to_end()
+                if ended or now > end:
+                    finished[name] = running.pop(name).finish()
             if now > last_call:
                 finished |= {name: Finished(-1, "not begun", 0.0, True) for name in waiting}
                 waiting = []
