@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.library import Library
 
 import cbam_cuda
 from cbam_cuda import reference
@@ -106,7 +107,7 @@ def _timm(eager: reference.CBAM) -> nn.Module:
 
 
 @functools.cache  # what is returned must live on
-def _make_torchvision_importable() -> torch.library.Library | None:
+def _make_torchvision_importable() -> Library | None:
     """For timm, which imports it.
 
     Built for another torch it comes without its operators, and yet declares, as it is imported,
@@ -117,7 +118,7 @@ def _make_torchvision_importable() -> torch.library.Library | None:
     except ImportError:  # timm will say so
         return None
     except RuntimeError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        library = Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         return library

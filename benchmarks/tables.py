@@ -28,7 +28,7 @@ Forward and backward of x and all weights, in sizes of x: what autograd keeps un
 and the most that exists at any time; x, out's gradient and the weights are not counted."""
 MEMORY_ON_CPU_NOTE = """\
 Nor is what the CPU backend allocates past PyTorch while it runs, for each thread: 1/32 of a sample
-in float32, and three numbers a channel and three a position for each of the samples, up to eight,
+in float32, and two numbers a channel and two a position for each of the samples, up to eight,
 that it works on together."""
 MEMORY_ON_CUDA_NOTE = """\
 Compiled blocks were compiled to keep what the backward could have written over, as it is timed more
