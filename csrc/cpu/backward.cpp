@@ -304,9 +304,11 @@ class Backward {
                                          ForColumns for_columns) const {
     const Matrix<const T> in = dout(n);
     const Matrix<T> to = dx(n);
-    const A *spatial = spatial_gate(n), *gate = channel_gate(n) + c;
-    const A *d_avg = reach.d_pooled + c, *d_top = d_avg + shape_.channels;
-    const int32_t *maximum_of = channel_argmax(n), *top = pixel_argmax(n) + c;
+    const A* spatial = spatial_gate(n);
+    const OfRows<kRows, A> gate(channel_gate(n) + c), d_avg(reach.d_pooled + c),
+        d_top(reach.d_pooled + shape_.channels + c);
+    const int32_t* maximum_of = channel_argmax(n);
+    const OfRows<kRows, int32_t> top(pixel_argmax(n) + c);
     for_columns([&](int64_t s, auto lanes) {
       const vec_t<A> a = lanes.load(spatial + s), mean = lanes.load(reach.d_mean + s),
                      max = lanes.load(reach.d_max + s);
@@ -326,10 +328,11 @@ class Backward {
                                        ForColumns for_columns) const {
     const Matrix<const T> in = dout(n);
     const Matrix<T> to = dx(n);
-    const A *gate = channel_gate(n), *spatial = spatial_gate(n) + s;
-    const A *d_avg = reach.d_pooled, *d_top = d_avg + shape_.channels;
-    const A *d_mean = reach.d_mean + s, *d_max = reach.d_max + s;
-    const int32_t *maximum_of = pixel_argmax(n), *top = channel_argmax(n) + s;
+    const A *gate = channel_gate(n), *d_avg = reach.d_pooled, *d_top = d_avg + shape_.channels;
+    const OfRows<kRows, A> spatial(spatial_gate(n) + s), d_mean(reach.d_mean + s),
+        d_max(reach.d_max + s);
+    const int32_t* maximum_of = pixel_argmax(n);
+    const OfRows<kRows, int32_t> top(channel_argmax(n) + s);
     for_columns([&](int64_t c, auto lanes) {
       const vec_t<A> g = lanes.load(gate + c), avg = lanes.load(d_avg + c),
                      max = lanes.load(d_top + c);

@@ -178,17 +178,18 @@ void reduce_columns(const Matrix<const T>& m, int64_t begin, int64_t end, int64_
 template <class T, class A = acc_t<T>>
 void scale_rows(const Matrix<const T>& x, const Matrix<T>& out, int64_t begin, int64_t end,
                 const A* row_factor, const A* col_factor, bool streamed) {
-  for_rows<kRowsTogether>(begin, end, [&](auto together, int64_t r) {
+  for (int64_t r = begin; r < end; ++r) {
+    const T* in = x.row(r);
+    T* to = out.row(r);
+    const A f = row_factor[r];
     const auto scale = [&](int64_t j, auto lanes) {
-      const vec_t<A> f = lanes.load(col_factor + j);
-      for (int i = 0; i < decltype(together)::value; ++i)
-        lanes.store(out.row(r + i) + j, lanes.load(x.row(r + i) + j) * row_factor[r + i] * f);
+      lanes.store(to + j, lanes.load(in + j) * f * lanes.load(col_factor + j));
     };
     if (streamed)
       for_streamed_vectors<A>(x.cols, scale);
     else
       for_vectors_again<A>(x.cols, scale);
-  });
+  }
   if (streamed) finish_streams();
 }
 
@@ -196,6 +197,7 @@ void scale_rows(const Matrix<const T>& x, const Matrix<T>& out, int64_t begin, i
 template <int kRows, class T, class A>
 CBAM_INLINE void cross_rows(const Matrix<const T>& a, const Matrix<const T>& b, int64_t r,
                             const A* row_factor, const A* col_factor, A* row_sum, A* col_sum) {
+  const OfRows<kRows, A> own(row_factor + r);
   for (int i = 0; i < kRows; ++i) row_sum[r + i] = A(0);
   for (int64_t begin = 0; begin < a.cols; begin += kColumnTile) {
     const int64_t n = a.cols - begin < kColumnTile ? a.cols - begin : kColumnTile;
@@ -211,7 +213,7 @@ CBAM_INLINE void cross_rows(const Matrix<const T>& a, const Matrix<const T>& b, 
         }
         const vec_t<A> p = lanes.load(a.row(r + i) + j) * lanes.load(b.row(r + i) + j);
         sum[i] += p * f;
-        column += p * row_factor[r + i];
+        column += p * own[i];
       }
       lanes.store(col_sum + j, column);
     });

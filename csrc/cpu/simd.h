@@ -413,6 +413,16 @@ CBAM_INLINE void for_rows(int64_t begin, int64_t end, Body body) {
   for (; r < end; ++r) body(Count<1>{}, r);
 }
 
+// What belongs to rows that are walked together. A copy: what is read through a pointer is read
+// again after every store.
+template <int kRows, class E>
+struct OfRows {
+  E of[kRows];
+
+  CBAM_INLINE_MEMBER explicit OfRows(const E* first) { __builtin_memcpy(of, first, sizeof of); }
+  CBAM_INLINE_MEMBER E operator[](int i) const { return of[i]; }
+};
+
 // Reductions across lanes, in a fixed order: halves onto halves.
 template <class A, int kCount>
 struct Part {
