@@ -46,7 +46,7 @@ def make_environment() -> None:
     if (FOLDER / ".ready").exists():
         return
     venv.create(FOLDER, with_pip=True, clear=True)
-    run(PYTHON, "-m", "pip", "install", "--quiet", *requirements(), TORCH)
+    run(PYTHON, "-m", "pip", "install", "--quiet", *requirements(alone=False), TORCH)
     (FOLDER / ".ready").touch()
 
 

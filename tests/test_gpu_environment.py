@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -104,6 +105,21 @@ def test_packages_that_an_index_lacks_do_not_stop_others(tmp_path):
     code = "from importlib.metadata import version as v; print(v('one'), v('two'))"
     found = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
     assert found.stdout.split() == ["1", "1"]
+
+
+def test_environment_beside_a_cuda_build_of_torch(monkeypatch, tmp_path):
+    """It has what all others need, and its own torch."""
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+    link = importlib.import_module("cuda_link")
+    commands = []
+    monkeypatch.setattr(link, "FOLDER", tmp_path)
+    monkeypatch.setattr(link.venv, "create", lambda *_, **__: None)
+    monkeypatch.setattr(link, "run", lambda *command: commands.append(command))
+    link.make_environment()
+    (installed,) = commands
+    assert link.TORCH in installed
+    assert any(line.startswith("pytest==") for line in installed)
+    assert not any(line.startswith("torchvision") for line in installed)
 
 
 def test_without_hypothesis_only_what_needs_it_is_skipped():
