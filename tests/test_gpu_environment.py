@@ -116,7 +116,8 @@ def test_environment_beside_a_cuda_build_of_torch(monkeypatch, tmp_path):
     monkeypatch.setattr(link.venv, "create", lambda *_, **__: None)
     monkeypatch.setattr(link, "run", lambda *command: commands.append(command))
     link.make_environment()
-    (installed,) = commands
+    (command,) = commands
+    installed = [str(word) for word in command]
     assert link.TORCH in installed
     assert any(line.startswith("pytest==") for line in installed)
     assert not any(line.startswith("torchvision") for line in installed)
