@@ -76,6 +76,9 @@ class Regime:
         g["rounds"] = -(-visits // g["teams"])
         if "band" in g:
             g["bands"] = -(-pixels // g["band"])
+            g["a short last band"] = pixels % g["band"] > 0
+        rows = pixels if self.layout == CHANNELS_LAST else g["channels"]
+        g["a short last chunk"] = rows % g["chunk"] > 0
         g["uneven"] = self.shape[1] % g["channels"] > 0
         g["several boxes"] = g["boxes_each"] > 1
         return {name: g[name] for name in self.plan}

@@ -103,6 +103,21 @@ REGIMES = (
         plan={"bands": 4, "rounds": 2, "copy": "async"},
     ),
     Regime(
+        "a short last band",
+        (1, 240, 55, 55),
+        16,
+        multiprocessors=8,
+        plan={"bands": 2, "a short last band": True},
+    ),
+    Regime(
+        "a short last chunk",
+        (1, 32, 15, 15),
+        3,
+        multiprocessors=2,
+        layout=CHANNELS_LAST,
+        plan={"a short last chunk": True, "chunk": 29, "groups": 16},
+    ),
+    Regime(
         "several samples of a visit",
         (33, 512, 7, 7),
         128,

@@ -1,4 +1,4 @@
-"""What can be broken in the kernels: each barrier, and each comparison with a limit."""
+"""What can be broken in the kernels: each barrier, each comparison with a limit, each clamp."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ BARRIERS = (
     "loads.wait",
     "of.wait",
     "publish_inits",
+    "arrive_expecting",
+    "arrive_after_copies",
 )
 
 
@@ -81,6 +83,16 @@ def weakened(code: str) -> Iterator[tuple[int, int, str]]:
             yield start, end, "<=" if sign == "<" else "<= 1 +"
 
 
+def unclamped(code: str) -> Iterator[tuple[int, int, str]]:
+    """Start, end and replacement of every smaller of two, by each of them alone."""
+    for found in re.finditer(r"\bmin\(", code):
+        one = operand(code, found.end())
+        other = operand(code, found.end() + len(one) + 1)
+        end = found.end() + len(one) + 1 + len(other) + 1
+        for kept in (one, other):
+            yield found.start(), end, f"({kept.strip()})"
+
+
 def mutants_of(path: Path) -> Iterator[Mutant]:
     """All of one file."""
     text, name = path.read_text(), path.relative_to(CSRC).as_posix()
@@ -98,8 +110,8 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
         start, before = found.start(), code[: found.start()].rstrip()
         what = f"barrier {number}, {found[1]} after {line_at(before, len(before))}"
         yield mutant("barrier", start, what, f"{text[:start]};{text[found.end() :]}")
-    seen: Counter[str] = Counter()
-    for start, end, new in weakened(code):
+    seen: Counter[str] = Counter()  # of what is changed in the same way elsewhere in the file
+    for start, end, new in (*weakened(code), *unclamped(code)):
         changed = text[:start] + new + text[end:]
         what = f"{line_at(text, start)} -> {line_at(changed, start)}"
         seen[what] += 1

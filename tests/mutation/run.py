@@ -37,6 +37,8 @@ UNEVEN = Case("boxes that the image cuts", (3, 64, 9, 8), 3, (5, 5))
 RESIDENT_FORWARD = (
     (UNEVEN, HALF, BOTH, (("H100", 4),)),
     (Case("the same on the whole grid", (1, 128, 27, 28), 3, (5, 5)), HALF, FIRST, (("T4", 8),)),
+    (Case("a short last chunk", (1, 32, 15, 15), 3, (5, 5)), HALF, BOTH[1:], (("H100", 2),)),
+    (Case("a short last band", (1, 256, 57, 57), 2, (7, 7)), HALF, FIRST, (("H100", 8),)),
     (Case("teams come back", (7, 32, 8, 8), 3, (5, 5)), SHORT, BOTH, (("H100", 2), ("T4", 2))),
     (Case("visits of several samples", (19, 512, 7, 7), 128, (3, 3)), HALF, BOTH, (("H100", 8),)),
     (
