@@ -114,25 +114,25 @@ def test_all_tools_together():
 
 
 def test_without_compute_sanitizer(monkeypatch, tmp_path):
-    monkeypatch.setattr(sanitizers, "find_tool", lambda: None)
+    monkeypatch.setattr(sanitizers, "find_tool", lambda _: None)
     outcome = sanitizers.step(1, Folder(tmp_path))
     assert (outcome.state, outcome.summary) == (SKIPPED, "compute-sanitizer is not installed")
 
 
-def test_compute_sanitizer_is_found_in_the_toolkit(monkeypatch, tmp_path):
+def test_a_tool_is_found_in_the_toolkit(monkeypatch, tmp_path):
     file = tmp_path / "bin/compute-sanitizer"
     file.parent.mkdir()
     file.touch(mode=0o755)
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert sanitizers.find_tool() == str(file)
+    assert commands.find_tool("compute-sanitizer") == str(file)
 
 
 def test_every_tool_is_run_over_the_small_program(monkeypatch, tmp_path):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(f"#!/bin/sh\necho $PYTORCH_NO_CUDA_MEMORY_CACHING $@\ncat <<'X'\n{CLEAN}X\n")
     tool.chmod(0o755)
-    monkeypatch.setattr(sanitizers, "find_tool", lambda: str(tool))
+    monkeypatch.setattr(sanitizers, "find_tool", lambda _: str(tool))
     outcome = sanitizers.step(20, Folder(tmp_path))
     assert outcome.state == PASSED, outcome
     assert set(outcome.details["tools"]) == set(sanitizers.TOOLS)

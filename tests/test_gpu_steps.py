@@ -55,7 +55,7 @@ def test_exit_code_of_what_passed_or_was_skipped(tmp_path):
 
 def test_steps_after_the_deadline_are_skipped(tmp_path):
     outcomes, _, _ = run_all(tmp_path, passing, minutes=0.01)
-    assert outcomes["tests"] == Outcome(SKIPPED, "no time left")
+    assert outcomes["tests"] == Outcome(SKIPPED, "no time left: needs 5 s")
 
 
 def test_files_of_an_earlier_run_are_not_taken_for_this_one(tmp_path):
@@ -74,8 +74,15 @@ def test_time_of_all_steps():
     for step in steps.STEPS:
         taken = min(step.seconds, step.share * left)
         assert taken >= least.get(step.name, 0), step.name
-        left -= taken
+        left -= taken if taken >= step.least else 0
     assert left >= 0
+
+
+def test_a_step_that_would_not_end_in_time_is_not_begun(tmp_path):
+    step = steps.Step("traffic", 50, passing, share=0.5, least=25)
+    for minutes, state in ((0.8, SKIPPED), (0.9, PASSED)):
+        found = steps.run_steps([step], Folder(tmp_path), steps.Deadline(minutes), str)
+        assert found["traffic"].state == state
 
 
 def test_a_step_leaves_a_share_to_those_after_it(tmp_path):
@@ -97,7 +104,7 @@ def test_time_before_the_first_step_counts(tmp_path, monkeypatch):
     assert steps.Deadline(8).left() == pytest.approx(480, abs=1)
     given = steps.Deadline(1, 941.0)
     one = [steps.Step("tests", 30, passing)]
-    assert steps.run_steps(one, Folder(tmp_path), given, str)["tests"].summary == "no time left"
+    assert steps.run_steps(one, Folder(tmp_path), given, str)["tests"].state == SKIPPED
 
 
 def test_options():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -105,6 +106,17 @@ def run(
 ) -> Finished:
     """Run one program."""
     return run_all({"": command}, seconds, 1, environment)[""]
+
+
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, on the path or where toolkits are."""
+    if found := shutil.which(name):
+        return found
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        file = Path(home or "") / "bin" / name
+        if home and os.access(file, os.X_OK):
+            return str(file)
+    return None
 
 
 def tail(text: str, lines: int = 12) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def as_planned(
     tally = Tally()
     for block, n, dtype in itertools.product(blocks, batches, DTYPES):
         x, grad = (draw((n, *block), dtype, device=device, seed=seed) for seed in (0, 1))
-        for direction, call in _calls(x, draw_weights(block[0], dtype, device), grad).items():
+        for direction, call in calls(x, draw_weights(block[0], dtype, device), grad).items():
             for strategy in STRATEGIES:
                 name = f"{direction} {tuple(x.shape)}, {dtype}, {strategy}"
                 with tally.problem(name), forced(strategy):
@@ -44,7 +45,8 @@ def as_planned(
     return tally.said("forwards and backwards")
 
 
-def _calls(x: Tensor, weights: Weights, grad: Tensor) -> dict[str, Callable[[], object]]:
+def calls(x: Tensor, weights: Weights, grad: Tensor) -> dict[str, Callable[[], object]]:
+    """A forward and a backward, each alone."""
     saved = saved_by_forward(x, weights)
     return {
         "forward": lambda: run(x, weights),
@@ -57,11 +59,16 @@ def _check(name: str, found: list[str], x: Tensor, direction: str, strategy: str
         raise SkippedError("the profiler sees no kernels")
     dtype, backward = str(x.dtype).removeprefix("torch."), direction == "backward"
     planned = plan(x.shape, dtype, "cuda:0", strategy=strategy, backward=backward)
-    expected = len(planned["stages"]) * -(-len(x) // planned["group"])
-    expected += planned["summing_launches"]
+    expected = planned_kernels(planned, len(x))
     resident = sum(f"resident_{direction}" in kernel for kernel in found)
     assert resident == (strategy == "resident"), f"{name}: ran {found[0]}"
     assert len(found) == expected, f"{name}: {len(found)} kernels, {expected} planned"
+
+
+def planned_kernels(planned: dict[str, Any], samples: int) -> int:
+    """How many a plan launches for so many samples."""
+    groups = -(-samples // planned["group"])
+    return len(planned["stages"]) * groups + int(planned["summing_launches"])
 
 
 def kernels(call: Callable[[], object]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..rows import TITLES, Found
 from ..tables import NETWORK_NOTE, network_table
-from ..text import markdown
+from ..text import markdown, number
 from . import targets
 from .tables import (
     SWEEP_NOTE,
@@ -17,6 +17,10 @@ from .tables import (
 )
 
 CELL = 160  # characters
+TRAFFIC_NOTE = """\
+Megabytes to and from the device's memory in one call, counted by ncu, beside what must move by its
+plan: x, out, and what is read again and does not stay in the cache. Where less moved, the cache
+still kept something at the end."""
 HIDDEN = ("state", "summary", "problems", "seconds", "command", "nvidia_smi")
 
 
@@ -63,6 +67,19 @@ def _timings(found: Found) -> Iterator[str]:
     yield from _left_out(found)
     if found.get("rows"):
         yield from (TIMINGS_NOTE, "")
+
+
+def _traffic(found: Found) -> Iterator[str]:
+    header = ["NxCxHxW, dtype, layout", "direction", "strategy", "read", "written", "planned"]
+    if rows := found.get("rows"):
+        body = [
+            [row["name"], row["direction"], row["strategy"]]
+            + [number(row[of] / 1e6, 1) for of in ("read", "written", "planned_bytes")]
+            + [number(row["of_planned"], 2)]
+            for row in rows
+        ]
+        yield from ("## Bytes moved", "", markdown([*header, "of planned"], body, left=3), "")
+        yield from (TRAFFIC_NOTE, "")
 
 
 def _network(found: Found) -> Iterator[str]:
@@ -132,6 +149,7 @@ def _environment(found: Found) -> Iterator[str]:
 SECTIONS = {
     "sanitizers": _sanitizers,
     "checks": _checks,
+    "traffic": _traffic,
     "timings": _timings,
     "network": _network,
     "sweep": _sweep,

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
 from ..outcome import FAILED, PASSED, SKIPPED, Folder, Outcome
-from .commands import Finished, run_all, tail
+from .commands import Finished, find_tool, run_all, tail
 from .small import FINISHED, WATCHED
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -37,7 +35,7 @@ _REPORTS = re.compile(r"^=+ (?!COMPUTE-SANITIZER|(?:ERROR|RACECHECK) SUMMARY)(\S
 
 def step(seconds: float, folder: Folder) -> Outcome:
     """Run all tools."""
-    tool = find_tool()
+    tool = find_tool("compute-sanitizer")
     if tool is None:
         return Outcome(SKIPPED, "compute-sanitizer is not installed")
     program = [sys.executable, "-m", f"{__package__}.small"]
@@ -45,17 +43,6 @@ def step(seconds: float, folder: Folder) -> Outcome:
     at_once = (os.cpu_count() or 1) // CORES_A_TOOL
     finished = run_all(commands, seconds, at_once, ENVIRONMENT)
     return judge({name: parse(done) for name, done in finished.items()})
-
-
-def find_tool() -> str | None:
-    """compute-sanitizer, on the path or in a CUDA toolkit."""
-    if found := shutil.which("compute-sanitizer"):
-        return found
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
-        file = Path(home or "") / "bin/compute-sanitizer"
-        if home and os.access(file, os.X_OK):
-            return str(file)
-    return None
 
 
 def parse(done: Finished) -> dict[str, Any]:

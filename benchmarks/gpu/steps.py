@@ -8,10 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..outcome import FAILED, SKIPPED, Folder, Outcome
-from . import checks, facts, network, sanitizers, suite, sweep, timings
+from . import checks, facts, network, sanitizers, suite, sweep, timings, traffic
 from .report import one_line, render
-
-SHORTEST = 5.0  # seconds with which a step is still begun
 
 
 class Step(NamedTuple):
@@ -21,6 +19,7 @@ class Step(NamedTuple):
     seconds: float  # at most
     work: Callable[[float, Folder], Outcome]
     share: float = 1.0  # at most this part of all that is left; the rest is for those after it
+    least: float = 5.0  # seconds with which it is still begun
 
 
 # What is over of a step's time goes to the measurements at the end, which the shares keep some for,
@@ -30,6 +29,7 @@ STEPS = (
     Step("tests", 120, suite.step, share=0.28),
     Step("sanitizers", 120, sanitizers.step, share=0.35),
     Step("checks", 80, checks.step, share=0.35),
+    Step("traffic", 50, traffic.step, share=0.2, least=25),
     Step("timings", 200, timings.step, share=0.45),
     Step("network", 45, network.step, share=0.55),
     Step("sweep", 120, sweep.step),
@@ -71,8 +71,8 @@ def run_steps(
 
 
 def _run(step: Step, seconds: float, folder: Folder) -> Outcome:
-    if seconds < SHORTEST:
-        return Outcome(SKIPPED, "no time left")
+    if seconds < step.least:
+        return Outcome(SKIPPED, f"no time left: needs {step.least:.0f} s")
     try:
         return step.work(seconds, folder)
     except Exception as error:  # later steps still run
