@@ -110,10 +110,12 @@ class Bench:
     def run(self) -> None:
         """Take everything; each file is there as soon as it has rows."""
         take = {"block": self.block, "threads": self.threads, "network": self.network}
-        for name in self.files:
-            self.folder.forget(name)
-            take[name]()
-        self.write_report()
+        try:
+            for name in self.files:
+                self.folder.forget(name)
+                take[name]()
+        finally:  # a device that is lost must not take the rows before with it
+            self.write_report()
 
     def block(self) -> None:
         """One block over all problems."""
@@ -186,11 +188,13 @@ class Bench:
     def write_report(self) -> None:
         """From the files there are, also those of earlier runs."""
         found = report.read(self.folder)
+        if not any(found.values()):
+            return
+        self.folder.write_report(report.render(found))
         for name in plots.PICTURES:
             file = found[plots.FILES.get(name, "block")] or {"rows": []}
             if taken := [row for row in file["rows"] if "error" not in row]:
                 plots.draw(name, taken, self.folder.path / f"{name}.svg")
-        self.folder.write_report(report.render(found))
 
 
 def stream_of(device: torch.device) -> AbstractContextManager[object]:

@@ -91,6 +91,19 @@ def test_time_is_kept_for_the_files_after(monkeypatch, tmp_path):
     assert run.folder.read("block")["seconds"] == 80.0
 
 
+def test_rows_before_a_lost_device_are_reported(monkeypatch, tmp_path):
+    small(monkeypatch)
+
+    def too_large(problem):
+        return None if problem == TINY else 1 / 0
+
+    monkeypatch.setattr(block, "too_large", too_large)
+    with pytest.raises(ZeroDivisionError):
+        bench.main(["--quick", "--compile", "none", "--output", str(tmp_path)])
+    (report,) = tmp_path.glob("*/report.md")
+    assert "| 2x16x6x5 | float32 | contiguous |" in report.read_text()
+
+
 def test_what_the_time_does_not_suffice_for_is_said(monkeypatch, tmp_path):
     small(monkeypatch)
     folder = bench.main(["--quick", "--seconds", "1", "--only", "block", "--output", str(tmp_path)])

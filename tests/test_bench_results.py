@@ -164,6 +164,25 @@ def test_copy_is_a_roof():
     assert (drawn[plots.LABELS["fused"]].get_ydata() < roof.get_ydata()).all()
 
 
+def test_pictures_of_rows_that_lack_different_contestants(tmp_path):
+    """As where one form of torch.compile fails in one row, and another in the next."""
+    found = []
+    used = {"saved_bytes": 1e3, "peak_bytes": 2e3}
+    for name, lacks in (("compile", "tuned compile"), ("tuned compile", "compile")):
+        for direction in plots.DIRECTIONS:
+            of = row(TINY, direction, **{name: 300.0})
+            of["contestants"].pop(lacks, None)
+            found.append({**of, "memory": dict.fromkeys(("eager", name, "fused"), used)})
+    found.append(row(Problem((4, 16, 6, 5)), missing=["compile"]))
+    for name in ("speed", "memory"):
+        plots.draw(name, found, tmp_path / f"{name}.svg")
+        drawn = (tmp_path / f"{name}.svg").read_text()
+        for label in ("compile", "tuned compile", "fused"):
+            assert f">{plots.LABELS[label]}<" in drawn
+        assert "4x" not in drawn
+    assert plots.with_compiled(found[-1:]) == found[-1:]
+
+
 def test_threads_are_compared_with_one():
     one = {**row(), "threads": 1}
     two = {**row(copy=50.0, fused=125.0), "threads": 2}
