@@ -102,7 +102,7 @@ def _left_out(data: Mapping[str, Any]) -> Iterator[str]:
         for name, why in row.get("missing", {}).items():
             reasons.setdefault(f"without {name}, {why}", {})[row["name"]] = None
         for name, found in row.get("contestants", {}).items():
-            if row["method"] == "graph" and "no_graph" in found:
+            if "no_graph" in found:
                 why = f"{name} is in no CUDA graph, {found['no_graph']}"
                 reasons.setdefault(why, {})[f"{row['name']} {row['direction']}"] = None
     for skip in data["skipped"]:

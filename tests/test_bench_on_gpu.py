@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
@@ -60,9 +61,9 @@ def compiling(monkeypatch):
 
     monkeypatch.setattr(problems, "make_block", made)
 
-    def row(seconds, rivals):
+    def row(seconds, rivals, left=math.inf):
         monkeypatch.setattr(problems, "COMPILE_SECONDS", seconds)
-        return problems.Contestants(PROBLEM, 1, rivals, device="cpu"), len(resets)
+        return problems.Contestants(PROBLEM, 1, rivals, left, "cpu"), len(resets)
 
     return row
 
@@ -70,8 +71,9 @@ def compiling(monkeypatch):
 COMPILED = ["compile", "tuned compile", "max-autotune", "tuned max-autotune"]
 
 
-def test_rivals_of_a_row_share_the_time_to_compile(compiling):
-    contestants, resets = compiling(0.9, ["eager", *COMPILED])
+@pytest.mark.parametrize("limits", [(0.9,), (60.0, 0.9)])  # of any row; of what the run has left
+def test_rivals_of_a_row_share_the_time_to_compile(compiling, limits):
+    contestants, resets = compiling(*limits[:1], ["eager", *COMPILED], *limits[1:])
     assert resets == 1
     assert list(contestants.blocks) == ["eager", "compile", "fused"]
     for missing in contestants.missing.values():
