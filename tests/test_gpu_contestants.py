@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -14,6 +16,7 @@ from test_gpu_timings import IMPOSSIBLE, Ticks
 from benchmarks.contestants import make_block
 from benchmarks.gpu import calls, inputs, measure, problems, rows, strategies, timings
 from benchmarks.problems import Problem
+from benchmarks.stamp import ROOT
 
 PROBLEM = Problem((2, 32, 6, 5), torch.float32, "channels_last")
 FORCED = {"cuda streaming", "cuda resident"}
@@ -86,6 +89,20 @@ def test_a_compiled_backward_runs_more_than_once(with_compile):
     backward = contestants.calls["backward"]
     for i in (0, 1, 0):
         torch.testing.assert_close(backward["compile"](i), backward["eager"](i))
+
+
+def test_contestants_are_made_in_a_process_of_their_own():
+    """This one has imported more of torch than those that take times."""
+    program = f"""\
+from benchmarks.gpu import timings
+from benchmarks.problems import Problem
+from benchmarks.stamp import ROOT
+timings.Contestants(Problem({tuple(PROBLEM.shape)}), 1, ["eager"], device="cpu")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 class Compiled(torch.nn.Module):

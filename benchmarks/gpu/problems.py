@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+import torch._functorch.config  # torch alone does not import it
 from torch import nn
 
 from .. import calls
