@@ -24,6 +24,8 @@ def render(found: Mapping[str, Found | None]) -> str:
         rows = [row for row in data["rows"] if "error" not in row]
         if rows:
             lines += SECTIONS[name](rows)
+        if wrong := list(failed(data)):
+            lines += ["Failed:", "", *(f"- {line}" for line in wrong), ""]
         lines += _left_out(data)
     lines += ["## Environment", "", *_environment(there)]
     return "\n".join(lines) + "\n"
@@ -93,12 +95,15 @@ SECTIONS: dict[str, Callable[[list[Found]], Iterator[str]]] = {
 }
 
 
+def failed(data: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each row that is none: what was wrong."""
+    return (f"{row['name']}: {row['error']}" for row in data["rows"] if "error" in row)
+
+
 def _left_out(data: Mapping[str, Any]) -> Iterator[str]:
     """What was not timed, or not as the others of its row were, and why."""
     reasons: dict[str, dict[str, None]] = {}  # in order, each name once
     for row in data["rows"]:
-        if "error" in row:
-            reasons.setdefault(row["error"], {})[row["name"]] = None
         for name, why in row.get("missing", {}).items():
             reasons.setdefault(f"without {name}, {why}", {})[row["name"]] = None
         for name, found in row.get("contestants", {}).items():

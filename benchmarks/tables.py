@@ -21,7 +21,10 @@ time plain PyTorch and the fastest of all others take. "of copy" is the copy's t
 contestant's: the fraction of its bandwidth. MB is what the copy moves, GB/s how fast it does. Every
 contestant was compared with float64 before it was timed."""
 STRATEGIES_NOTE = """\
-Where "streaming" and "resident" are given, each was forced; "fused" is the one that a user gets."""
+Where "streaming" and "resident" are given, each was forced; "fused" is the one that a user gets.
+float32 is computed in float32: cuDNN may not round to TF32, as it does by default. Each time begins
+with a cold L2 cache; those of a row are of CUDA graphs where any of its calls takes less than 50
+microseconds."""
 
 MEMORY_NOTE = """\
 Forward and backward of x and all weights, in sizes of x: what autograd keeps until the backward,

@@ -46,7 +46,7 @@ def test_end_to_end(monkeypatch, tmp_path, capsys):
 
 def test_quick_leaves_a_full_run_alone(monkeypatch, tmp_path):
     small(monkeypatch)
-    monkeypatch.setattr(bench, "problems", lambda: iter([TINY]))
+    monkeypatch.setattr(bench, "problems", lambda on_gpu: iter([TINY]))
     monkeypatch.setattr(bench.network, "settings", list)
     monkeypatch.setattr(bench, "EACH", 0.01)
     arguments = ["--compile", "none", "--output", str(tmp_path)]
