@@ -212,12 +212,36 @@ def test_compare(tmp_path, capsys):
     new = written(tmp_path / "new", "block", row(fused=300.0), row(direction="step", fused=150.0))
     assert compare.main([str(old), str(new)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert cells_of(lines[2])[5:7] == ["1.50", compare.SLOWER]
-    assert "faster" in lines[3]
+    assert lines[0] == f"old: {old}"
+    assert cells_of(lines[5])[5:7] == ["1.50", compare.SLOWER]
+    assert "faster" in lines[6]
+    assert "only in the old one: 1x2x3 float32 contiguous" in lines
     assert "eager: 1.000 of the old time, geometric mean" in lines
     assert compare.main([str(old), str(old)]) == 0
     with pytest.raises(SystemExit, match=r"expected a folder with block\.json or threads\.json"):
         compare.main([str(tmp_path), str(new)])
+
+
+def test_a_row_that_fails_now_is_no_improvement(tmp_path, capsys):
+    """Of one block, and of the network."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        written(folder, "block", row())
+    written(old, "network", in_network("plain", 600.0), in_network("fused", 400.0))
+    facts = {"environment": {"device": "A CPU", "cpu_target": "avx2"}}
+    error = "AssertionError: fused, inference: off by 1"
+    for file, name in (("threads", str(TINY)), ("network", "training contiguous")):
+        folder = tmp_path / file
+        written(folder, "block", row())
+        failed = {**facts, "rows": [{"name": name, "error": error}]}
+        (folder / f"{file}.json").write_text(json.dumps(failed))
+        assert compare.main([str(old), str(folder)]) == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert f"FAILED in the new one: {name}: {error}" in lines
+        assert f"new: {folder}, A CPU, avx2" in lines
+    assert compare.main([str(new), str(tmp_path / "network")]) == 0  # it was not timed before
+    assert compare.main([str(old), str(new)]) == 0
+    assert "only in the old one: training contiguous" in capsys.readouterr().out
 
 
 def in_network(name, milliseconds):
@@ -233,7 +257,7 @@ def test_compare_looks_at_all_files(tmp_path, capsys):
         written(folder, "threads", {**row(fused=fused), "threads": 2})
     assert compare.main([str(old), str(new)]) == 1
     out = capsys.readouterr().out
-    threads, network = (cells_of(line) for line in out.splitlines()[2:4])
+    threads, network = (cells_of(line) for line in out.splitlines()[5:7])
     assert threads[:3] == ["2x16x6x5 float32 contiguous, 2 threads", "forward", "fused"]
     assert network[:3] == ["network", "training contiguous", "fused"]
     assert [cells[5:] for cells in (threads, network)] == [["1.50", compare.SLOWER]] * 2
