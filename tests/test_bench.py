@@ -174,6 +174,24 @@ def test_targets(monkeypatch, capsys):
     assert targets.Line("", 2.0, None, False).cells[-2:] == ["-", "missed"]
 
 
+@pytest.mark.parametrize(("slow", "code"), [(0, 0), (1, 0), (2, 0), (9, 1)])
+def test_guard_fails_only_where_it_is_slow_each_time(monkeypatch, capsys, slow, code):
+    tries = []
+
+    def time_row(problem, seconds, plain):
+        tries.append(problem)
+        fused = 200.0 if len(tries) > slow else 1000.0
+        # One direction is disturbed in the first try, the other in the second.
+        disturbed = [fused if slow > 2 or len(tries) % 2 == i else 200.0 for i in range(2)]
+        ways = zip(block.DIRECTIONS, disturbed, strict=True)
+        return [row(direction=way, fused=time) for way, time in ways]
+
+    monkeypatch.setattr(block, "time_row", time_row)
+    assert guard.main({TINY: guard.Expected(5.0, 5.0)}) == code
+    assert len(tries) == {0: 1, 1: 2, 2: 2, 9: guard.TRIES}[slow]
+    assert capsys.readouterr().out.count("GROSS LOSS") == 2 * code
+
+
 @pytest.mark.parametrize(("expected", "code"), [(0.01, 0), (1e9, 1)])
 def test_guard(monkeypatch, capsys, expected, code):
     monkeypatch.setattr(guard, "SECONDS", 0.01)
