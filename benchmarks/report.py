@@ -81,6 +81,7 @@ def _pictures(file: str) -> Iterator[str]:
 
 def _threads(rows: list[Found]) -> Iterator[str]:
     yield from ("## Threads", "", tables.threads_table(rows), "")
+    yield from (f"Noise: {tables.noise(rows)}.", "")
     yield from _pictures("threads")
 
 

@@ -111,6 +111,14 @@ def test_what_the_time_does_not_suffice_for_is_said(monkeypatch, tmp_path):
     assert "no time left: 2x16x6x5 float32 contiguous, 2x16x6x5 float32 channels_last" in report
 
 
+def test_rows_say_how_often_processors_were_taken_away(monkeypatch):
+    taken, now = iter([100, 130, 200, 200]), iter([0.0, 2.0, 5.0, 6.0])
+    monkeypatch.setattr(block, "preemptions", lambda: next(taken))
+    monkeypatch.setattr(block.time, "monotonic", lambda: next(now))
+    found = block.time_row(TINY, 0.001, plain=["eager"])
+    assert [row["preempted"] for row in found] == [15.0, 0.0]
+
+
 def test_threads_of_the_cpu(tmp_path):
     before = torch.get_num_threads()
     found = list(block.time_threads(TINY, 0.01))

@@ -197,6 +197,19 @@ def test_file_names(name, file):
     assert text.slugify(name) == file
 
 
+@pytest.mark.parametrize("disturbed", [0, 1, 2])
+def test_rows_beside_other_programs_are_said(disturbed):
+    """All samples of theirs may wait as long: the quartiles agree."""
+    rows_ = [{**row(), "preempted": 200.0 if i < disturbed else 3.0} for i in range(3)]
+    told = f"; other programs took processors in {disturbed} of 3 rows" if disturbed else ""
+    told += "; a busy machine, measure again" if disturbed == 2 else ""
+    text = "the quartiles are 0% of the median away from it, at worst 0%" + told
+    assert tables.noise(rows_) == text
+    threads = [{**found, "threads": 1} for found in rows_]
+    for file, of in (("block", rows_), ("threads", threads)):
+        assert f"\nNoise: {text}.\n" in report.render({file: as_file(of)})
+
+
 # Two runs side by side.
 
 
