@@ -37,6 +37,8 @@ EACH, QUICK_EACH = 0.3, 0.12  # seconds of a contestant in a row
 SHARES = {"block": 0.0, "threads": 0.06, "network": 0.13}  # of all seconds, kept for a file
 COMPILE_SHARE = 0.4  # of all seconds, for rows on CUDA that torch.compile takes part in
 SHORTEST = 3.0  # seconds left with which a row is begun
+# Elements of x below which its size does not count: what takes time is to launch, to record graphs.
+ALIKE_ON_CUDA = 1 << 27
 LATE = 150.0  # seconds after the time is over, at which a program that still runs is hung
 # The hardest, small, other dtypes and layouts; and then, as it may take most of the time, large
 # with torch.compile.
@@ -154,7 +156,8 @@ class Bench:
             self.compiling += compiled * (time.monotonic() - begin)
 
     def _kind(self, problem: Problem) -> tuple[object, float]:
-        return with_compile(problem, self.options), problem.elements
+        alike = ALIKE_ON_CUDA if self.device.type == "cuda" else 1
+        return with_compile(problem, self.options), max(problem.elements, alike)
 
     def threads(self) -> None:
         """The stages of a ResNet-50 over numbers of threads."""

@@ -69,8 +69,9 @@ def test_a_run_forgets_only_what_it_takes(monkeypatch, tmp_path):
     assert (folder / "block.json").read_text() != before
 
 
-def test_time_is_kept_for_the_files_after(monkeypatch, tmp_path):
-    """By a faked clock, over rows of ten seconds: none is begun that would end too late."""
+@pytest.fixture
+def ten_seconds_a_row(monkeypatch, tmp_path):
+    """By a faked clock, on what passes for a GPU; gives a run of so many seconds."""
     now = [0.0]
     monkeypatch.setattr(bench.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(bench.facts, "collect", lambda: {"device": "a GPU"})
@@ -82,9 +83,26 @@ def test_time_is_kept_for_the_files_after(monkeypatch, tmp_path):
 
     monkeypatch.setattr(bench.timings, "time_row_and_memory", time_row)
     monkeypatch.setattr(bench.network, "time_setting", time_row)
-    options = bench.parse(["--seconds", "100", "--compile", "none", "--output", str(tmp_path)])
-    run = bench.Bench(options, torch.device("cuda"), lambda what, found: None)
-    run.run()
+
+    def run(seconds):
+        options = ["--seconds", str(seconds), "--compile", "none", "--output", str(tmp_path)]
+        found = bench.Bench(bench.parse(options), torch.device("cuda"), lambda what, rows: None)
+        found.run()
+        return found
+
+    return run
+
+
+def test_large_batches_take_a_gpu_no_longer(ten_seconds_a_row):
+    """Their rows are not left out because those of small ones took as long."""
+    found = ten_seconds_a_row(200).folder.read("block")["rows"]
+    assert len(found) == 17
+    assert "256x256x56x56 float16 contiguous" in [row["name"] for row in found]
+
+
+def test_time_is_kept_for_the_files_after(ten_seconds_a_row):
+    """None is begun that would end too late."""
+    run = ten_seconds_a_row(100)
     counts = {name: len(run.folder.read(name)["rows"]) for name in run.files}
     assert counts == {"block": 8, "network": 2}
     assert run.folder.read("block")["skipped"][0]["reason"] == "no time left"
