@@ -3,16 +3,18 @@
 Times one block over shapes, dtypes and layouts, its scaling over threads (CPU), and a ResNet-50
 with it; on CUDA where there is a GPU, else on the CPU. Writes `<output>/<device>/`: raw numbers as
 JSON, a report as Markdown, and pictures. Rows are taken in the order of how much they are wanted
-until the time is over; the report lists what was left out.
+until the time is over; the report lists what was left out. Exit code 1 where a row failed, be it
+that the fused block was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -33,8 +35,11 @@ from .text import slugify
 SECONDS, QUICK_SECONDS = 330.0, 38.0
 EACH, QUICK_EACH = 0.3, 0.12  # seconds of a contestant in a row
 SHARES = {"block": 0.0, "threads": 0.06, "network": 0.13}  # of all seconds, kept for a file
-COMPILE_SHARE = 0.4  # of all seconds, after which no row on CUDA has torch.compile in it
+COMPILE_SHARE = 0.4  # of all seconds, for rows on CUDA that torch.compile takes part in
 SHORTEST = 3.0  # seconds left with which a row is begun
+# Elements of x below which its size does not count: what takes time is to launch, to record graphs.
+ALIKE_ON_CUDA = 1 << 27
+LATE = 150.0  # seconds after the time is over, at which a program that still runs is hung
 # The hardest, small, other dtypes and layouts; and then, as it may take most of the time, large
 # with torch.compile.
 QUICK = (
@@ -45,12 +50,20 @@ QUICK = (
 )
 RESULTS = Path(__file__).parent / "results"
 COMPILE = ("few", "none", "all")
+DEVICES = ("auto", "cpu", "cuda")
 
 
-def pick_device() -> torch.device:
-    """CUDA where both torch and the fused block have it, else the CPU."""
-    usable = cbam_cuda.info()["backends"]["cuda"] == "available"
-    return torch.device("cuda" if usable else "cpu")
+def pick_device(name: str) -> torch.device:
+    """What "auto" is: CUDA where torch has it, else the CPU.
+
+    Raises:
+        SystemExit: the fused block has no kernels for it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if (state := cbam_cuda.info()["backends"][name]) != "available":
+        raise SystemExit(f"no fused block on {name}: {state}; --device names another")
+    return torch.device(name)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,6 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--quick", action="store_true", help="in less than a minute: few rows, little time for each"
     )
+    add("--device", choices=DEVICES, default=DEVICES[0], help="CUDA where there is, by default")
     add("--threads", type=int, help="of the CPU; torch's own choice by default")
     add("--compile", choices=COMPILE, default=COMPILE[0], help="rows with torch.compile, slow ones")
     add("--only", choices=report.FILES, nargs="+", default=report.FILES, help="default: all")
@@ -78,9 +92,9 @@ def with_compile(problem: Problem, options: argparse.Namespace) -> bool:
     return bool(options.compile == "all")
 
 
-def wanted(options: argparse.Namespace) -> Iterator[Problem]:
+def wanted(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
     """Problems of the block, the most wanted first."""
-    return iter(QUICK) if options.quick else problems()
+    return iter(QUICK) if options.quick else problems(device.type == "cuda")
 
 
 class Bench:
@@ -90,6 +104,8 @@ class Bench:
         self.options, self.device, self.say = options, device, say
         self.end = time.monotonic() + options.seconds
         on_cuda = device.type == "cuda"
+        # float32 for all: else rivals are rounded to less, and the truth forgives as much.
+        torch.backends.cudnn.allow_tf32 = False
         found = facts.collect() if on_cuda else {**environment(device), **stamp()}
         # Processors of one name differ in what they have.
         kind = [] if on_cuda else [found["cpu_target"], f"threads {found['threads']}"]
@@ -109,31 +125,39 @@ class Bench:
 
     def run(self) -> None:
         """Take everything; each file is there as soon as it has rows."""
+        if not self.files:
+            raise SystemExit(f"expected something that this run takes, got {self.options.only}")
         take = {"block": self.block, "threads": self.threads, "network": self.network}
-        for name in self.files:
-            self.folder.forget(name)
-            take[name]()
-        self.write_report()
+        try:
+            for name in self.files:
+                self.folder.forget(name)
+                take[name]()
+        finally:  # a device that is lost must not take the rows before with it
+            self.write_report()
 
     def block(self) -> None:
         """One block over all problems."""
         why_not = block.too_large if self.device.type == "cpu" else too_large
-        self._take("block", list(wanted(self.options)), self._time_block, why_not, self._kind)
+        self._take(
+            "block", list(wanted(self.options, self.device)), self._time_block, why_not, self._kind
+        )
 
     def _time_block(self, problem: Problem) -> list[Row]:
         compiled = with_compile(problem, self.options)
         if self.device.type == "cpu":
             return block.time_row(problem, QUICK_EACH if self.options.quick else EACH, compiled)
-        compiled = compiled and self.compiling < COMPILE_SHARE * self.options.seconds
+        left = COMPILE_SHARE * self.options.seconds - self.compiling
+        compiled = compiled and left > 0
         begin = time.monotonic()
         rivals = [*PLAIN, *(COMPILED_ON_CUDA if compiled else ())]
         try:
-            return timings.time_row_and_memory(problem, rivals)
+            return timings.time_row_and_memory(problem, rivals, left)
         finally:
             self.compiling += compiled * (time.monotonic() - begin)
 
     def _kind(self, problem: Problem) -> tuple[object, float]:
-        return with_compile(problem, self.options), problem.elements
+        alike = ALIKE_ON_CUDA if self.device.type == "cuda" else 1
+        return with_compile(problem, self.options), max(problem.elements, alike)
 
     def threads(self) -> None:
         """The stages of a ResNet-50 over numbers of threads."""
@@ -186,11 +210,13 @@ class Bench:
     def write_report(self) -> None:
         """From the files there are, also those of earlier runs."""
         found = report.read(self.folder)
+        if not any(found.values()):
+            return
+        self.folder.write_report(report.render(found))
         for name in plots.PICTURES:
             file = found[plots.FILES.get(name, "block")] or {"rows": []}
             if taken := [row for row in file["rows"] if "error" not in row]:
                 plots.draw(name, taken, self.folder.path / f"{name}.svg")
-        self.folder.write_report(report.render(found))
 
 
 def stream_of(device: torch.device) -> AbstractContextManager[object]:
@@ -203,13 +229,40 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = pick_device()
-    with shown(options.seconds) as say, stream_of(device):
+    device = pick_device(options.device)
+    with ended_when_hung(options.seconds + LATE), shown(options.seconds) as say, stream_of(device):
         bench = Bench(options, device, say)
         bench.run()
     print(f"\n{(bench.folder.path / REPORT).read_text()}\nwritten: {bench.folder.path}")
     return bench.folder.path
 
 
+@contextmanager
+def ended_when_hung(seconds: float) -> Iterator[None]:
+    """End the program after so many seconds, whatever it waits for, and say where that was.
+
+    A kernel that waits for ever has the device's clock wait for it, where no exception gets.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def failures(folder: Folder) -> list[str]:
+    """A line for each row that failed."""
+    files = [found for found in report.read(folder).values() if found]
+    return [line for found in files for line in report.failed(found)]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The program."""
+    wrong = failures(Folder(main(arguments)))
+    for line in wrong:
+        print(f"FAILED: {line}", file=sys.stderr)
+    return int(bool(wrong))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -13,7 +14,7 @@ from .contestants import COMPILED, PLAIN, first_line, make_block
 from .memory import of_blocks
 from .problems import Problem, draw
 from .rows import Row, describe
-from .timing import time_together
+from .timing import preemptions, time_together
 from .truth import Truth
 
 CPU = torch.device("cpu")
@@ -71,19 +72,19 @@ def time_row(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch")
         contestants = Contestants(problem, names)
-    rows = []
-    for direction in DIRECTIONS:
-        row = describe(
-            problem,
-            direction,
-            _time(contestants, direction, seconds),
-            contestants.missing,
-            ["fused"],
-        )
-        rows.append(row)
+    rows = [_row(contestants, direction, seconds) for direction in DIRECTIONS]
     rows[-1]["memory"] = of_blocks(contestants.blocks, contestants.buffers)
     rows[-1]["bytes"] = problem.bytes
     return rows
+
+
+def _row(contestants: Contestants, direction: str, seconds: float) -> Row:
+    """All of them in one direction, and how often the processors were taken away meanwhile."""
+    before, begin = preemptions(), time.monotonic()
+    found = _time(contestants, direction, seconds)
+    often = (preemptions() - before) / (time.monotonic() - begin)
+    row = describe(contestants.problem, direction, found, contestants.missing, ["fused"])
+    return {**row, "preempted": round(often, 1)}
 
 
 def _time(contestants: Contestants, direction: str, seconds: float) -> dict[str, dict]:
@@ -103,8 +104,7 @@ def time_threads(problem: Problem, seconds: float) -> Iterator[Row]:
         for threads in counts:
             torch.set_num_threads(threads)
             try:
-                found = _time(contestants, direction, seconds)
+                row = _row(contestants, direction, seconds)
             finally:
                 torch.set_num_threads(most)
-            row = describe(problem, direction, found, contestants.missing, ["fused"])
             yield {**row, "threads": threads}

@@ -2,8 +2,8 @@
 
 For every row and contestant that both have, of the block, over threads, and of the network:
 microseconds, their ratio, and whether that is more than noise. "fused" is what a user got in each,
-whichever strategy that was. Exit code 1 where the fused block, or the network with it, became
-slower.
+whichever strategy that was. Then what only one has. Exit code 1 where the fused block, or the
+network with it, became slower, or where a row failed that was timed before.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from .text import markdown, microseconds, number
 
 LEAST = 0.05  # differences below are noise, however narrow the quartiles
 FASTER, SLOWER, SAME = "faster", "SLOWER", ""
+NETWORK = "network"  # instead of a row's name, beside the setting
+FACTS = ("device", "cpu_target", "torch", "commit", "date")
 METHODS = ("graph", "launched")  # the first that both have been timed by
 
 Timings = dict[tuple[str, str], dict[str, Found]]  # by row and direction, then by contestant
@@ -67,7 +69,7 @@ def of_blocks(rows: Sequence[Found]) -> Timings:
 def of_networks(rows: Sequence[Found]) -> Timings:
     """All timings of rows of the network."""
     return {
-        ("network", setting): {n: {"launched": row["microseconds"]} for n, row in pair.items()}
+        (NETWORK, setting): {n: {"launched": row["microseconds"]} for n, row in pair.items()}
         for setting, pair in pairs(list(rows)).items()
     }
 
@@ -104,11 +106,19 @@ def render(found: Sequence[Change], names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def read(path: Path) -> Timings:
-    """All timings of a folder.
+class Run(NamedTuple):
+    """A folder of results."""
+
+    facts: str  # of what run it is
+    timings: Timings
+    failed: dict[str, str]  # by row, why it is none
+
+
+def read(path: Path) -> Run:
+    """A folder.
 
     Raises:
-        SystemExit: there are none.
+        SystemExit: there are no results.
     """
     files = report.read(Folder(path)) if path.is_dir() else {}
     rows = {name: data["rows"] for name, data in files.items() if data}
@@ -118,7 +128,28 @@ def read(path: Path) -> Timings:
     found: Timings = {}
     for name, of in rows.items():
         found |= of_networks(of) if name == "network" else of_blocks(of)
-    return found
+    facts = [
+        {n: data.get("environment", {}).get(n) for n in FACTS} for data in files.values() if data
+    ]
+    said = dict.fromkeys(", ".join(str(v) for v in of.values() if v) for of in facts)
+    failed = {row["name"]: row["error"] for of in rows.values() for row in of if "error" in row}
+    return Run("; ".join(filter(None, said)), found, failed)
+
+
+def only_in_one(old: Run, new: Run) -> list[str]:
+    """Lines about rows that cannot be compared."""
+    lines = []
+    for title, one, other in (("old", old, new), ("new", new, old)):
+        there = row_names(other)
+        if names := [name for name in row_names(one) if name not in there]:
+            lines.append(f"only in the {title} one: {', '.join(names)}")
+    return lines + [f"FAILED in the new one: {name}: {why}" for name, why in new.failed.items()]
+
+
+def row_names(run: Run) -> list[str]:
+    """Of what was timed; of the network's settings."""
+    names = (kind if name == NETWORK else name for name, kind in run.timings)
+    return list(dict.fromkeys(names))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,12 +159,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("new", type=Path)
     parser.add_argument("--all", action="store_true", help="every contestant, not only fused")
     options = parser.parse_args(arguments)
-    found = list(changes(read(options.old), read(options.new)))
-    if not found:
+    old, new = read(options.old), read(options.new)
+    for title, path, run in (("old", options.old, old), ("new", options.new, new)):
+        print(f"{title}: {path}, {run.facts}".rstrip(", "))
+    print()
+    found = list(changes(old.timings, new.timings))
+    if found:
+        print(render(found, [c.contestant for c in found] if options.all else ["fused"]))
+    else:
         print("no row is in both")
-        return 1
-    print(render(found, [c.contestant for c in found] if options.all else ["fused"]))
-    return int(any(c.verdict == SLOWER and c.contestant == "fused" for c in found))
+    print("\n".join(["", *only_in_one(old, new)]))
+    slower = any(c.verdict == SLOWER and c.contestant == "fused" for c in found)
+    lost = any(name in new.failed for name in row_names(old))
+    return int(not found or slower or lost)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """``python -m benchmarks.guard``: whether the CPU backend has become grossly slower.
 
 Times the fused block beside plain PyTorch and a copy, on the same machine in the same seconds, so
-that only ratios count. Exit code 1 where it is less than half as far ahead as it was: noise does
-not do that, a lost vectorization does.
+that only ratios count. Exit code 1 where it is less than half as far ahead as it was, each time of
+a few: other programs on the same processors do that now and then, a lost vectorization always.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from .problems import Problem
 from .rows import Row, speedup
 from .text import markdown, number
 
-GROSS = 2.0
+GROSS, FINE = 2.0, "fine"
 SECONDS = 0.25  # of a contestant in each direction
+TRIES = 4  # the best one counts
 
 
 class Expected(NamedTuple):
@@ -34,10 +35,15 @@ EXPECTED = {
 }
 
 
+def ahead(row: Row) -> float:
+    """How many times the fused block's time plain PyTorch takes."""
+    return speedup(row, "eager") or 0.0
+
+
 def judge(row: Row, expected: float) -> list[str]:
     """Cells: what was expected, what came, and whether that is a gross loss."""
-    found = speedup(row, "eager") or 0.0
-    verdict = "GROSS LOSS" if found * GROSS < expected else "fine"
+    found = ahead(row)
+    verdict = "GROSS LOSS" if found * GROSS < expected else FINE
     of_copy = row["fraction_of_copy"]["fused"]
     cells = [row["name"], row["direction"], number(expected, 1), number(found, 1)]
     return [*cells, number(of_copy, 2), verdict]
@@ -47,11 +53,17 @@ def main(expected: dict[Problem, Expected] | None = None) -> int:
     """Measure and print."""
     body: list[Sequence[str]] = []
     for problem, ratios in (expected or EXPECTED).items():
-        rows = block.time_row(problem, SECONDS, plain=["eager"])
-        body += [judge(row, ratio) for row, ratio in zip(rows, ratios, strict=True)]
+        best: list[Row] = []
+        for _ in range(TRIES):
+            rows = block.time_row(problem, SECONDS, plain=["eager"])
+            best = [max(same, key=ahead) for same in zip(rows, best or rows, strict=True)]
+            judged = [judge(row, ratio) for row, ratio in zip(best, ratios, strict=True)]
+            if all(cells[-1] == FINE for cells in judged):
+                break
+        body += judged
     header = ["problem", "direction", "eager/fused was", "is", "copy/fused", ""]
     print(markdown(header, body, left=2))
-    return int(any(cells[-1] != "fine" for cells in body))
+    return int(any(cells[-1] != FINE for cells in body))
 
 
 if __name__ == "__main__":

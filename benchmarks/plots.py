@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from .contestants import COMPILED_ON_CUDA
 from .rows import TITLES, Found, fused, median
 from .text import shape_name
 
@@ -85,12 +86,15 @@ def usual(rows: Sequence[Found], direction: str) -> list[Found]:
     return [r for r in of if (r["dtype"], r["layout"]) == (first["dtype"], first["layout"])]
 
 
+def with_compiled(rows: Sequence[Found]) -> Sequence[Found]:
+    """Those that torch.compile took part in, if it did in any; some of its forms may be missing."""
+    return [row for row in rows if COMPILED_ON_CUDA.keys() & row["contestants"].keys()] or rows
+
+
 def draw_speed(panels: Sequence[Axes], rows: Sequence[Found]) -> None:
-    """Bars of speed-ups over eager for the rows with most contestants, the limit drawn in."""
+    """Bars of speed-ups over eager, the limit drawn in."""
     for panel, direction in zip(panels, DIRECTIONS, strict=True):
-        of = usual(rows, direction)
-        most = max((len(row["contestants"]) for row in of), default=0)
-        of = [row for row in of if len(row["contestants"]) == most]
+        of = with_compiled(usual(rows, direction))
         names = [n for n in COLORS if n not in ("copy", "eager") and any(_time(r, n) for r in of)]
         width = 0.84 / max(len(names), 1)
         for index, name in enumerate(names):
@@ -170,15 +174,14 @@ def draw_batch(panels: Sequence[Axes], rows: Sequence[Found]) -> None:
 
 def draw_memory(panel: Axes, rows: Sequence[Found]) -> None:
     """Bars of what autograd keeps, and of the peak above it, in sizes of x."""
-    of = [row for row in usual(rows, "step") if row.get("memory")]
-    most = max((len(row["memory"]) for row in of), default=0)
-    of = [row for row in of if len(row["memory"]) == most]
+    of = with_compiled([row for row in usual(rows, "step") if row.get("memory")])
     names = [name for name in COLORS if any(name in row["memory"] for row in of)]
     width = 0.84 / max(len(names), 1)
     for index, name in enumerate(names):
-        places = [place + (index - (len(names) - 1) / 2) * width for place in range(len(of))]
+        shown = [(place, row) for place, row in enumerate(of) if name in row["memory"]]
+        places = [place + (index - (len(names) - 1) / 2) * width for place, _ in shown]
         for key, alpha in (("peak_bytes", 0.45), ("saved_bytes", 1.0)):
-            sizes = [row["memory"][name][key] / _bytes(row) for row in of]
+            sizes = [row["memory"][name][key] / _bytes(row) for _, row in shown]
             label = LABELS[name] if key == "saved_bytes" else None
             panel.bar(places, sizes, width, color=COLORS[name], alpha=alpha, label=label)
     panel.set_xticks(range(len(of)), [shape_name(row["shape"]) for row in of])

@@ -48,16 +48,21 @@ def in_stages(
     return [Problem((batch, *block), dtype, layout) for block in BLOCKS]
 
 
-def problems() -> Iterator[Problem]:
+def problems(on_gpu: bool = False) -> Iterator[Problem]:
     """All there are, the most wanted first."""
-    return iter(dict.fromkeys(_by_wish()))
+    return iter(dict.fromkeys(_by_wish(on_gpu)))
 
 
-def _by_wish() -> Iterator[Problem]:
+def _by_wish(on_gpu: bool) -> Iterator[Problem]:
     """Some more than once."""
     kinds = [(dtype, layout) for layout in LAYOUTS for dtype in DTYPES]
     yield from in_stages(8)
     yield from in_stages(1)
+    if on_gpu:  # what it is bought for, and takes it no longer than small ones
+        yield from in_stages(256, torch.float16)
+        yield from in_stages(32, torch.bfloat16, "channels_last")
+        yield from in_stages(256)
+        yield from map(Problem, OTHERS)
     yield from in_stages(8, torch.bfloat16)
     yield from in_stages(8, layout="channels_last")
     yield from map(Problem, (SMALL, *OTHERS, LARGEST))

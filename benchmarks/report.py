@@ -24,6 +24,8 @@ def render(found: Mapping[str, Found | None]) -> str:
         rows = [row for row in data["rows"] if "error" not in row]
         if rows:
             lines += SECTIONS[name](rows)
+        if wrong := list(failed(data)):
+            lines += ["Failed:", "", *(f"- {line}" for line in wrong), ""]
         lines += _left_out(data)
     lines += ["## Environment", "", *_environment(there)]
     return "\n".join(lines) + "\n"
@@ -79,6 +81,7 @@ def _pictures(file: str) -> Iterator[str]:
 
 def _threads(rows: list[Found]) -> Iterator[str]:
     yield from ("## Threads", "", tables.threads_table(rows), "")
+    yield from (f"Noise: {tables.noise(rows)}.", "")
     yield from _pictures("threads")
 
 
@@ -93,16 +96,19 @@ SECTIONS: dict[str, Callable[[list[Found]], Iterator[str]]] = {
 }
 
 
+def failed(data: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each row that is none: what was wrong."""
+    return (f"{row['name']}: {row['error']}" for row in data["rows"] if "error" in row)
+
+
 def _left_out(data: Mapping[str, Any]) -> Iterator[str]:
     """What was not timed, or not as the others of its row were, and why."""
     reasons: dict[str, dict[str, None]] = {}  # in order, each name once
     for row in data["rows"]:
-        if "error" in row:
-            reasons.setdefault(row["error"], {})[row["name"]] = None
         for name, why in row.get("missing", {}).items():
             reasons.setdefault(f"without {name}, {why}", {})[row["name"]] = None
         for name, found in row.get("contestants", {}).items():
-            if row["method"] == "graph" and "no_graph" in found:
+            if "no_graph" in found:
                 why = f"{name} is in no CUDA graph, {found['no_graph']}"
                 reasons.setdefault(why, {})[f"{row['name']} {row['direction']}"] = None
     for skip in data["skipped"]:

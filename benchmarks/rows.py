@@ -8,6 +8,7 @@ A row is of one problem in one direction. As JSON it has
     method                which of the two the row's speeds are of
     missing               by name of a contestant, why it was not timed
     memory                by name: "saved_bytes" until the backward, "peak_bytes" at any time
+    preempted             on a CPU: how often a second other programs took a processor meanwhile
     fraction_of_copy      by name of ours: the copy's time over its own
 """
 

@@ -11,6 +11,7 @@ from .text import markdown, microseconds, number, shape_name
 
 STRATEGIES = {"cuda streaming": "streaming", "cuda resident": "resident"}
 BUSY = 0.1  # quartiles this fraction of the median away from it
+DISTURBED = 50.0  # preemptions a second: at 4 ms each, a fifth of the time
 NETWORK_COLUMNS = (("images_per_second", 1, 1), ("peak_bytes", 1e9, 2))
 
 NOTE = """\
@@ -21,7 +22,10 @@ time plain PyTorch and the fastest of all others take. "of copy" is the copy's t
 contestant's: the fraction of its bandwidth. MB is what the copy moves, GB/s how fast it does. Every
 contestant was compared with float64 before it was timed."""
 STRATEGIES_NOTE = """\
-Where "streaming" and "resident" are given, each was forced; "fused" is the one that a user gets."""
+Where "streaming" and "resident" are given, each was forced; "fused" is the one that a user gets.
+float32 is computed in float32: cuDNN may not round to TF32, as it does by default. Each time begins
+with a cold L2 cache; those of a row are of CUDA graphs where any of its calls takes less than 50
+microseconds."""
 
 MEMORY_NOTE = """\
 Forward and backward of x and all weights, in sizes of x: what autograd keeps until the backward,
@@ -122,12 +126,16 @@ def losses(rows: Sequence[Found]) -> Iterator[str]:
 
 
 def noise(rows: Sequence[Found]) -> str:
-    """How far the quartiles of timings are from their medians."""
+    """How far the quartiles of timings are from their medians, and what else ran meanwhile."""
     found = [t for row in rows for name in row["contestants"] if (t := timing(row, name))]
     spreads = sorted(map(spread, found))
     typical, worst = spreads[len(spreads) // 2], spreads[-1]
     text = f"the quartiles are {typical:.0%} of the median away from it, at worst {worst:.0%}"
-    return text + ("; a busy machine, measure again" if typical > BUSY else "")
+    disturbed = [row for row in rows if row.get("preempted", 0.0) > DISTURBED]
+    if disturbed:
+        text += f"; other programs took processors in {len(disturbed)} of {len(rows)} rows"
+    busy = typical > BUSY or 2 * len(disturbed) > len(rows)
+    return text + ("; a busy machine, measure again" if busy else "")
 
 
 def memory_note(rows: Sequence[Found]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -41,6 +42,15 @@ def as_found(samples: Iterable[float]) -> dict[str, Any]:
     """What is kept of them: the summary, and each of them to the nanosecond."""
     values = list(samples)
     return {**summarize(values)._asdict(), "raw": [round(value, 3) for value in values]}
+
+
+def preemptions() -> int:
+    """How often other programs have taken a processor from this one.
+
+    Each time may cost a slice of the scheduler's, milliseconds, in which threads wait for each
+    other. All samples may be so: the quartiles do not show it.
+    """
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def time_once(fn: Callable[[], Any], device: torch.device, calls: int = 1) -> float:

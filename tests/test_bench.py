@@ -46,7 +46,7 @@ def test_end_to_end(monkeypatch, tmp_path, capsys):
 
 def test_quick_leaves_a_full_run_alone(monkeypatch, tmp_path):
     small(monkeypatch)
-    monkeypatch.setattr(bench, "problems", lambda: iter([TINY]))
+    monkeypatch.setattr(bench, "problems", lambda on_gpu: iter([TINY]))
     monkeypatch.setattr(bench.network, "settings", list)
     monkeypatch.setattr(bench, "EACH", 0.01)
     arguments = ["--compile", "none", "--output", str(tmp_path)]
@@ -69,8 +69,9 @@ def test_a_run_forgets_only_what_it_takes(monkeypatch, tmp_path):
     assert (folder / "block.json").read_text() != before
 
 
-def test_time_is_kept_for_the_files_after(monkeypatch, tmp_path):
-    """By a faked clock, over rows of ten seconds: none is begun that would end too late."""
+@pytest.fixture
+def ten_seconds_a_row(monkeypatch, tmp_path):
+    """By a faked clock, on what passes for a GPU; gives a run of so many seconds."""
     now = [0.0]
     monkeypatch.setattr(bench.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(bench.facts, "collect", lambda: {"device": "a GPU"})
@@ -82,13 +83,43 @@ def test_time_is_kept_for_the_files_after(monkeypatch, tmp_path):
 
     monkeypatch.setattr(bench.timings, "time_row_and_memory", time_row)
     monkeypatch.setattr(bench.network, "time_setting", time_row)
-    options = bench.parse(["--seconds", "100", "--compile", "none", "--output", str(tmp_path)])
-    run = bench.Bench(options, torch.device("cuda"), lambda what, found: None)
-    run.run()
+
+    def run(seconds):
+        options = ["--seconds", str(seconds), "--compile", "none", "--output", str(tmp_path)]
+        found = bench.Bench(bench.parse(options), torch.device("cuda"), lambda what, rows: None)
+        found.run()
+        return found
+
+    return run
+
+
+def test_large_batches_take_a_gpu_no_longer(ten_seconds_a_row):
+    """Their rows are not left out because those of small ones took as long."""
+    found = ten_seconds_a_row(200).folder.read("block")["rows"]
+    assert len(found) == 17
+    assert "256x256x56x56 float16 contiguous" in [row["name"] for row in found]
+
+
+def test_time_is_kept_for_the_files_after(ten_seconds_a_row):
+    """None is begun that would end too late."""
+    run = ten_seconds_a_row(100)
     counts = {name: len(run.folder.read(name)["rows"]) for name in run.files}
     assert counts == {"block": 8, "network": 2}
     assert run.folder.read("block")["skipped"][0]["reason"] == "no time left"
     assert run.folder.read("block")["seconds"] == 80.0
+
+
+def test_rows_before_a_lost_device_are_reported(monkeypatch, tmp_path):
+    small(monkeypatch)
+
+    def too_large(problem):
+        return None if problem == TINY else 1 / 0
+
+    monkeypatch.setattr(block, "too_large", too_large)
+    with pytest.raises(ZeroDivisionError):
+        bench.main(["--quick", "--compile", "none", "--output", str(tmp_path)])
+    (report,) = tmp_path.glob("*/report.md")
+    assert "| 2x16x6x5 | float32 | contiguous |" in report.read_text()
 
 
 def test_what_the_time_does_not_suffice_for_is_said(monkeypatch, tmp_path):
@@ -96,6 +127,14 @@ def test_what_the_time_does_not_suffice_for_is_said(monkeypatch, tmp_path):
     folder = bench.main(["--quick", "--seconds", "1", "--only", "block", "--output", str(tmp_path)])
     report = (folder / "report.md").read_text()
     assert "no time left: 2x16x6x5 float32 contiguous, 2x16x6x5 float32 channels_last" in report
+
+
+def test_rows_say_how_often_processors_were_taken_away(monkeypatch):
+    taken, now = iter([100, 130, 200, 200]), iter([0.0, 2.0, 5.0, 6.0])
+    monkeypatch.setattr(block, "preemptions", lambda: next(taken))
+    monkeypatch.setattr(block.time, "monotonic", lambda: next(now))
+    found = block.time_row(TINY, 0.001, plain=["eager"])
+    assert [row["preempted"] for row in found] == [15.0, 0.0]
 
 
 def test_threads_of_the_cpu(tmp_path):
@@ -159,6 +198,24 @@ def test_targets(monkeypatch, capsys):
     assert targets.Line("", 2.0, 2.5, True).cells[-1] == ""
     assert targets.Line("", 2.0, 2.5, False).cells[-1] == "missed"
     assert targets.Line("", 2.0, None, False).cells[-2:] == ["-", "missed"]
+
+
+@pytest.mark.parametrize(("slow", "code"), [(0, 0), (1, 0), (2, 0), (9, 1)])
+def test_guard_fails_only_where_it_is_slow_each_time(monkeypatch, capsys, slow, code):
+    tries = []
+
+    def time_row(problem, seconds, plain):
+        tries.append(problem)
+        fused = 200.0 if len(tries) > slow else 1000.0
+        # One direction is disturbed in the first try, the other in the second.
+        disturbed = [fused if slow > 2 or len(tries) % 2 == i else 200.0 for i in range(2)]
+        ways = zip(block.DIRECTIONS, disturbed, strict=True)
+        return [row(direction=way, fused=time) for way, time in ways]
+
+    monkeypatch.setattr(block, "time_row", time_row)
+    assert guard.main({TINY: guard.Expected(5.0, 5.0)}) == code
+    assert len(tries) == {0: 1, 1: 2, 2: 2, 9: guard.TRIES}[slow]
+    assert capsys.readouterr().out.count("GROSS LOSS") == 2 * code
 
 
 @pytest.mark.parametrize(("expected", "code"), [(0.01, 0), (1e9, 1)])

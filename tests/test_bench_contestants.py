@@ -157,7 +157,7 @@ def test_summary_is_median_and_quartiles():
 def test_contestants_take_turns():
     order = []
     fns = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    found = timing.time_together(fns, CPU, 0.01)
+    found = timing.time_together(fns, CPU, 0.1)
     turns = [name for name, last in zip(order, [None, *order], strict=False) if name != last]
     assert turns == ["a", "b"] * (1 + timing.ROUNDS)
     assert len(found["a"]["raw"]) == found["a"]["samples"] >= timing.ROUNDS

@@ -164,6 +164,25 @@ def test_copy_is_a_roof():
     assert (drawn[plots.LABELS["fused"]].get_ydata() < roof.get_ydata()).all()
 
 
+def test_pictures_of_rows_that_lack_different_contestants(tmp_path):
+    """As where one form of torch.compile fails in one row, and another in the next."""
+    found = []
+    used = {"saved_bytes": 1e3, "peak_bytes": 2e3}
+    for name, lacks in (("compile", "tuned compile"), ("tuned compile", "compile")):
+        for direction in plots.DIRECTIONS:
+            of = row(TINY, direction, **{name: 300.0})
+            of["contestants"].pop(lacks, None)
+            found.append({**of, "memory": dict.fromkeys(("eager", name, "fused"), used)})
+    found.append(row(Problem((4, 16, 6, 5)), missing=["compile"]))
+    for name in ("speed", "memory"):
+        plots.draw(name, found, tmp_path / f"{name}.svg")
+        drawn = (tmp_path / f"{name}.svg").read_text()
+        for label in ("compile", "tuned compile", "fused"):
+            assert f">{plots.LABELS[label]}<" in drawn
+        assert "4x" not in drawn
+    assert plots.with_compiled(found[-1:]) == found[-1:]
+
+
 def test_threads_are_compared_with_one():
     one = {**row(), "threads": 1}
     two = {**row(copy=50.0, fused=125.0), "threads": 2}
@@ -176,6 +195,19 @@ def test_threads_are_compared_with_one():
 )
 def test_file_names(name, file):
     assert text.slugify(name) == file
+
+
+@pytest.mark.parametrize("disturbed", [0, 1, 2])
+def test_rows_beside_other_programs_are_said(disturbed):
+    """All samples of theirs may wait as long: the quartiles agree."""
+    rows_ = [{**row(), "preempted": 200.0 if i < disturbed else 3.0} for i in range(3)]
+    told = f"; other programs took processors in {disturbed} of 3 rows" if disturbed else ""
+    told += "; a busy machine, measure again" if disturbed == 2 else ""
+    text = "the quartiles are 0% of the median away from it, at worst 0%" + told
+    assert tables.noise(rows_) == text
+    threads = [{**found, "threads": 1} for found in rows_]
+    for file, of in (("block", rows_), ("threads", threads)):
+        assert f"\nNoise: {text}.\n" in report.render({file: as_file(of)})
 
 
 # Two runs side by side.
@@ -193,12 +225,36 @@ def test_compare(tmp_path, capsys):
     new = written(tmp_path / "new", "block", row(fused=300.0), row(direction="step", fused=150.0))
     assert compare.main([str(old), str(new)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert cells_of(lines[2])[5:7] == ["1.50", compare.SLOWER]
-    assert "faster" in lines[3]
+    assert lines[0] == f"old: {old}"
+    assert cells_of(lines[5])[5:7] == ["1.50", compare.SLOWER]
+    assert "faster" in lines[6]
+    assert "only in the old one: 1x2x3 float32 contiguous" in lines
     assert "eager: 1.000 of the old time, geometric mean" in lines
     assert compare.main([str(old), str(old)]) == 0
     with pytest.raises(SystemExit, match=r"expected a folder with block\.json or threads\.json"):
         compare.main([str(tmp_path), str(new)])
+
+
+def test_a_row_that_fails_now_is_no_improvement(tmp_path, capsys):
+    """Of one block, and of the network."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        written(folder, "block", row())
+    written(old, "network", in_network("plain", 600.0), in_network("fused", 400.0))
+    facts = {"environment": {"device": "A CPU", "cpu_target": "avx2"}}
+    error = "AssertionError: fused, inference: off by 1"
+    for file, name in (("threads", str(TINY)), ("network", "training contiguous")):
+        folder = tmp_path / file
+        written(folder, "block", row())
+        failed = {**facts, "rows": [{"name": name, "error": error}]}
+        (folder / f"{file}.json").write_text(json.dumps(failed))
+        assert compare.main([str(old), str(folder)]) == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert f"FAILED in the new one: {name}: {error}" in lines
+        assert f"new: {folder}, A CPU, avx2" in lines
+    assert compare.main([str(new), str(tmp_path / "network")]) == 0  # it was not timed before
+    assert compare.main([str(old), str(new)]) == 0
+    assert "only in the old one: training contiguous" in capsys.readouterr().out
 
 
 def in_network(name, milliseconds):
@@ -214,7 +270,7 @@ def test_compare_looks_at_all_files(tmp_path, capsys):
         written(folder, "threads", {**row(fused=fused), "threads": 2})
     assert compare.main([str(old), str(new)]) == 1
     out = capsys.readouterr().out
-    threads, network = (cells_of(line) for line in out.splitlines()[2:4])
+    threads, network = (cells_of(line) for line in out.splitlines()[5:7])
     assert threads[:3] == ["2x16x6x5 float32 contiguous, 2 threads", "forward", "fused"]
     assert network[:3] == ["network", "training contiguous", "fused"]
     assert [cells[5:] for cells in (threads, network)] == [["1.50", compare.SLOWER]] * 2

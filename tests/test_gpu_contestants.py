@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -14,6 +16,7 @@ from test_gpu_timings import IMPOSSIBLE, Ticks
 from benchmarks.contestants import make_block
 from benchmarks.gpu import calls, inputs, measure, problems, rows, strategies, timings
 from benchmarks.problems import Problem
+from benchmarks.stamp import ROOT
 
 PROBLEM = Problem((2, 32, 6, 5), torch.float32, "channels_last")
 FORCED = {"cuda streaming", "cuda resident"}
@@ -86,6 +89,20 @@ def test_a_compiled_backward_runs_more_than_once(with_compile):
     backward = contestants.calls["backward"]
     for i in (0, 1, 0):
         torch.testing.assert_close(backward["compile"](i), backward["eager"](i))
+
+
+def test_contestants_are_made_in_a_process_of_their_own():
+    """This one has imported more of torch than those that take times."""
+    program = f"""\
+from benchmarks.gpu import timings
+from benchmarks.problems import Problem
+from benchmarks.stamp import ROOT
+timings.Contestants(Problem({tuple(PROBLEM.shape)}), 1, ["eager"], device="cpu")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 class Compiled(torch.nn.Module):
@@ -178,9 +195,9 @@ def test_a_row_a_direction(monkeypatch):
     monkeypatch.setattr(timings, "Clock", lambda l2_bytes: Ticks())
     plain = measure.measure
 
-    def measured(calls, count, clock, training):
+    def measured(calls, count, clock, training, missing):
         seen[tuple(calls)] = training
-        return plain(calls, count, clock, training, rounds=1)
+        return plain(calls, count, clock, training, rounds=1, missing=missing)
 
     monkeypatch.setattr(timings, "measure", measured)
     monkeypatch.setattr(measure, "_graph", lambda call, count: lambda: call(0))
@@ -212,6 +229,19 @@ def test_a_rival_that_is_wrong_is_not_timed():
             assert contestants.missing[direction][name].startswith("AssertionError: tuned")
 
 
+def test_a_rival_that_breaks_when_it_is_compared_is_not_timed(monkeypatch):
+    contestants = problems.Contestants(PROBLEM, 1, ["eager", "tuned"], device="cpu")
+
+    def broken(module, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    contestants.blocks["tuned"].register_forward_pre_hook(broken)
+    contestants.leave_out_wrong()
+    for direction, found in contestants.calls.items():
+        assert "tuned" not in found
+        assert contestants.missing[direction]["tuned"] == "OutOfMemoryError: CUDA out of memory"
+
+
 @pytest.mark.parametrize("graphs", [True, False])
 def test_short_calls_are_also_timed_in_graphs(monkeypatch, graphs):
     def graph(call, count):
@@ -227,6 +257,26 @@ def test_short_calls_are_also_timed_in_graphs(monkeypatch, graphs):
     assert ("graph" in found["copy"], "no_graph" in found["copy"]) == (graphs, not graphs)
 
 
+@pytest.mark.parametrize("name", ["eager", "tuned", "fused", "cuda resident"])
+def test_a_rival_without_memory_is_missing(monkeypatch, name):
+    """Not a row of others, timed in vain; but there is no row without eager and the fused block."""
+
+    def call(i):
+        raise torch.OutOfMemoryError("CUDA out of memory\nmore")
+
+    monkeypatch.setattr(measure, "_graph", lambda call, count: lambda: call(0))
+    calls = {"copy": lambda i: None, name: call, "compile": lambda i: None}
+    missing = {}
+    expected = (
+        contextlib.nullcontext() if name == "tuned" else pytest.raises(torch.OutOfMemoryError)
+    )
+    with expected:
+        found = measure.measure(calls, 1, Ticks(), False, missing=missing)
+        assert set(found) == {"copy", "compile"}
+        assert all("graph" in timing for timing in found.values())
+    assert missing == ({"tuned": "OutOfMemoryError: CUDA out of memory"} if name == "tuned" else {})
+
+
 def test_slow_contestants_get_fewer_rounds():
     class Slow:
         def sample(self, work, calls):
@@ -240,6 +290,20 @@ def test_compilation_is_ended():
     begin = time.monotonic()
     with pytest.raises(TimeoutError, match=r"took more than 0.1 s"), problems.at_most(0.1):
         time.sleep(60)
+    assert time.monotonic() - begin < 30
+
+
+def test_compilation_is_ended_though_its_errors_are_caught(monkeypatch):
+    monkeypatch.setattr(problems, "LATE_AGAIN", 0.2)
+    begin = time.monotonic()
+
+    def compile_on():
+        with contextlib.suppress(Exception):
+            time.sleep(60)
+        time.sleep(60)
+
+    with pytest.raises(TimeoutError), problems.at_most(0.1):
+        compile_on()
     assert time.monotonic() - begin < 30
 
 

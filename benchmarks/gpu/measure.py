@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..contestants import first_line
+from ..contestants import RIVALS, first_line
 from ..timing import as_found
 from .calls import Call
 from .problems import GRAPH_CALLS
@@ -40,25 +40,36 @@ class Clock:
 
 
 def measure(
-    calls: dict[str, Call], count: int, clock: Clock, training: bool, rounds: int = ROUNDS
+    calls: dict[str, Call],
+    count: int,
+    clock: Clock,
+    training: bool,
+    rounds: int = ROUNDS,
+    missing: dict[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """By name: "launched" call by call and, where it is short for anyone, "graph" for all."""
+    """By name: "launched" call by call and, where it is short for anyone, "graph" for all.
+
+    Rivals that have not enough memory become `missing`, with why, where that is given.
+    """
     with torch.set_grad_enabled(training):
-        found = {
+        works: dict[str, Callable[[], object]] = {}
+        for name, call in calls.items():
+            try:
+                works[name] = _launched(call, count)
+            except torch.OutOfMemoryError as error:
+                if missing is None or name not in RIVALS or name == "eager":
+                    raise
+                missing[name] = first_line(error)
+        found: dict[str, dict[str, Any]] = {
             name: {"launched": timing}
-            for name, timing in _take_turns(
-                {name: _launched(call, count) for name, call in calls.items()},
-                clock,
-                count,
-                rounds,
-            ).items()
+            for name, timing in _take_turns(works, clock, count, rounds).items()
         }
         if min(result["launched"]["median"] for result in found.values()) >= GRAPH_BELOW:
             return found
         graphs: dict[str, Callable[[], object]] = {}
-        for name, call in calls.items():
+        for name in found:
             try:
-                graphs[name] = _graph(call, count)
+                graphs[name] = _graph(calls[name], count)
             except RuntimeError as error:
                 found[name]["no_graph"] = first_line(error)
         for name, timing in _take_turns(graphs, clock, GRAPH_CALLS, rounds).items():

@@ -7,11 +7,14 @@ under each strategy.
 from __future__ import annotations
 
 import contextlib
+import gc
+import math
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+import torch._functorch.config  # torch alone does not import it
 from torch import nn
 
 from .. import calls
@@ -25,7 +28,8 @@ from .strategies import STRATEGIES, contestant
 GRAPH_CALLS = 20
 FOOTPRINT = 4  # inputs together, in sizes of the L2 cache
 FREE = 0.85  # the part of free memory that a row may take
-COMPILE_SECONDS = 60  # of all compiled contestants of a row together
+COMPILE_SECONDS = 60.0  # of all compiled contestants of a row together
+LATE_AGAIN = 5.0  # seconds between one TimeoutError and the next
 MAKERS = {"forward": calls.forward, "backward": calls.backward, "step": calls.step}
 
 
@@ -43,7 +47,8 @@ def too_large(problem: Problem) -> str | None:
     """Why a row cannot be timed on the current device, if so."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     needed = memory_needed(problem, buffers(problem, l2_bytes))
-    torch.cuda.empty_cache()  # what the row before left
+    gc.collect()  # what the row before left, its compiler's frames too
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     return "does not fit into memory" if needed > FREE * free else None
 
@@ -78,7 +83,12 @@ class Contestants(Strategies):
     """Beside them the `rivals`, and forward with backward."""
 
     def __init__(
-        self, problem: Problem, count: int, rivals: Sequence[str], device: str = "cuda"
+        self,
+        problem: Problem,
+        count: int,
+        rivals: Sequence[str],
+        compile_seconds: float = math.inf,
+        device: str = "cuda",
     ) -> None:
         super().__init__(problem, count, device)
         self.blocks: dict[str, nn.Module] = {}
@@ -86,7 +96,7 @@ class Contestants(Strategies):
         torch._functorch.config.donated_buffer = False
         if any(name in COMPILED_ON_CUDA for name in rivals):
             torch.compiler.reset()  # what rows before had compiled
-        self.compile_seconds = COMPILE_SECONDS
+        self.compile_seconds = min(COMPILE_SECONDS, compile_seconds)
         for name in rivals:
             self._add_rival(name)
         self._add("fused", self.block("fused"), ["step"])
@@ -102,19 +112,22 @@ class Contestants(Strategies):
         self.blocks[name] = block
 
     def leave_out_wrong(self) -> None:
-        """Compare all with float64: a wrong rival is missing, a wrong fused block is an error."""
+        """Compare all with float64: a wrong rival is missing, a wrong fused block is an error.
+
+        So is a rival that has no memory left, or breaks in another way.
+        """
         x, grad = (tensors[0] for tensors in self.buffers)
         truth = Truth(self.problem, x, grad)
         for name, block in list(self.blocks.items()):
             try:
                 truth.assert_right(name, block, x, grad)
-            except AssertionError as error:
+            except Exception as error:
                 if name in ("eager", "fused"):
                     raise
                 del self.blocks[name]
                 for direction, found in self.calls.items():
                     found.pop(name, None)
-                    self.missing[direction][name] = first_line(error)
+                    self.missing[direction].setdefault(name, first_line(error))
         for name in map(contestant, STRATEGIES):
             self._assert_strategy_right(name, truth)
 
@@ -160,7 +173,10 @@ class Contestants(Strategies):
 
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in what runs longer; in the main thread."""
+    """Raise TimeoutError in what runs longer; in the main thread.
+
+    Again and again: compilers catch errors of what they try, and go on with something else.
+    """
 
     def late(*_: object) -> None:
         raise TimeoutError(f"took more than {seconds:.3g} s")
@@ -168,7 +184,7 @@ def at_most(seconds: float) -> Iterator[None]:
     if seconds <= 0:  # a timer of none would never end
         raise TimeoutError("no time left")
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, LATE_AGAIN)
     try:
         yield
     finally:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 
@@ -65,10 +66,12 @@ def time_row(problem: Problem, rivals: Sequence[str]) -> list[Row]:
     return time_contestants(Contestants(problem, buffers(problem, l2_bytes), rivals), l2_bytes)
 
 
-def time_row_and_memory(problem: Problem, rivals: Sequence[str]) -> list[Row]:
+def time_row_and_memory(
+    problem: Problem, rivals: Sequence[str], compile_seconds: float = math.inf
+) -> list[Row]:
     """The same of those that are right, and the memory of each in the last row."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    contestants = Contestants(problem, buffers(problem, l2_bytes), rivals)
+    contestants = Contestants(problem, buffers(problem, l2_bytes), rivals, compile_seconds)
     contestants.leave_out_wrong()
     found = time_contestants(contestants, l2_bytes)
     memory = of_blocks(contestants.blocks, contestants.buffers)
@@ -81,8 +84,9 @@ def time_contestants(contestants: Contestants, l2_bytes: int) -> list[Row]:
     clock = Clock(l2_bytes)
     found = []
     for direction, calls in contestants.calls.items():
-        times = measure(calls, count, clock, direction == "step")
-        found.append(describe(problem, direction, times, count, contestants.missing[direction]))
+        missing = contestants.missing[direction]
+        times = measure(calls, count, clock, direction == "step", missing=missing)
+        found.append(describe(problem, direction, times, count, missing))
     return found
 
 
