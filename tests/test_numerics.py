@@ -163,6 +163,16 @@ def test_every_value_of_16_bits_survives(backend, dtype):
     assert torch.equal(out.flatten().view(torch.int16), values.view(torch.int16))
 
 
+@pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF], ids=hex)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_nan_with_all_bits_set_is_not_rounded_to_a_number(backend, dtype, bits):
+    case = Case("", (1, 3, 5, 7), 1, (3, 3))
+    weights = make_weights(case, torch.float32, backend)
+    nan = torch.full_like(weights.fc2_bias, bits, dtype=torch.int32).view(torch.float32)
+    x = make_x(case, dtype, backend)
+    assert cbam(x, *weights._replace(fc2_bias=nan), backend=backend).isnan().all()
+
+
 # PyTorch's own concatenation refuses x of the 16-bit dtype that autocast does not use.
 @pytest.mark.parametrize(
     ("dtype", "autocast"),

@@ -3,7 +3,7 @@
 // over space is in one layout is a pass over channels in the other, so each is written once.
 #pragma once
 
-#include "simd.h"
+#include "lanes.h"
 
 namespace cbam::cpu {
 namespace {
