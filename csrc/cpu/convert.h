@@ -21,8 +21,8 @@ CBAM_INLINE vec_t<float> widen(Bits16 bits, BFloat16) {
   return bit_cast<vec_t<float>>(
       _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, bit_cast<__m512i>(places), words));
 }
-// What is NaN is not rounded, as that could carry into its sign. From arithmetic it has a bit set in
-// the half that is kept.
+// What is NaN is not rounded, as that could carry into its sign. From arithmetic it has a bit set
+// in the half that is kept.
 CBAM_INLINE Bits16 narrow(vec_t<float> v, BFloat16) {
   const Words places = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
   const __m512i u = bit_cast<__m512i>(v);
@@ -31,8 +31,8 @@ CBAM_INLINE Bits16 narrow(vec_t<float> v, BFloat16) {
   const __mmask16 odd = _mm512_mask_test_epi32_mask(number, u, _mm512_set1_epi32(0x10000));
   const __m512i half = _mm512_mask_add_epi32(u, number, u, _mm512_set1_epi32(0x7fff));
   const __m512i rounded = _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
-  return bit_cast<Bits16>(_mm512_castsi512_si256(
-      _mm512_permutexvar_epi16(bit_cast<__m512i>(places), rounded)));
+  return bit_cast<Bits16>(
+      _mm512_castsi512_si256(_mm512_permutexvar_epi16(bit_cast<__m512i>(places), rounded)));
 }
 #else
 #if defined(__AVX2__)
