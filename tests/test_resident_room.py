@@ -17,6 +17,7 @@ from cbam_cuda.plan import plan
 pytestmark = pytest.mark.skipif(why_not("emulated") is not None, reason="make emulator builds it")
 
 NO_ROOM = "this process may not use enough of the device for a team"
+NO_COOPERATION = "the device takes no cooperative launches"
 EMULATED_MULTIPROCESSORS = 132  # of the emulator's device
 
 
@@ -151,5 +152,5 @@ def test_grids_where_there_are_no_cooperative_launches(team, call, no_cooperativ
     if runs:
         assert call("resident")[1] == "resident"
         return
-    with pytest.raises(ValueError, match=NO_ROOM):
+    with pytest.raises(ValueError, match=NO_COOPERATION):
         call("resident")

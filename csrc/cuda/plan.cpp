@@ -248,6 +248,11 @@ Strategy strategy_asked_for() {
   return name && *name ? strategy_of(name) : Strategy::kAuto;
 }
 
+std::invalid_argument not_possible(const char* reason) {
+  return std::invalid_argument(
+      std::string("strategy: expected one that is possible, got resident: ") + reason);
+}
+
 ForwardPlan plan(const ForwardProblem& p, const DeviceLimits& device, Strategy strategy) {
   const auto held = held_plan<ForwardPlan>(p, device, strategy, streaming_seconds);
   return held.resident ? held : plan_streaming(p, device, held.reason);
