@@ -76,6 +76,6 @@ class Regime:
         g["rounds"] = -(-visits // g["teams"])
         if "band" in g:
             g["bands"] = -(-pixels // g["band"])
-        g["uneven"] = self.shape[1] % g["channels"] > 0
+        g["uneven"] = self.shape[1] < g["team"] * g["channels"]
         g["several boxes"] = g["boxes_each"] > 1
         return {name: g[name] for name in self.plan}

@@ -38,8 +38,8 @@ def check_fits(found: dict, threads: int) -> None:
     assert stage["shared_bytes"] <= limits["shared_per_block"]
     assert blocks * (stage["shared_bytes"] + 1024) <= limits["shared_per_multiprocessor"] + 1024
     assert stage["blocks"] == g["team"] * g["teams"]
-    assert g["team"].bit_count() == 1
     if g["kind"] == "cluster":
+        assert g["team"].bit_count() == 1
         sizes = {1 << i: at_once for i, at_once in enumerate(limits["clusters"])}
         assert g["teams"] <= sizes[g["team"]] * blocks
         assert g["exchange"] == 0
@@ -49,12 +49,15 @@ def check_fits(found: dict, threads: int) -> None:
 
 
 def check_slices(problem: dict, g: dict) -> None:
-    """Every channel is in one block; slices and chunks are whole vectors on multiples of them."""
+    """No block is without channels; slices and chunks are whole vectors on multiples of them."""
     vector = 16 // BYTES[problem["dtype"]]
     samples, channels, *extents = problem["shape"]
     first = not problem["channels_last"] or channels == 1
     assert problem["aligned"]
-    assert covers(g["team"], g["channels"], channels)
+    group = vector // gcd(prod(extents), vector) if first else vector
+    assert channels % group == 0
+    assert channels // group >= g["team"]
+    assert g["channels"] == -(-channels // group // g["team"]) * group
     rows, cols = (g["channels"], prod(extents)) if first else (prod(extents), g["channels"])
     assert covers(g["chunks"], g["chunk"], rows)
     if first:
@@ -62,7 +65,7 @@ def check_slices(problem: dict, g: dict) -> None:
             assert count * cols % vector == 0
     else:
         assert cols % vector == 0 == channels % vector
-        assert g["team"] == 1 or cols * BYTES[problem["dtype"]] >= 64
+        assert g["team"] == 1 or cols * BYTES[problem["dtype"]] >= 32
     assert 1 <= g["samples"] <= 8
     assert g["teams"] <= -(-samples // g["samples"])
 
