@@ -2,13 +2,12 @@
 
 #include <algorithm>
 #include <climits>
-#include <cmath>
 #include <cstdlib>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 
-#include "plan_parts.h"
+#include "plan_choice.h"
 
 namespace cbam::cuda {
 namespace {
@@ -133,11 +132,6 @@ Group group_samples(const ForwardProblem& p, const DeviceLimits& device, int ten
   const double saved = rereads * pass * (1 - 1 / kCacheSpeed);
   const double cost = static_cast<double>(groups - 1) * launches * kLaunchSeconds;
   return saved > cost ? Group{samples, true} : Group{p.shape.samples, false};
-}
-
-int64_t typical_batch(int64_t samples) {
-  const double octaves = std::round(std::log2(static_cast<double>(std::max<int64_t>(samples, 1))));
-  return int64_t{1} << static_cast<int>(octaves);
 }
 
 double streamed_seconds(const ForwardProblem& p, const DeviceLimits& device, const Group& group,
