@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -45,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--backward", action="store_true", help="plan the backward")
     command.add_argument("--training", action="store_true", help="keep what backward needs")
     command.add_argument(
-        "--strategy", default="auto", help="auto, streaming or resident; default: %(default)s"
+        "--strategy",
+        default=os.environ.get("CBAM_CUDA_STRATEGY") or "auto",
+        help="auto, streaming or resident; default: what CBAM_CUDA_STRATEGY says, else auto",
     )
     command.add_argument(
         "--multiprocessors", type=int, default=0, help="of the device; default: all"

@@ -35,6 +35,7 @@ NO_CHUNK = "a chunk of no rows is neither loaded nor walked"
 NO_SAMPLE = "one more round, of no samples, for every team"
 HINT = "a prefetch is a hint, and may point anywhere"
 GUARDED = "what it would do more is guarded inside"
+WAITS_LONGER = "it waits for every row before the first, and sums in the same order"
 LAST_CHUNK = "one more chunk, of nothing, where chunks end with the work: loops in it are empty"
 REDUNDANT = {
     "channel_gate.cu: for (int first = 0; first < p.channels; first += kChannelChunk) { -> "
@@ -101,6 +102,12 @@ REDUNDANT = {
     "for (int i = threadIdx.x; i <= g.boxes.pixels(); i += g.threads)": GUARDED,
     "resident_extremes.cuh: for (int done = 0; done < total; done += at_once) { -> "
     "for (int done = 0; done <= total; done += at_once) {": GUARDED,
+    "resident_sums.cuh: for (int done = 0; done < groups * parts; done += at_once) { -> "
+    "for (int done = 0; done <= groups * parts; done += at_once) {": GUARDED,
+    "resident_sums.cuh: of.wait(sample, row, min(row + kRowsTogether, of.end) - 1); -> "
+    "of.wait(sample, row, (of.end) - 1);": WAITS_LONGER,
+    "resident_sums.cuh: const int end = min(of.end, first + step); -> "
+    "const int end = (of.end);": WAITS_LONGER,
     "resident_tile.cuh: if (threadIdx.x >= 32) return; -> if (threadIdx.x > 32) return;": (
         "pieces are of 1 KB or more where there are several: a chunk has fewer than 32"
     ),

@@ -79,6 +79,6 @@ class Regime:
             g["a short last band"] = pixels % g["band"] > 0
         rows = pixels if self.layout == CHANNELS_LAST else g["channels"]
         g["a short last chunk"] = rows % g["chunk"] > 0
-        g["uneven"] = self.shape[1] % g["channels"] > 0
+        g["uneven"] = self.shape[1] < g["team"] * g["channels"]
         g["several boxes"] = g["boxes_each"] > 1
         return {name: g[name] for name in self.plan}

@@ -292,6 +292,19 @@ def test_command_with_every_option(capsys):
     assert "scale" in capsys.readouterr().out
 
 
+def test_command_takes_the_strategy_of_the_environment(strategy, capsys):
+    def chosen(*options):
+        assert main(["plan", "--shape", "256,256,56,56", "--dtype", "float16", *options]) == 0
+        return capsys.readouterr().out.split()[0]
+
+    assert chosen() == "resident"
+    strategy("streaming")
+    assert chosen() == "streaming"
+    assert chosen("--strategy", "auto") == chosen("--strategy", "resident") == "resident"
+    strategy("")
+    assert chosen() == "resident"
+
+
 def test_command_says_what_is_wrong(capsys):
     assert main(["plan", "--shape", "1,8,4", "--device", "V100"]) == 2
     assert capsys.readouterr().err.startswith("plan: device: expected one of T4")

@@ -38,8 +38,8 @@ def check_fits(found: dict, threads: int) -> None:
     assert stage["shared_bytes"] <= limits["shared_per_block"]
     assert blocks * (stage["shared_bytes"] + 1024) <= limits["shared_per_multiprocessor"] + 1024
     assert stage["blocks"] == g["team"] * g["teams"]
-    assert g["team"].bit_count() == 1
     if g["kind"] == "cluster":
+        assert g["team"].bit_count() == 1
         sizes = {1 << i: at_once for i, at_once in enumerate(limits["clusters"])}
         assert g["teams"] <= sizes[g["team"]] * blocks
         assert g["exchange"] == 0
@@ -49,12 +49,15 @@ def check_fits(found: dict, threads: int) -> None:
 
 
 def check_slices(problem: dict, g: dict) -> None:
-    """Every channel is in one block; slices and chunks are whole vectors on multiples of them."""
+    """No block is without channels; slices and chunks are whole vectors on multiples of them."""
     vector = 16 // BYTES[problem["dtype"]]
     samples, channels, *extents = problem["shape"]
     first = not problem["channels_last"] or channels == 1
     assert problem["aligned"]
-    assert covers(g["team"], g["channels"], channels)
+    group = vector // gcd(prod(extents), vector) if first else vector
+    assert channels % group == 0
+    assert channels // group >= g["team"]
+    assert g["channels"] == -(-channels // group // g["team"]) * group
     rows, cols = (g["channels"], prod(extents)) if first else (prod(extents), g["channels"])
     assert covers(g["chunks"], g["chunk"], rows)
     if first:
@@ -62,7 +65,7 @@ def check_slices(problem: dict, g: dict) -> None:
             assert count * cols % vector == 0
     else:
         assert cols % vector == 0 == channels % vector
-        assert g["team"] == 1 or cols * BYTES[problem["dtype"]] >= 64
+        assert g["team"] == 1 or cols * BYTES[problem["dtype"]] >= 32
     assert 1 <= g["samples"] <= 8
     assert g["teams"] <= -(-samples // g["samples"])
 
@@ -130,49 +133,6 @@ def test_the_choice_does_not_flap(device, dtype, backward):
         for octave in range(9):
             near = (n for n in range(1, 400) if round(log2(n)) == octave)
             assert len({choice(n, shape) for n in itertools.islice(near, 0, None, 5)}) == 1
-
-
-def choice_of(shape, **what) -> tuple[str, float | None, tuple]:
-    """The strategy, what a resident plan takes of streaming's time, None where there is none, and
-    how it holds samples."""
-    chosen = plan(shape, **what)["strategy"]
-    streamed = plan(shape, **what, strategy="streaming")["predicted_seconds"]
-    try:
-        found = plan(shape, **what, strategy="resident")
-    except ValueError:
-        return chosen, None, ()
-    g = found["passes"]["resident"]
-    held = (g["kind"], g["team"], g["samples"], g.get("x"), found["stages"][0]["threads"])
-    return chosen, found["predicted_seconds"] / streamed, held
-
-
-def at_a_boundary(one: tuple, other: tuple) -> bool:
-    """Whether two shapes may differ in strategy: a sample fits on the chip in one of them alone;
-    teams, whose blocks are a power of two and share channels in whole vectors, hold the two in
-    different ways; or both are near the time from which on a resident plan is worth it.
-    """
-    if one[1] is None or other[1] is None or one[2] != other[2]:
-        return True
-    return all(abs(share - WORTHWHILE) < NEAR for _, share, _ in (one, other))
-
-
-WORTHWHILE, NEAR = 0.9, 0.1  # the former is the planner's
-
-
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_neighbouring_shapes_differ_only_at_a_boundary(device, dtype, backward):
-    """Eight channels or one pixel of height and width more or less than in a ResNet."""
-    for batch, channels_last in itertools.product((1, 8, 32, 256), (False, True)):
-        what = {"dtype": dtype, "device": device, "backward": backward}
-        what["channels_last"] = channels_last
-        for channels, size, _ in RESNET:
-            chosen = choice_of([batch, channels, size, size], **what)
-            for c, s in ((8, 0), (-8, 0), (0, 1), (0, -1)):
-                shape = [batch, channels + c, size + s, size + s]
-                near = choice_of(shape, **what)
-                assert near[0] == chosen[0] or at_a_boundary(chosen, near), (shape, chosen, near)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

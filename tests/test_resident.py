@@ -136,7 +136,33 @@ REGIMES = (
     Regime(
         "a block with fewer channels", (2, 30, 16, 16), 6, multiprocessors=16, plan={"uneven": True}
     ),
-    Regime("several boxes a block", (1, 256, 56, 56), 16, "T4", plan={"several boxes": True}),
+    Regime(
+        "a block with fewer channels, channels last",
+        (3, 72, 28, 28),
+        4,
+        "H100",
+        8,
+        CHANNELS_LAST,
+        plan={"uneven": True, "team": 4},
+    ),
+    Regime(
+        "three blocks of a grid, with unequal channels",
+        (3, 64, 28, 28),
+        4,
+        "A100",
+        13,
+        plan={"kind": "grid", "team": 3, "uneven": True},
+    ),
+    Regime(
+        "three blocks of a grid, channels last",
+        (5, 104, 14, 14),
+        4,
+        "A100",
+        13,
+        CHANNELS_LAST,
+        plan={"kind": "grid", "team": 3, "uneven": True, "rounds": 2},
+    ),
+    Regime("several boxes a block", (1, 256, 56, 56), 16, "T4", 32, plan={"several boxes": True}),
     Regime(
         "asynchronous copies, the whole grid",
         (5, 128, 14, 14),

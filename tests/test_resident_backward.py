@@ -98,12 +98,12 @@ REGIMES = (
     ),
     Regime(
         "x comes and goes, channels last",
-        (5, 64, 40, 40),
+        (5, 64, 52, 52),
         4,
         "H100",
         4,
         CHANNELS_LAST,
-        plan={"x": "is read twice", "rounds": 3},
+        plan={"x": "is read twice", "rounds": 5},
     ),
     Regime(
         "x comes and goes, packed rows",
@@ -164,6 +164,32 @@ REGIMES = (
     ),
     Regime(
         "a block with fewer channels", (2, 30, 16, 16), 6, multiprocessors=16, plan={"uneven": True}
+    ),
+    Regime(
+        "a block with fewer channels, channels last",
+        (3, 72, 28, 28),
+        4,
+        "H100",
+        8,
+        CHANNELS_LAST,
+        plan={"uneven": True, "team": 4},
+    ),
+    Regime(
+        "three blocks of a grid, with unequal channels",
+        (3, 64, 28, 28),
+        4,
+        "A100",
+        13,
+        plan={"kind": "grid", "team": 3, "uneven": True},
+    ),
+    Regime(
+        "three blocks of a grid, channels last",
+        (5, 104, 14, 14),
+        4,
+        "A100",
+        13,
+        CHANNELS_LAST,
+        plan={"kind": "grid", "team": 3, "uneven": True, "rounds": 2},
     ),
     Regime(
         "the whole grid, channels last",

@@ -197,8 +197,8 @@ void run_streaming(const BackwardProblem& problem, const BackwardPlan& plan,
 
 BackwardPlan plan_to_run(const BackwardProblem& p, const DeviceLimits& device) {
   return plan_that_runs(p, device, [&](const BackwardPlan& found) {
-    return can_run_resident_backward(p.dtype, p.strides.channels_first(), *found.resident,
-                                     resident_grid(found, p));
+    return why_no_resident_backward(p.dtype, p.strides.channels_first(), *found.resident,
+                                    resident_grid(found, p));
   });
 }
 

@@ -114,8 +114,8 @@ void run_resident(const ForwardProblem& p, const ForwardPlan& plan, void* memory
 
 ForwardPlan plan_to_run(const ForwardProblem& p, const DeviceLimits& device) {
   return plan_that_runs(p, device, [&](const ForwardPlan& found) {
-    return can_run_resident_forward(p.dtype, p.strides.channels_first(), p.training(),
-                                    resident_grid(found, p));
+    return why_no_resident_forward(p.dtype, p.strides.channels_first(), p.training(),
+                                   resident_grid(found, p));
   });
 }
 

@@ -86,27 +86,39 @@ int most_clusters(void (*kernel)(Parameters...), const Grid& grid) {
   return 0;
 }
 
-// The same of blocks of a cooperative grid; 0 where there are no such grids.
+// Whether the current device runs grids whose blocks wait for each other.
+inline bool takes_cooperative_launches() {
+  int device = 0, cooperates = 0;
+  if (cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&cooperates, cudaDevAttrCooperativeLaunch, device) == cudaSuccess)
+    return cooperates != 0;
+  cudaGetLastError();
+  return false;
+}
+
+// How many blocks of such a grid run at once.
 template <class... Parameters>
 int64_t most_blocks(void (*kernel)(Parameters...), const Grid& grid) {
-  int device = 0, cooperates = 0, multiprocessors = 0, each = 0;
+  int device = 0, multiprocessors = 0, each = 0;
   if (opt_in(reinterpret_cast<const void*>(kernel), grid) == cudaSuccess &&
       cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&cooperates, cudaDevAttrCooperativeLaunch, device) == cudaSuccess &&
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) ==
           cudaSuccess &&
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(
           &each, kernel, grid.threads, static_cast<size_t>(grid.shared_bytes)) == cudaSuccess)
-    return cooperates ? int64_t{each} * multiprocessors : 0;
+    return int64_t{each} * multiprocessors;
   cudaGetLastError();
   return 0;
 }
 
-// Whether all blocks of a grid that wait for each other can run.
+// Why not all blocks of a grid that wait for each other can run, or null.
 template <class... Parameters>
-bool can_run(void (*kernel)(Parameters...), const Grid& grid) {
-  if (grid.cooperative) return most_blocks(kernel, grid) >= grid.blocks;
-  return grid.cluster == 1 || most_clusters(kernel, grid) > 0;
+const char* why_not_run(void (*kernel)(Parameters...), const Grid& grid) {
+  if (grid.cooperative && !takes_cooperative_launches())
+    return "the device takes no cooperative launches, which blocks need to wait for each other";
+  const bool room = grid.cooperative ? most_blocks(kernel, grid) >= grid.blocks
+                                     : grid.cluster == 1 || most_clusters(kernel, grid) > 0;
+  return room ? nullptr : "this process may not use enough of the device for a team";
 }
 
 }  // namespace cbam::cuda

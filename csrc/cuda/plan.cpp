@@ -2,13 +2,12 @@
 
 #include <algorithm>
 #include <climits>
-#include <cmath>
 #include <cstdlib>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 
-#include "plan_parts.h"
+#include "plan_choice.h"
 
 namespace cbam::cuda {
 namespace {
@@ -135,11 +134,6 @@ Group group_samples(const ForwardProblem& p, const DeviceLimits& device, int ten
   return saved > cost ? Group{samples, true} : Group{p.shape.samples, false};
 }
 
-int64_t typical_batch(int64_t samples) {
-  const double octaves = std::round(std::log2(static_cast<double>(std::max<int64_t>(samples, 1))));
-  return int64_t{1} << static_cast<int>(octaves);
-}
-
 double streamed_seconds(const ForwardProblem& p, const DeviceLimits& device, const Group& group,
                         int first, int again, int launches) {
   const double pass = static_cast<double>(p.shape.samples * p.shape.channels * p.shape.pixels() *
@@ -246,6 +240,11 @@ Strategy strategy_of(const std::string& name) {
 Strategy strategy_asked_for() {
   const char* name = std::getenv("CBAM_CUDA_STRATEGY");
   return name && *name ? strategy_of(name) : Strategy::kAuto;
+}
+
+std::invalid_argument not_possible(const char* reason) {
+  return std::invalid_argument(
+      std::string("strategy: expected one that is possible, got resident: ") + reason);
 }
 
 ForwardPlan plan(const ForwardProblem& p, const DeviceLimits& device, Strategy strategy) {

@@ -47,17 +47,19 @@ struct ForwardPlan {
 ForwardPlan plan(const ForwardProblem& problem, const DeviceLimits& device,
                  Strategy strategy = Strategy::kAuto);
 
-// The plan of the strategy that the environment asks for; can_run(plan) tells whether the teams of
-// a resident one run on the device, as far as this process may use it.
-template <class Problem, class CanRun>
-auto plan_that_runs(const Problem& p, const DeviceLimits& device, CanRun can_run) {
+// What is thrown where a resident plan is asked for and there is none, for a reason.
+std::invalid_argument not_possible(const char* reason);
+
+// The plan of the strategy that the environment asks for; why_not_run(plan) tells why the teams of
+// a resident one do not run on the device, as far as this process may use it, or null where they
+// do.
+template <class Problem, class WhyNotRun>
+auto plan_that_runs(const Problem& p, const DeviceLimits& device, WhyNotRun why_not_run) {
   const Strategy strategy = strategy_asked_for();
   const auto found = plan(p, device, strategy);
-  if (!found.resident || can_run(found)) return found;
-  if (strategy == Strategy::kResident)
-    throw std::invalid_argument(
-        "strategy: expected one that is possible, got resident: this process may not use enough of "
-        "the device for a team");
+  const char* reason = found.resident ? why_not_run(found) : nullptr;
+  if (!reason) return found;
+  if (strategy == Strategy::kResident) throw not_possible(reason);
   return plan(p, device, Strategy::kStreaming);
 }
 

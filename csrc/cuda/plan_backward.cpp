@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "plan_parts.h"
+#include "plan_choice.h"
 
 namespace cbam::cuda {
 namespace {

@@ -1,5 +1,5 @@
-// What the planner's files share: how the kernels see a tensor, how its columns can be read, how
-// many blocks fill a device, and the choice between the strategies.
+// What the planner's files share: how the kernels see a tensor, how its columns can be read, and
+// how many blocks fill a device.
 #pragma once
 
 #include <algorithm>
@@ -129,41 +129,6 @@ ResidentPlan<ResidentForwardGeometry> for_batch(const ResidentPlan<ResidentForwa
 ResidentPlan<ResidentBackwardGeometry> for_batch(const ResidentPlan<ResidentBackwardGeometry>& plan,
                                                  const BackwardProblem& p,
                                                  const DeviceLimits& device);
-
-// A resident plan is chosen where it is predicted to take less than this share of streaming's time.
-constexpr double kWorthwhile = 0.9;
-// The power of two next to a batch, by which strategies are chosen: neighbouring batches get the
-// same one, wherever their last rounds end.
-int64_t typical_batch(int64_t samples);
-
-// The resident plan, where it is asked for or predicted to be worth it; `streaming` says what
-// streaming takes. Else a plan that holds but the reason.
-template <class Plan, class Problem, class Streaming>
-Plan held_plan(const Problem& p, const DeviceLimits& device, Strategy strategy,
-               Streaming streaming) {
-  Plan plan{};
-  plan.reason = "asked for";
-  if (strategy == Strategy::kStreaming) return plan;
-  const bool forced = strategy == Strategy::kResident;
-  Problem typical = p;
-  typical.shape.samples = typical_batch(p.shape.samples);
-  const auto held = plan_resident(typical, device);
-  if (forced && !held.geometry)
-    throw std::invalid_argument(
-        std::string("strategy: expected one that is possible, got resident: ") + held.reason);
-  if (!forced) plan.reason = held.reason;
-  if (!held.geometry) return plan;
-  if (!forced && held.seconds >= kWorthwhile * streaming(typical, device)) {
-    plan.reason = "a resident plan is predicted not to be faster";
-    return plan;
-  }
-  const auto resident = for_batch(held, p, device);
-  plan.resident = resident.geometry;
-  plan.seconds = resident.seconds;
-  plan.group = {p.shape.samples, false};
-  plan.shared_limit = device.shared_per_block;
-  return plan;
-}
 
 // What passes over tensors of x's size take where x is streamed: `first` from memory or to it, and
 // `again` as many that could come from the cache, in so many launches for each group.

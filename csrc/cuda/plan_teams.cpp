@@ -6,8 +6,9 @@
 namespace cbam::cuda {
 namespace {
 
-// Bytes of a row of a slice where channels come last, at least: memory is slow in shorter pieces.
-constexpr int64_t kShortestPiece = 64;
+// What memory sends at a time, and so the shortest piece of a row that a block takes where channels
+// come last.
+constexpr int64_t kSectorBytes = 32;
 // Bytes of a row of a slice that is worth a bulk copy of its own: one thread after the other issues
 // them, some 40 cycles each.
 constexpr int64_t kBulkPiece = 1024;
@@ -16,6 +17,13 @@ constexpr int64_t kWantedChunks = 8;
 // What a multiprocessor can be sent, in shares of the memory's bandwidth: some blocks do not use
 // all of it.
 constexpr double kMostShare = 2.5;
+
+// What is used of the bandwidth in pieces of so many bytes: one that starts anywhere touches up to
+// a sector more than it has. From two sectors on that counts as usual.
+double used_in_pieces(double bytes) {
+  constexpr double kSector = kSectorBytes;
+  return std::min(1.0, 1.5 * bytes / (bytes + kSector));
+}
 
 }  // namespace
 
@@ -63,11 +71,15 @@ bool Teams::set_slice(ResidentGeometry& g, const Candidate& c) const {
   g.samples = c.samples;
   const int64_t common = std::gcd(s_.pixels(), int64_t{vector_});
   const int64_t multiple = first_ ? vector_ / common : vector_;
-  const int64_t channels = ceil_div(ceil_div(s_.channels, g.team), multiple) * multiple;
-  if (s_.channels % multiple || (g.team - 1) * channels >= s_.channels) return false;
-  if (!first_ && g.team > 1 && channels * bytes_of(p_.dtype) < kShortestPiece) return false;
+  const int64_t groups = s_.channels / multiple;
+  if (s_.channels % multiple || (g.cluster && g.team > groups)) return false;
+  // A grid's team needs no more blocks than keep the largest share as it is.
+  if (!g.cluster) g.team = static_cast<int>(ceil_div(groups, ceil_div(groups, g.team)));
+  const int64_t channels = ceil_div(groups, g.team) * multiple;
+  if (!first_ && g.team > 1 && channels * bytes_of(p_.dtype) < kSectorBytes) return false;
   if (channels * s_.pixels() * bytes_of(p_.dtype) > device_.shared_per_block) return false;
   g.channels = static_cast<int>(channels);
+  g.channel_group = static_cast<int>(multiple);
   g.rows = static_cast<int>(first_ ? channels : s_.pixels());
   g.pitch = static_cast<int>(first_ ? s_.pixels() : channels);
   const int64_t step = first_ ? multiple : 1;
@@ -100,20 +112,26 @@ int Teams::groups(const ResidentGeometry& g, int64_t columns) {
 
 double Teams::rate(const ResidentGeometry& g, double teams) const {
   const double all = device_.multiprocessors;
-  return device_.bandwidth / std::max(std::min(all, teams * g.team), all / kMostShare);
+  const double piece = share(g) * static_cast<double>(bytes_of(p_.dtype));
+  const double used = first_ || g.team == 1 ? 1 : used_in_pieces(piece);
+  return used * device_.bandwidth / std::max(std::min(all, teams * g.team), all / kMostShare);
 }
 
-double Teams::slice(const ResidentGeometry& g) {
-  return static_cast<double>(g.samples) * g.rows * g.pitch;
+double Teams::share(const ResidentGeometry& g) const {
+  return static_cast<double>(s_.channels) / g.team;
+}
+
+double Teams::slice(const ResidentGeometry& g) const {
+  return share(g) * static_cast<double>(g.samples * s_.pixels());
 }
 
 double Teams::weight_seconds(const ResidentGeometry& g, double rate) const {
-  const double weights = 2.0 * g.channels * static_cast<double>(s_.hidden);
+  const double weights = 2.0 * share(g) * static_cast<double>(s_.hidden);
   return weights * static_cast<double>(bytes_of(p_.weights.dtype)) / (rate * kCacheSpeed);
 }
 
 double Teams::product_seconds(const ResidentGeometry& g, int vectors) const {
-  return 2.0 * g.channels * static_cast<double>(s_.hidden) * vectors * kProductSeconds;
+  return 2.0 * share(g) * static_cast<double>(s_.hidden) * vectors * kProductSeconds;
 }
 
 double Teams::barrier_seconds(const ResidentGeometry& g, double barriers) {

@@ -44,9 +44,11 @@ class Teams {
   // Of a block, as if its multiprocessor had nothing else to do: bytes of memory a second where
   // `teams` teams run.
   double rate(const ResidentGeometry& g, double teams) const;
-  // Elements of a slice; seconds for the weights of the MLP, for its products with so many vectors,
-  // and for so many barriers.
-  static double slice(const ResidentGeometry& g);
+  // Channels of a block and elements of its slice, on average: blocks share the bandwidth, so that
+  // one with a group of channels more than others gets more of it. Seconds for the weights of the
+  // MLP, for its products with so many vectors, and for so many barriers.
+  double share(const ResidentGeometry& g) const;
+  double slice(const ResidentGeometry& g) const;
   double weight_seconds(const ResidentGeometry& g, double rate) const;
   double product_seconds(const ResidentGeometry& g, int vectors) const;
   static double barrier_seconds(const ResidentGeometry& g, double barriers);
@@ -100,7 +102,9 @@ ResidentPlan<typename Fitting::Geometry> fastest(const Fitting& fitting, const S
       for (int size = 0; size < kClusterSizes; ++size)
         if (device.clusters[size]) consider({true, 1 << size, samples, blocks});
     if (best.geometry && best.geometry->cluster) return;
-    for (int team = 1; team <= device.multiprocessors; team *= 2)
+    // The largest teams of which so many run at once.
+    const int all = device.multiprocessors;
+    for (int team = all; team > 0; team = all / (all / team + 1))
       consider({false, team, samples, 1});
   };
   const int samples = fitting.samples_per_visit();

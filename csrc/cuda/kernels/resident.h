@@ -22,14 +22,15 @@ struct ResidentGeometry {
                  // global memory
   int team;      // blocks that hold the samples of a visit together
   int threads;   // of a block: all of a multiprocessor's, or half of them
-  int64_t teams;    // each of which visits every teams-th group of samples
-  int samples;      // of a visit
-  int channels;     // of a block; the last may have fewer
-  int rows, pitch;  // of a slice of one sample: channels of pixels, or pixels of channels
-  int chunk;        // rows that are loaded together
-  int chunks;       // of a slice
-  int lanes;        // threads that share a row where sums run along rows
-  int groups;       // and a column where they run down columns
+  int64_t teams;      // each of which visits every teams-th group of samples
+  int samples;        // of a visit
+  int channels;       // of a block; some have a group fewer
+  int channel_group;  // channels that are whole vectors together: what blocks are given
+  int rows, pitch;    // of a slice of one sample: channels of pixels, or pixels of channels
+  int chunk;          // rows that are loaded together
+  int chunks;         // of a slice
+  int lanes;          // threads that share a row where sums run along rows
+  int groups;         // and a column where they run down columns
   Copy copy;
   BoxGeometry boxes;  // what the convolution is computed in; boxes go round the blocks of the team
   int boxes_each;     // boxes of a visit that a block takes, at most

@@ -157,12 +157,12 @@ void resident_backward(DType dtype, bool channels_first, const ResidentBackward&
               [&](auto kernel) { launch("resident_backward", kernel, grid, stream, p); });
 }
 
-bool can_run_resident_backward(DType dtype, bool channels_first,
-                               const ResidentBackwardGeometry& geometry, const Grid& grid) {
-  bool can = false;
+const char* why_no_resident_backward(DType dtype, bool channels_first,
+                                     const ResidentBackwardGeometry& geometry, const Grid& grid) {
+  const char* reason = nullptr;
   with_kernel(dtype, channels_first, geometry.access,
-              [&](auto kernel) { can = can_run(kernel, grid); });
-  return can;
+              [&](auto kernel) { reason = why_not_run(kernel, grid); });
+  return reason;
 }
 
 }  // namespace cbam::cuda

@@ -39,8 +39,8 @@ struct ResidentBackward : Resident {
 };
 void resident_backward(DType dtype, bool channels_first, const ResidentBackward& p,
                        const Grid& grid, Stream stream);
-bool can_run_resident_backward(DType dtype, bool channels_first,
-                               const ResidentBackwardGeometry& geometry, const Grid& grid);
+const char* why_no_resident_backward(DType dtype, bool channels_first,
+                                     const ResidentBackwardGeometry& geometry, const Grid& grid);
 
 // What the blocks of a team read of each other: in the shared memory of each, or in global memory.
 template <class A>

@@ -194,10 +194,12 @@ void resident_forward(DType dtype, bool channels_first, const ResidentForward& p
               [&](auto kernel) { launch("resident_forward", kernel, grid, stream, p); });
 }
 
-bool can_run_resident_forward(DType dtype, bool channels_first, bool training, const Grid& grid) {
-  bool can = false;
-  with_kernel(dtype, channels_first, training, [&](auto kernel) { can = can_run(kernel, grid); });
-  return can;
+const char* why_no_resident_forward(DType dtype, bool channels_first, bool training,
+                                    const Grid& grid) {
+  const char* reason = nullptr;
+  with_kernel(dtype, channels_first, training,
+              [&](auto kernel) { reason = why_not_run(kernel, grid); });
+  return reason;
 }
 
 }  // namespace cbam::cuda

@@ -23,7 +23,8 @@ struct ResidentForward : Resident {
 };
 void resident_forward(DType dtype, bool channels_first, const ResidentForward& p, const Grid& grid,
                       Stream stream);
-bool can_run_resident_forward(DType dtype, bool channels_first, bool training, const Grid& grid);
+const char* why_no_resident_forward(DType dtype, bool channels_first, bool training,
+                                    const Grid& grid);
 
 // What the blocks of a team read of each other: in the shared memory of each, or in global memory.
 template <class A>

@@ -99,7 +99,8 @@ struct Owners {
   const Space& space;
   const BoxGeometry& boxes;
   int team;
-  float per_sample, per_plane, per_row, per_depth, per_height, per_width;  // reciprocals
+  // Reciprocals.
+  float per_sample, per_plane, per_row, per_depth, per_height, per_width, per_team;
 
   __device__ __forceinline__ Owners(const Space& s, const BoxGeometry& b, int team_)
       : space(s),
@@ -110,7 +111,8 @@ struct Owners {
         per_row(1.0f / static_cast<float>(s.width)),
         per_depth(1.0f / static_cast<float>(b.box_depth)),
         per_height(1.0f / static_cast<float>(b.box_height)),
-        per_width(1.0f / static_cast<float>(b.box_width)) {}
+        per_width(1.0f / static_cast<float>(b.box_width)),
+        per_team(1.0f / static_cast<float>(team_)) {}
 
   __device__ __forceinline__ int operator()(int i) const {
     const int sample = quotient(i, per_sample), pixel = i - sample * space.pixels();
@@ -119,7 +121,7 @@ struct Owners {
     const int plane = sample * boxes.boxes_depth + quotient(z, per_depth);
     const int row = plane * boxes.boxes_height + quotient(y, per_height);
     const int box = row * boxes.boxes_width + quotient(x, per_width);
-    return box & (team - 1);  // teams are powers of two
+    return box - quotient(box, per_team) * team;
   }
 };
 

@@ -25,8 +25,11 @@ struct ResidentBlock {
       : p(p_), g(g_) {
     team = {g.cluster, g.team, static_cast<int>(blockIdx.x) % g.team, g.exchange};
     number = blockIdx.x / g.team;
-    first_channel = team.rank * g.channels;
-    channels = max(0, min(g.channels, p.channels - first_channel));
+    // Shares of the channels are even but for one group; the first blocks have one more.
+    const int groups = p.channels / g.channel_group;
+    const int each = groups / g.team, more = groups - each * g.team;
+    first_channel = (team.rank * each + min(team.rank, more)) * g.channel_group;
+    channels = (each + (team.rank < more)) * g.channel_group;
   }
 
   __device__ __forceinline__ int pixels() const { return kChannelsFirst ? g.pitch : g.rows; }
