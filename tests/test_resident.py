@@ -111,11 +111,11 @@ REGIMES = (
     ),
     Regime(
         "a short last chunk",
-        (1, 32, 15, 15),
+        (1, 16, 19, 19),
         3,
         multiprocessors=2,
         layout=CHANNELS_LAST,
-        plan={"a short last chunk": True, "chunk": 29, "groups": 16},
+        plan={"a short last chunk": True, "chunk": 46, "groups": 32},
     ),
     Regime(
         "several samples of a visit",

@@ -37,8 +37,8 @@ UNEVEN = Case("boxes that the image cuts", (3, 64, 9, 8), 3, (5, 5))
 RESIDENT_FORWARD = (
     (UNEVEN, HALF, BOTH, (("H100", 4),)),
     (Case("the same on the whole grid", (1, 128, 27, 28), 3, (5, 5)), HALF, FIRST, (("T4", 8),)),
-    (Case("a short last chunk", (1, 32, 15, 15), 3, (5, 5)), HALF, BOTH[1:], (("H100", 2),)),
-    (Case("a short last band", (1, 256, 57, 57), 2, (7, 7)), HALF, FIRST, (("H100", 8),)),
+    (Case("a short last chunk", (1, 16, 19, 19), 3, (5, 5)), HALF, BOTH[1:], (("H100", 2),)),
+    (Case("a short last band", (1, 240, 55, 55), 2, (7, 7)), HALF, FIRST, (("H100", 8),)),
     (Case("teams come back", (7, 32, 8, 8), 3, (5, 5)), SHORT, BOTH, (("H100", 2), ("T4", 2))),
     (Case("visits of several samples", (19, 512, 7, 7), 128, (3, 3)), HALF, BOTH, (("H100", 8),)),
     (
@@ -50,7 +50,8 @@ RESIDENT_FORWARD = (
     (Case("7x7", (9, 64, 7, 7), 4, (7, 7)), HALF, BOTH, (("H100", 4), ("A100", 8))),
     (Case("clusters come back", (5, 128, 28, 28), 5, (7, 7)), HALF, BOTH, (("H100", 4),)),
     (Case("bands of maps", (1, 256, 56, 56), 2, (7, 7)), HALF, BOTH, (("H100", 8),)),
-    (Case("several boxes a block", (1, 256, 56, 56), 2, (7, 7)), HALF, FIRST, (("T4", 40),)),
+    (Case("several boxes a block", (1, 256, 56, 56), 2, (7, 7)), HALF, FIRST, (("T4", 32),)),
+    (Case("three unequal blocks", (3, 64, 28, 28), 4, (5, 5)), HALF, BOTH, (("A100", 13),)),
     (Case("resident volume", (3, 64, 4, 8, 8), 2, (3, 3, 3)), SHORT[:1], BOTH, (("A100", 4),)),
 )
 RESIDENT_BACKWARD = (
@@ -61,8 +62,9 @@ RESIDENT_BACKWARD = (
     (Case("one row at a time", (1, 34, 16, 16), 6, (7, 7)), SHORT, FIRST, (("H100", 16),)),
     (Case("x comes and goes", (3, 128, 28, 28), 8, (5, 5)), HALF, BOTH, (("A100", 2),)),
     (Case("x comes and goes", (3, 128, 28, 28), 8, (5, 5)), HALF, FIRST, (("T4", 8),)),
-    (Case("x comes and goes", (5, 64, 40, 40), 4, (5, 5)), HALF, BOTH, (("H100", 4),)),
+    (Case("x comes and goes", (5, 64, 52, 52), 4, (5, 5)), HALF, BOTH, (("H100", 4),)),
     (Case("packed x comes", (4, 1024, 7, 7), 16, (3, 3)), HALF, FIRST, (("RTX 5090", 2),)),
+    (Case("three unequal blocks", (3, 64, 28, 28), 4, (5, 5)), HALF, BOTH, (("A100", 13),)),
     (Case("resident volume", (3, 64, 4, 8, 8), 2, (3, 3, 3)), SHORT, BOTH, (("A100", 4),)),
     (Case("resident sequence", (2, 16, 2000), 2, (9,)), HALF, FIRST, (("H100", 4),)),
 )
