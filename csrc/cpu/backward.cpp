@@ -189,8 +189,7 @@ class Backward {
                         batch_.d_conv(n) + m * shape_.taps());
       }
     });
-    batch_.d_conv(n)[2 * shape_.taps()] =
-        reduce_row<false, false>(ws.pixel_sum(channels_first_), nullptr, pixels_).sum;
+    batch_.d_conv(n)[2 * shape_.taps()] = sum_of_row(ws.pixel_sum(channels_first_), pixels_);
   }
 
   // dmean / C and dmax.

@@ -101,12 +101,16 @@ class Forward {
   void pool(int64_t n, Workspace& ws, Run run) const {
     if (channels_first_) {
       run(shape_.channels, [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; ++c) {
-          const T* row = x(n).row(c);
-          const auto e = p_.training() ? reduce_row<false, true>(row, nullptr, pixels_)
-                                       : reduce_row<false, false>(row, nullptr, pixels_);
-          write_pooled(n, c, e.sum, e.max, e.argmax);
-        }
+        for_rows<kRowsTogether>(begin, end, [&](auto together, int64_t c) {
+          constexpr int kRows = decltype(together)::value;
+          Extremes<A> of[kRows];
+          if (p_.training())
+            reduce_rows<kRows, false, true>(x(n), c, nullptr, of);
+          else
+            reduce_rows<kRows, false, false>(x(n), c, nullptr, of);
+          for (int i = 0; i < kRows; ++i)
+            write_pooled(n, c + i, of[i].sum, of[i].max, of[i].argmax);
+        });
       });
     } else {
       run(blocks(pixels_), [&](int64_t begin, int64_t end) {
@@ -179,12 +183,16 @@ class Forward {
       reduce_columns<true, kArgmax>(x(n), 0, shape_.channels, begin, end - begin, gate, mean, max,
                                     argmax);
     } else {
-      for (int64_t s = begin; s < end; ++s) {
-        const auto e = reduce_row<true, kArgmax>(x(n).row(s), gate, shape_.channels);
-        mean[s - begin] = e.sum;
-        max[s - begin] = e.max;
-        argmax[s - begin] = static_cast<Index>(e.argmax);
-      }
+      for_rows<kRowsTogether>(begin, end, [&](auto together, int64_t s) {
+        constexpr int kRows = decltype(together)::value;
+        Extremes<A> of[kRows];
+        reduce_rows<kRows, true, kArgmax>(x(n), s, gate, of);
+        for (int i = 0; i < kRows; ++i) {
+          mean[s + i - begin] = of[i].sum;
+          max[s + i - begin] = of[i].max;
+          argmax[s + i - begin] = static_cast<Index>(of[i].argmax);
+        }
+      });
     }
     for (int64_t j = 0; j < end - begin; ++j) mean[j] /= static_cast<A>(shape_.channels);
   }

@@ -13,42 +13,47 @@ namespace {
 // Each is made in the same order, whichever others are made with it.
 template <int kRows, int kVectors, class W, class A, class Put>
 CBAM_INLINE void some_products(const W* matrix, const A* vectors, int64_t n, Put put) {
-  A total[kRows][kVectors] = {};
+  A total[kRows * kVectors] = {};
   for (int64_t begin = 0; begin < n; begin += kSumBlock) {
     const int64_t end = n - begin < kSumBlock ? n : begin + kSumBlock;
-    vec_t<A> sum[kRows][kVectors] = {};
+    vec_t<A> sum[kRows * kVectors] = {};
     for_row_vectors<A>(begin, end, [&](int64_t j, auto lanes) {
       vec_t<A> x[kVectors];
       for (int v = 0; v < kVectors; ++v) x[v] = lanes.load(vectors + v * n + j);
       for (int r = 0; r < kRows; ++r) {
         const vec_t<A> w = lanes.load(matrix + r * n + j);
-        for (int v = 0; v < kVectors; ++v) sum[r][v] += w * x[v];
+        for (int v = 0; v < kVectors; ++v) sum[r * kVectors + v] += w * x[v];
       }
     });
-    for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < kVectors; ++v) total[r][v] += sum_of_lanes<A>(sum[r][v]);
+    A of_block[kRows * kVectors];
+    sums_of_lanes<A>(sum, of_block);
+    for (int i = 0; i < kRows * kVectors; ++i) total[i] += of_block[i];
   }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) put(r, v, total[r][v]);
+    for (int v = 0; v < kVectors; ++v) put(r, v, total[r * kVectors + v]);
 }
 
-// The same for all rows of a matrix [rows, n] and all vectors [count, n].
-template <class W, class A, class Put>
-void products(const W* matrix, int64_t rows, const A* vectors, int64_t count, int64_t n, Put put) {
+// The same for all rows of a matrix [rows, n] and all vectors [count, n]; each kRows rows stay in
+// the nearest cache until all vectors have met them.
+template <int kRows, class W, class A, class Put>
+CBAM_INLINE void products_by_rows(const W* matrix, int64_t rows, const A* vectors, int64_t count,
+                                  int64_t n, Put put) {
   constexpr int kMost = 4;
-  for (int64_t from = 0; from < count; from += kMost)
-    for_count<kMost>(count - from < kMost ? count - from : kMost, [&](auto some) {
-      constexpr int kVectors = decltype(some)::value;
-      constexpr int kRows = kVectors > 2 && kRegisters < 32 ? 2 : 4;
-      const auto of_rows = [&](auto together, int64_t first) {
-        some_products<decltype(together)::value, kVectors>(
+  for_rows<kRows>(0, rows, [&](auto together, int64_t first) {
+    for (int64_t from = 0; from < count; from += kMost)
+      for_count<kMost>(count - from < kMost ? count - from : kMost, [&](auto some) {
+        some_products<decltype(together)::value, decltype(some)::value>(
             matrix + first * n, vectors + from * n, n,
             [&](int r, int v, A sum) { put(first + r, from + v, sum); });
-      };
-      int64_t first = 0;
-      for (; first + kRows <= rows; first += kRows) of_rows(Count<kRows>{}, first);
-      for (; first < rows; ++first) of_rows(Count<1>{}, first);
-    });
+      });
+  });
+}
+template <class W, class A, class Put>
+void products(const W* matrix, int64_t rows, const A* vectors, int64_t count, int64_t n, Put put) {
+  if (kRegisters < 32 && count > 2)
+    products_by_rows<2>(matrix, rows, vectors, count, n, put);
+  else
+    products_by_rows<4>(matrix, rows, vectors, count, n, put);
 }
 
 // kRows rows, from `first` on, of what transposed_products adds up in columns [begin, begin + n).

@@ -3,6 +3,7 @@
 // over space is in one layout is a pass over channels in the other, so each is written once.
 #pragma once
 
+#include "fold.h"
 #include "lanes.h"
 
 namespace cbam::cpu {
@@ -36,19 +37,6 @@ struct Extremes {
   int64_t argmax;
 };
 
-// The first of the columns at[u] + u * kLanes + lane in which max[u] is `best`.
-template <class A, int kCount>
-CBAM_INLINE int64_t first_of_maxima(const vec_t<A> (&max)[kCount], const ivec_t<A> (&at)[kCount],
-                                    A best) {
-  ivec_t<A> first = at[0] + iota<A>();
-  first = max[0] == best ? first : largest_index<A>();
-  for (int u = 1; u < kCount; ++u) {
-    const ivec_t<A> column = at[u] + iota<A>() + static_cast<index_t<A>>(u * kLanes<A>);
-    first = (max[u] == best) & (column < first) ? column : first;
-  }
-  return fold_lanes<index_t<A>, kLanes<A>>(first, [](auto a, auto b) { return b < a ? b : a; });
-}
-
 // Sums and maxima are made as if there were no NaN, which loses every comparison but shows in the
 // sum. Only then is it looked for: the first i in [begin, end) for which value(i) is NaN, or `end`.
 template <class Value>
@@ -58,50 +46,102 @@ int64_t first_nan(int64_t begin, int64_t end, Value value) {
   return end;
 }
 
-// Sum and maximum of row[j] * factor[j], and with kArgmax the first column of the maximum. Without
-// kArgmax a NaN shows in the sum alone.
-template <bool kScaled, bool kArgmax, class T>
-Extremes<acc_t<T>> reduce_row(const T* row, const acc_t<T>* factor, int64_t cols) {
-  using A = acc_t<T>;
+// What the lanes have of a row: sums, maxima and with kArgmax the first columns of these.
+template <class A>
+struct OfLanes {
+  vec_t<A> sum, max;
+  ivec_t<A> column;
+};
+
+// Of row[j] * factor[j] for columns [begin, end).
+template <bool kScaled, bool kArgmax, class T, class A = acc_t<T>>
+CBAM_INLINE OfLanes<A> lanes_of_block(const T* row, const acc_t<T>* factor, int64_t begin,
+                                      int64_t end) {
   constexpr int kUnroll = 4, kStep = kUnroll * kLanes<A>;
-  A total = A(0);
-  vec_t<A> max[kUnroll];
+  vec_t<A> sum[kUnroll] = {}, max[kUnroll];
   for (auto& m : max) m = splat(minus_infinity<A>());
-  ivec_t<A> at[kUnroll] = {};  // lane l of max[u] stood in column at[u] + u * kLanes + l
-  const auto take = [&](int u, int64_t column, vec_t<A> v) {
-    if constexpr (kArgmax)
-      at[u] = v > max[u] ? ivec_t<A>{} + static_cast<index_t<A>>(column) : at[u];
+  ivec_t<A> at[kUnroll] = {};  // lane l of max[u] stood in column at[u] + l
+  const auto add = [&](int u, int64_t j, auto lanes) {
+    vec_t<A> v = lanes.load(row + j);
+    if constexpr (kScaled) v *= lanes.load(factor + j);
+    sum[u] += v;
+    v = lanes.or_else(v, splat(minus_infinity<A>()));
+    if constexpr (kArgmax) {
+      const ivec_t<A> column = ivec_t<A>{} + static_cast<index_t<A>>(j - lanes.skipped());
+      at[u] = v > max[u] ? column : at[u];
+    }
     max[u] = maximum<A>(v, max[u]);
   };
-  for (int64_t begin = 0; begin < cols; begin += kSumBlock) {
-    const int64_t end = cols - begin < kSumBlock ? cols : begin + kSumBlock;
-    vec_t<A> sum[kUnroll] = {};
-    const auto add = [&](int u, int64_t j, int64_t column, auto lanes) {
-      vec_t<A> v = lanes.load(row + j);
-      if constexpr (kScaled) v *= lanes.load(factor + j);
-      sum[u] += v;
-      take(u, column, lanes.or_else(v, splat(minus_infinity<A>())));
-    };
-    int64_t j = begin;
-    for (; j + kStep <= end; j += kStep)
-      for (int u = 0; u < kUnroll; ++u) add(u, j + u * kLanes<A>, j, AllLanes<A>{});
-    for_row_vectors<A>(j, end,
-                       [&](int64_t i, auto lanes) { add(0, i, i - lanes.skipped(), lanes); });
-    total += sum_of_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  int64_t j = begin;
+  for (; j + kStep <= end; j += kStep)
+    for (int u = 0; u < kUnroll; ++u) add(u, j + u * kLanes<A>, AllLanes<A>{});
+  for_row_vectors<A>(j, end, [&](int64_t i, auto lanes) { add(0, i, lanes); });
+  OfLanes<A> r{sum[0], max[0], at[0]};
+  if (end - begin >= kStep) {
+    r.sum = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    r.max = maximum<A>(maximum<A>(max[0], max[1]), maximum<A>(max[2], max[3]));
+    r.column = largest_index<A>();
+    for (int u = 0; u < kUnroll; ++u)
+      r.column = (max[u] == r.max) & (at[u] < r.column) ? at[u] : r.column;
   }
-  Extremes<A> r{total,
-                max_of_lanes<A>(maximum<A>(maximum<A>(max[0], max[1]), maximum<A>(max[2], max[3]))),
-                0};
-  if constexpr (kArgmax) {
-    r.argmax = first_of_maxima<A>(max, at, r.max);
-    if (total != total) {
-      const int64_t nan = first_nan(0, cols, [&](int64_t i) {
-        return kScaled ? load_one(row + i) * factor[i] : load_one(row + i);
-      });
-      if (nan < cols) r = {total, total, nan};
-    }
+  r.column += iota<A>();
+  return r;
+}
+
+template <bool kScaled, bool kArgmax, class T, class A = acc_t<T>>
+CBAM_INLINE OfLanes<A> lanes_of_row(const T* row, const acc_t<T>* factor, int64_t cols) {
+  OfLanes<A> r =
+      lanes_of_block<kScaled, kArgmax>(row, factor, 0, cols < kSumBlock ? cols : kSumBlock);
+  for (int64_t begin = kSumBlock; begin < cols; begin += kSumBlock) {
+    const int64_t end = cols - begin < kSumBlock ? cols : begin + kSumBlock;
+    const auto block = lanes_of_block<kScaled, kArgmax>(row, factor, begin, end);
+    r.sum += block.sum;
+    r.column = block.max > r.max ? block.column : r.column;
+    r.max = maximum<A>(block.max, r.max);
   }
   return r;
+}
+
+// Of kRows rows from r on: sum and maximum of row[j] * factor[j], and with kArgmax the first column
+// of the maximum. Without kArgmax a NaN shows in the sum alone.
+template <int kRows, bool kScaled, bool kArgmax, class T>
+CBAM_INLINE void reduce_rows(const Matrix<const T>& m, int64_t r, const acc_t<T>* factor,
+                             Extremes<acc_t<T>> (&of)[kRows]) {
+  using A = acc_t<T>;
+  vec_t<A> sum[kRows], max[kRows];
+  ivec_t<A> column[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    const auto lanes = lanes_of_row<kScaled, kArgmax>(m.row(r + i), factor, m.cols);
+    sum[i] = lanes.sum;
+    max[i] = lanes.max;
+    column[i] = lanes.column;
+  }
+  A sums[kRows], maxima[kRows];
+  sums_of_lanes<A>(sum, sums);
+  maxima_of_lanes<A>(max, maxima);
+  for (int i = 0; i < kRows; ++i) of[i] = {sums[i], maxima[i], 0};
+  if constexpr (kArgmax) {
+    for (int i = 0; i < kRows; ++i)
+      column[i] = max[i] == maxima[i] ? column[i] : largest_index<A>();
+    index_t<A> first[kRows];
+    minima_of_lanes<A>(column, first);
+    for (int i = 0; i < kRows; ++i) {
+      of[i].argmax = first[i];
+      if (sums[i] == sums[i]) continue;
+      const T* row = m.row(r + i);
+      const int64_t nan = first_nan(0, m.cols, [&](int64_t j) {
+        return kScaled ? load_one(row + j) * factor[j] : load_one(row + j);
+      });
+      if (nan < m.cols) of[i] = {sums[i], sums[i], nan};
+    }
+  }
+}
+
+template <class A>
+A sum_of_row(const A* row, int64_t cols) {
+  A sum[1];
+  sums_of_lanes<A>({lanes_of_row<false, false>(row, nullptr, cols).sum}, sum);
+  return sum[0];
 }
 
 // kRows rows at once into one vector of columns.
@@ -217,7 +257,9 @@ CBAM_INLINE void cross_rows(const Matrix<const T>& a, const Matrix<const T>& b, 
       }
       lanes.store(col_sum + j, column);
     });
-    for (int i = 0; i < kRows; ++i) row_sum[r + i] += sum_of_lanes<A>(sum[i]);
+    A sums[kRows];
+    sums_of_lanes<A>(sum, sums);
+    for (int i = 0; i < kRows; ++i) row_sum[r + i] += sums[i];
   }
 }
 
@@ -244,7 +286,9 @@ CBAM_INLINE void weighted_sums(const Matrix<const T>& m, int64_t r, Weight weigh
       const auto of_column = weight(j, lanes);
       for (int i = 0; i < kRows; ++i) sum[i] += lanes.load(m.row(r + i) + j) * of_column(i);
     });
-    for (int i = 0; i < kRows; ++i) sums[i] += sum_of_lanes<A>(sum[i]);
+    A of_block[kRows];
+    sums_of_lanes<A>(sum, of_block);
+    for (int i = 0; i < kRows; ++i) sums[i] += of_block[i];
   }
 }
 

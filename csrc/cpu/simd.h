@@ -87,36 +87,10 @@ CBAM_INLINE To bit_cast(From v) {
   return r;
 }
 
-// Reductions across lanes, in a fixed order: halves onto halves.
-template <class A, int kCount>
-struct Part {
-  typedef A vec __attribute__((vector_size(kCount * sizeof(A))));
-};
-template <class A, int kCount, class V, class Operation>
-CBAM_INLINE A fold_lanes(V v, Operation operation) {
-  if constexpr (kCount == 2) {
-    return operation(v[0], v[1]);
-  } else {
-    typename Part<A, kCount / 2>::vec low, high;
-    __builtin_memcpy(&low, &v, sizeof low);
-    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-    return fold_lanes<A, kCount / 2>(operation(low, high), operation);
-  }
-}
-template <class A>
-CBAM_INLINE A sum_of_lanes(vec_t<A> v) {
-  return fold_lanes<A, kLanes<A>>(v, [](auto a, auto b) { return a + b; });
-}
-
 // NaN may get lost; callers look at the sum.
 template <class A>
 CBAM_INLINE vec_t<A> maximum(vec_t<A> a, vec_t<A> b) {
   return a > b ? a : b;
-}
-
-template <class A>
-CBAM_INLINE A max_of_lanes(vec_t<A> v) {
-  return fold_lanes<A, kLanes<A>>(v, [](auto a, auto b) { return b > a ? b : a; });
 }
 
 // e^v to about one unit in the last place: v = n ln2 + r, Taylor series in r, |r| <= ln2 / 2.

@@ -119,7 +119,7 @@ CBAM_INLINE void tap_gradients(const Planes<A>& g, const A* dz, const A* plane, 
       }
       for (int t = 0; t < kTaps; ++t) total[t] += sum[t];
     }
-  for (int t = 0; t < kTaps; ++t) out[t] = sum_of_lanes<A>(total[t]);
+  sums_of_lanes<A>(total, out);
 }
 
 // weight_grad[t] = sum_p dz[p] * plane[p + t - pad] for the taps t of one kernel row. dz is a
