@@ -71,7 +71,7 @@ class Backward {
   };
 
   template <class Run>
-  void samples(int64_t first, int64_t last, Workspace& ws, Run run) const {
+  void samples(int64_t first, int64_t last, int64_t, Workspace& ws, Run run) const {
     for (int64_t n = first; n < last; ++n) {
       sum_products(n, ws, run);
       gradient_of_logits(n, ws);

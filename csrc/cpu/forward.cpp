@@ -53,7 +53,7 @@ class Forward {
   };
 
   template <class Run>
-  void samples(int64_t first, int64_t last, Workspace& ws, Run run) const {
+  void samples(int64_t first, int64_t last, int64_t end, Workspace& ws, Run run) const {
     for (int64_t n = first; n < last; ++n) pool(n, ws, run);
     mlp_.first_layer(pooled(first), last - first, hidden(first));
     mlp_.second_layer(hidden(first), last - first, ws.sums, channel_gate(first));
@@ -67,7 +67,8 @@ class Forward {
       run(x(n).rows, [&](int64_t begin, int64_t end) {
         const A* gate = channel_gate(n);
         scale_rows(x(n), out(n), begin, end, channels_first_ ? gate : spatial,
-                   channels_first_ ? spatial : gate, streamed);
+                   channels_first_ ? spatial : gate, streamed,
+                   n + last - first < end ? (last - first) * p_.strides.sample : 0);
       });
     }
   }

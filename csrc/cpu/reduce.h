@@ -214,15 +214,16 @@ void reduce_columns(const Matrix<const T>& m, int64_t begin, int64_t end, int64_
 }
 
 // out[r][j] = x[r][j] * row_factor[r] * col_factor[j] for rows [begin, end); `streamed`: past the
-// caches.
+// caches. What stands `ahead` elements after x is read next: memory is slower than these stores.
 template <class T, class A = acc_t<T>>
 void scale_rows(const Matrix<const T>& x, const Matrix<T>& out, int64_t begin, int64_t end,
-                const A* row_factor, const A* col_factor, bool streamed) {
+                const A* row_factor, const A* col_factor, bool streamed, int64_t ahead) {
   for (int64_t r = begin; r < end; ++r) {
     const T* in = x.row(r);
     T* to = out.row(r);
     const A f = row_factor[r];
     const auto scale = [&](int64_t j, auto lanes) {
+      __builtin_prefetch(in + ahead + j, 0, 2);
       lanes.store(to + j, lanes.load(in + j) * f * lanes.load(col_factor + j));
     };
     if (streamed)

@@ -103,8 +103,9 @@ class Scratch {
   char* base_ = nullptr;
 };
 
-// Runs direction.samples(first, last, workspace, stage runner) over the whole batch. `Direction`
-// names its Workspace, made from (problem, samples in a group, Carver).
+// Runs direction.samples(first, last, end, workspace, stage runner) over the whole batch, where the
+// samples up to `end` are taken by the same threads. `Direction` names its Workspace, made from
+// (problem, samples in a group, Carver).
 template <class Direction>
 void run_samples(const Direction& direction, const ForwardProblem& problem, const ThreadPool& pool,
                  int64_t element_bytes) {
@@ -135,11 +136,12 @@ void run_samples(const Direction& direction, const ForwardProblem& problem, cons
       auto own = workspace(worker);
       const int64_t last = whole * (worker + 1) / workers;
       for (int64_t first = whole * worker / workers; first < last; first += group)
-        direction.samples(first, last - first < group ? last : first + group, own, OnOneThread{});
+        direction.samples(first, last - first < group ? last : first + group, last, own,
+                          OnOneThread{});
     });
   for (int64_t n = whole; n < shape.samples; ++n) {
     auto shared = workspace(0);
-    direction.samples(n, n + 1, shared, OverThreads{pool});
+    direction.samples(n, n + 1, shape.samples, shared, OverThreads{pool});
   }
 }
 
