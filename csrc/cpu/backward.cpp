@@ -71,7 +71,7 @@ class Backward {
   };
 
   template <class Run>
-  void samples(int64_t first, int64_t last, int64_t, Workspace& ws, Run run) const {
+  void samples(int64_t first, int64_t last, int64_t end, Workspace& ws, Run run) const {
     for (int64_t n = first; n < last; ++n) {
       sum_products(n, ws, run);
       gradient_of_logits(n, ws);
@@ -85,7 +85,9 @@ class Backward {
     if (reaches_gate_) gradient_of_mlp(first, last - first, ws.d_pooled);
     if (!p_.gradients.x) return;
     for (int64_t n = first; n < last; ++n)
-      run(rows_, [&](int64_t begin, int64_t end) { write_dx(n, ws.reach[n - first], begin, end); });
+      run(rows_, [&](int64_t from, int64_t to) {
+        write_dx(n, ws.reach[n - first], from, to, n + last - first < end ? last - first : 0);
+      });
   }
 
  private:
@@ -278,8 +280,10 @@ class Backward {
         d_pooled[2 * n * shape_.channels + c] /= static_cast<A>(pixels_);
   }
 
-  // Rows [begin, end) of dx.
-  void write_dx(int64_t n, const Reach& reach, int64_t begin, int64_t end) const {
+  // Rows [begin, end) of dx. Where that is large, so that samples come from memory, those of the
+  // sample that is `ahead` are asked for meanwhile.
+  void write_dx(int64_t n, const Reach& reach, int64_t begin, int64_t end, int64_t ahead) const {
+    const Matrix<const T> next[] = {x(n + ahead), dout(n + ahead)};
     const bool streamed = large_ && dx(n).whole_vectors();
     for_rows<kRowsTogether>(begin, end, [&](auto together, int64_t r) {
       constexpr int kRows = decltype(together)::value;
@@ -289,8 +293,17 @@ class Backward {
         else
           write_pixels<kRows>(n, reach, r, for_columns);
       };
+      const auto fetching = [&](auto body) {
+        return [&, body](int64_t j, auto lanes) {
+          for (const auto& m : next)
+            for (int i = 0; i < kRows; ++i) __builtin_prefetch(m.row(r + i) + j, 0, 2);
+          body(j, lanes);
+        };
+      };
       if (streamed)
-        write([&](auto body) { for_streamed_vectors<A>(cols_, body); });
+        write([&](auto body) { for_streamed_vectors<A>(cols_, fetching(body)); });
+      else if (large_)
+        write([&](auto body) { for_vectors_again<A>(cols_, fetching(body)); });
       else
         write([&](auto body) { for_vectors_again<A>(cols_, body); });
     });
