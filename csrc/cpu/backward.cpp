@@ -131,6 +131,16 @@ class Backward {
   }
   const int32_t* channel_argmax(int64_t n) const { return p_.saved.channel_argmax + n * pixels_; }
 
+  // Calls body with how many rows are walked together. Channels share what is loaded for a pixel;
+  // pixels lie side by side, and memory is faster along one stream.
+  template <class Body>
+  CBAM_INLINE_MEMBER void with_rows_together(Body body) const {
+    if (channels_first_)
+      body(Count<kRowsTogether>{});
+    else
+      body(Count<1>{});
+  }
+
   // to[j] = sum over row blocks of partial[block][j]
   template <class Run>
   void merge_partials(const A* partial, A* to, Run run) const {
@@ -151,8 +161,10 @@ class Backward {
     run(row_blocks(rows_), [&](int64_t first, int64_t last) {
       for (int64_t b = first; b < last; ++b) {
         const int64_t end = (b + 1) * kRowBlock < rows_ ? (b + 1) * kRowBlock : rows_;
-        cross_sums(x(n), dout(n), b * kRowBlock, end, row_factor, col_factor, ws.row_sum,
-                   ws.partial + b * cols_);
+        with_rows_together([&](auto together) {
+          cross_sums<decltype(together)::value>(x(n), dout(n), b * kRowBlock, end, row_factor,
+                                                col_factor, ws.row_sum, ws.partial + b * cols_);
+        });
       }
     });
     merge_partials(ws.partial, ws.col_sum, run);
@@ -285,27 +297,29 @@ class Backward {
   void write_dx(int64_t n, const Reach& reach, int64_t begin, int64_t end, int64_t ahead) const {
     const Matrix<const T> next[] = {x(n + ahead), dout(n + ahead)};
     const bool streamed = large_ && dx(n).whole_vectors();
-    for_rows<kRowsTogether>(begin, end, [&](auto together, int64_t r) {
-      constexpr int kRows = decltype(together)::value;
-      const auto write = [&](auto for_columns) {
-        if (channels_first_)
-          write_channels<kRows>(n, reach, r, for_columns);
-        else
-          write_pixels<kRows>(n, reach, r, for_columns);
-      };
-      const auto fetching = [&](auto body) {
-        return [&, body](int64_t j, auto lanes) {
-          for (const auto& m : next)
-            for (int i = 0; i < kRows; ++i) __builtin_prefetch(m.row(r + i) + j, 0, 2);
-          body(j, lanes);
+    with_rows_together([&](auto most) {
+      for_rows<decltype(most)::value>(begin, end, [&](auto together, int64_t r) {
+        constexpr int kRows = decltype(together)::value;
+        const auto fetching = [&](auto body) {
+          return [&, body](int64_t j, auto lanes) {
+            for (const auto& m : next)
+              for (int i = 0; i < kRows; ++i) __builtin_prefetch(m.row(r + i) + j, 0, 2);
+            body(j, lanes);
+          };
         };
-      };
-      if (streamed)
-        write([&](auto body) { for_streamed_vectors<A>(cols_, fetching(body)); });
-      else if (large_)
-        write([&](auto body) { for_vectors_again<A>(cols_, fetching(body)); });
-      else
-        write([&](auto body) { for_vectors_again<A>(cols_, body); });
+        const auto write = [&](auto for_columns) {
+          if constexpr (decltype(most)::value == 1)
+            write_pixel(n, reach, r, for_columns);
+          else
+            write_channels<kRows>(n, reach, r, for_columns);
+        };
+        if (streamed)
+          write([&](auto body) { for_streamed_vectors<A>(cols_, fetching(body)); });
+        else if (large_)
+          write([&](auto body) { for_vectors_again<A>(cols_, fetching(body)); });
+        else
+          write([&](auto body) { for_vectors_again<A>(cols_, body); });
+      });
     });
     if (streamed) finish_streams();
   }
@@ -334,27 +348,22 @@ class Backward {
     });
   }
 
-  // Pixels [s, s + kRows).
-  template <int kRows, class ForColumns>
-  CBAM_INLINE_MEMBER void write_pixels(int64_t n, const Reach& reach, int64_t s,
-                                       ForColumns for_columns) const {
-    const Matrix<const T> in = dout(n);
-    const Matrix<T> to = dx(n);
+  template <class ForColumns>
+  CBAM_INLINE_MEMBER void write_pixel(int64_t n, const Reach& reach, int64_t s,
+                                      ForColumns for_columns) const {
+    const T* in = dout(n).row(s);
+    T* to = dx(n).row(s);
     const A *gate = channel_gate(n), *d_avg = reach.d_pooled, *d_top = d_avg + shape_.channels;
-    const OfRows<kRows, A> spatial(spatial_gate(n) + s), d_mean(reach.d_mean + s),
-        d_max(reach.d_max + s);
+    const A spatial = spatial_gate(n)[s], d_mean = reach.d_mean[s], d_max = reach.d_max[s];
     const int32_t* maximum_of = pixel_argmax(n);
-    const OfRows<kRows, int32_t> top(channel_argmax(n) + s);
+    const index_t<A> top = channel_argmax(n)[s];
     for_columns([&](int64_t c, auto lanes) {
-      const vec_t<A> g = lanes.load(gate + c), avg = lanes.load(d_avg + c),
-                     max = lanes.load(d_top + c);
-      const ivec_t<A> winner = lanes.indices(maximum_of + c), channel = iota<A>() + index_t<A>(c);
-      for (int i = 0; i < kRows; ++i) {
-        vec_t<A> dy = lanes.load(in.row(s + i) + c) * spatial[i] + d_mean[i];
-        dy += where<A>(channel == index_t<A>(top[i]), splat(d_max[i]));
-        const vec_t<A> pools = avg + where<A>(winner == index_t<A>(s + i), max);
-        lanes.store(to.row(s + i) + c, dy * g + pools);
-      }
+      vec_t<A> dy = lanes.load(in + c) * spatial + d_mean;
+      dy += where<A>(iota<A>() + index_t<A>(c) == top, splat(d_max));
+      const ivec_t<A> winner = lanes.indices(maximum_of + c);
+      const vec_t<A> pools =
+          lanes.load(d_avg + c) + where<A>(winner == index_t<A>(s), lanes.load(d_top + c));
+      lanes.store(to + c, dy * lanes.load(gate + c) + pools);
     });
   }
 

@@ -265,12 +265,12 @@ CBAM_INLINE void cross_rows(const Matrix<const T>& a, const Matrix<const T>& b, 
 }
 
 // With p = a * b over rows [begin, end): row_sum[r] = sum_j p[r][j] * col_factor[j], and
-// col_sum[j] = sum_r p[r][j] * row_factor[r].
-template <class T, class A = acc_t<T>>
+// col_sum[j] = sum_r p[r][j] * row_factor[r]; kRows rows are walked together.
+template <int kRows, class T, class A = acc_t<T>>
 void cross_sums(const Matrix<const T>& a, const Matrix<const T>& b, int64_t begin, int64_t end,
                 const A* row_factor, const A* col_factor, A* row_sum, A* col_sum) {
   for (int64_t j = 0; j < a.cols; ++j) col_sum[j] = A(0);
-  for_rows<kRowsTogether>(begin, end, [&](auto together, int64_t r) {
+  for_rows<kRows>(begin, end, [&](auto together, int64_t r) {
     cross_rows<decltype(together)::value>(a, b, r, row_factor, col_factor, row_sum, col_sum);
   });
 }
