@@ -224,8 +224,8 @@ def stream_of(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext()
 
 
-def main(arguments: Sequence[str] | None = None) -> Path:
-    """Measure, write, and print the report; returns the folder."""
+def main(arguments: Sequence[str] | None = None) -> Bench:
+    """Measure, write, and print the report."""
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         bench = Bench(options, device, say)
         bench.run()
     print(f"\n{(bench.folder.path / REPORT).read_text()}\nwritten: {bench.folder.path}")
-    return bench.folder.path
+    return bench
 
 
 @contextmanager
@@ -250,15 +250,16 @@ def ended_when_hung(seconds: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def failures(folder: Folder) -> list[str]:
-    """A line for each row that failed."""
-    files = [found for found in report.read(folder).values() if found]
-    return [line for found in files for line in report.failed(found)]
+def failures(folder: Folder, files: Sequence[str]) -> list[str]:
+    """A line for each row of these files that failed."""
+    found = report.read(folder)
+    return [line for name in files for line in report.failed(found[name] or {"rows": []})]
 
 
 def run(arguments: Sequence[str]) -> int:
     """The program."""
-    wrong = failures(Folder(main(arguments)))
+    bench = main(arguments)
+    wrong = failures(bench.folder, bench.files)
     for line in wrong:
         print(f"FAILED: {line}", file=sys.stderr)
     return int(bool(wrong))

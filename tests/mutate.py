@@ -3,8 +3,8 @@
     python tests/mutate.py [--only SUBSTRING] [--sample M --seed S] [--shard I/N]
                            [--jobs J] [--list]
 
-A mutant is a kernel without one of its barriers, or with one bounds check that lets one index more
-through (mutation/find.py). It is compiled for the emulator's race build, from a copy of csrc; what
+A mutant is a kernel without one of its barriers or waits, or with one bounds check that lets one
+index more through, or one clamp that does not hold (mutation/find.py). It is compiled for the emulator's race build, from a copy of csrc; what
 does not include the broken file keeps its object (mutation/tree.py). A mutant is killed where a
 short run over both layouts, two dtypes and every way to read x reports a finding, crashes, does not
 end, or gives other bits or other numbers of bytes than the kernels as they are (mutation/run.py).
@@ -109,7 +109,7 @@ REDUNDANT = {
     "resident_sums.cuh: const int end = min(of.end, first + step); -> "
     "const int end = (of.end);": WAITS_LONGER,
     "resident_tile.cuh: if (threadIdx.x >= 32) return; -> if (threadIdx.x > 32) return;": (
-        "pieces are of 1 KB or more where there are several: a chunk has fewer than 32"
+        "pieces are of nearly 1 KB or more where there are several: a chunk has fewer than 32"
     ),
     "gather_row.cuh: const int head = to_boundary < count ? to_boundary : count; -> "
     "const int head = to_boundary <= count ? to_boundary : count;": (

@@ -23,7 +23,7 @@ def small(monkeypatch):
 
 def test_end_to_end(monkeypatch, tmp_path, capsys):
     small(monkeypatch)
-    folder = bench.main(["--quick", "--compile", "none", "--output", str(tmp_path)])
+    folder = bench.main(["--quick", "--compile", "none", "--output", str(tmp_path)]).folder.path
     found = json.loads((folder / "block.json").read_text())
     assert [(r["layout"], r["direction"]) for r in found["rows"]] == [
         (layout, way) for layout in problems.LAYOUTS for way in block.DIRECTIONS
@@ -50,10 +50,10 @@ def test_quick_leaves_a_full_run_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(bench.network, "settings", list)
     monkeypatch.setattr(bench, "EACH", 0.01)
     arguments = ["--compile", "none", "--output", str(tmp_path)]
-    full = bench.main(arguments)
+    full = bench.main(arguments).folder.path
     before = {file.name: file.read_bytes() for file in full.iterdir()}
     assert {"block.json", "network.json", "report.md", "speed.svg"} <= set(before)
-    quick = bench.main(["--quick", *arguments])
+    quick = bench.main(["--quick", *arguments]).folder.path
     assert quick.name == f"{full.name}-quick"
     assert {file.name: file.read_bytes() for file in full.iterdir()} == before
 
@@ -61,10 +61,13 @@ def test_quick_leaves_a_full_run_alone(monkeypatch, tmp_path):
 def test_a_run_forgets_only_what_it_takes(monkeypatch, tmp_path):
     small(monkeypatch)
     arguments = ["--quick", "--compile", "none", "--output", str(tmp_path)]
-    folder = bench.main(arguments)
-    (folder / "network.json").write_text('{"environment": {}, "rows": [], "skipped": []}')
+    folder = bench.main(arguments).folder.path
+    failed = {"name": "training", "error": "of an earlier run"}
+    (folder / "network.json").write_text(
+        json.dumps({"environment": {}, "rows": [failed], "skipped": []})
+    )
     before = (folder / "block.json").read_text()
-    bench.main([*arguments, "--only", "block", "network"])
+    assert bench.run([*arguments, "--only", "block", "network"]) == 0
     assert (folder / "network.json").exists()
     assert (folder / "block.json").read_text() != before
 
@@ -124,7 +127,8 @@ def test_rows_before_a_lost_device_are_reported(monkeypatch, tmp_path):
 
 def test_what_the_time_does_not_suffice_for_is_said(monkeypatch, tmp_path):
     small(monkeypatch)
-    folder = bench.main(["--quick", "--seconds", "1", "--only", "block", "--output", str(tmp_path)])
+    run = bench.main(["--quick", "--seconds", "1", "--only", "block", "--output", str(tmp_path)])
+    folder = run.folder.path
     report = (folder / "report.md").read_text()
     assert "no time left: 2x16x6x5 float32 contiguous, 2x16x6x5 float32 channels_last" in report
 

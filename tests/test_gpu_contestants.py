@@ -187,21 +187,37 @@ def test_calls_that_break_are_not_called_impossible():
         calls.by_strategy(call)
 
 
-def test_a_row_a_direction(monkeypatch):
+@pytest.fixture
+def rows_on_cpu(monkeypatch):
     device = type("Device", (), {"L2_cache_size": 1})
+    on_cpu = problems.Contestants
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
-    on_cpu, seen = problems.Contestants, {}
     monkeypatch.setattr(timings, "Contestants", lambda *given: on_cpu(*given, device="cpu"))
     monkeypatch.setattr(timings, "Clock", lambda l2_bytes: Ticks())
-    plain = measure.measure
-
-    def measured(calls, count, clock, training, missing):
-        seen[tuple(calls)] = training
-        return plain(calls, count, clock, training, rounds=1, missing=missing)
-
-    monkeypatch.setattr(timings, "measure", measured)
     monkeypatch.setattr(measure, "_graph", lambda call, count: lambda: call(0))
-    found = {row["direction"]: row for row in timings.time_row_and_memory(PROBLEM, ["eager"])}
+
+    def rows(measured, rivals):
+        plain = measure.measure
+
+        def few(calls, count, clock, training, missing):
+            return plain(calls, count, clock, training, rounds=1, missing=missing)
+
+        monkeypatch.setattr(
+            timings, "measure", lambda *given, **named: measured(few, *given, **named)
+        )
+        return {row["direction"]: row for row in timings.time_row_and_memory(PROBLEM, rivals)}
+
+    return rows
+
+
+def test_a_row_a_direction(rows_on_cpu):
+    seen = {}
+
+    def measured(plain, calls, count, clock, training, missing):
+        seen[tuple(calls)] = training
+        return plain(calls, count, clock, training, missing)
+
+    found = rows_on_cpu(measured, ["eager"])
     memory = found["step"]["memory"]
     assert 0 < memory["fused"]["saved_bytes"] < memory["eager"]["saved_bytes"]
     assert list(found) == ["forward", "backward", "step"]
@@ -210,6 +226,18 @@ def test_a_row_a_direction(monkeypatch):
     assert "faster" not in found["step"]
     assert seen[tuple(found["step"]["contestants"])]
     assert not seen[tuple(found["forward"]["contestants"])]
+
+
+def test_the_memory_of_a_rival_that_had_too_little_is_not_taken(rows_on_cpu):
+    """It would run out of it again, and the row would be an error."""
+
+    def measured(plain, calls, count, clock, training, missing):
+        if training:
+            calls = {name: call for name, call in calls.items() if name != "tuned"}
+            missing["tuned"] = "OutOfMemoryError: CUDA out of memory"
+        return plain(calls, count, clock, training, missing)
+
+    assert set(rows_on_cpu(measured, ["eager", "tuned"])["step"]["memory"]) == {"eager", "fused"}
 
 
 def test_a_rival_that_is_wrong_is_not_timed():

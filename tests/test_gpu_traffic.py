@@ -29,7 +29,7 @@ TABLE = """\
 "2","7","resident","dram__bytes_read.sum","byte","1000"
 "2","7","resident","dram__bytes_write.sum","byte","900"
 """
-WHOLE = f"{CALLS}{counted.FINISHED}\n{TABLE}"
+WHOLE = f"{CALLS}{counted.FINISHED}\n{TABLE}==WARNING== said last\n"
 
 
 def finished(text, code=0, timed_out=False):
@@ -49,6 +49,7 @@ def test_bytes_of_each_call():
     assert "|a|forward|resident|0.0|0.0|0.0|0.95|" in cells
 
 
+DIED = "==ERROR== The application returned an error code (1).\n"
 REFUSED = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission\n"
 
 
@@ -58,6 +59,7 @@ REFUSED = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission\n"
         (finished(f"{REFUSED}{WHOLE[: WHOLE.index(TABLE)]}"), SKIPPED, "ncu: ERR_NVGPUCTRPERM"),
         (finished(f"{REFUSED}", code=1), SKIPPED, "ncu: ERR_NVGPUCTRPERM"),
         (finished(CALLS, code=1), FAILED, "exit code 1: counted: "),
+        (finished(f"{CALLS}{DIED}", code=1), FAILED, "exit code 1: ==ERROR== The application"),
         (finished(CALLS, timed_out=True), FAILED, "timeout: counted: "),
         (finished(WHOLE.replace('"kernels": 2', '"kernels": 3')), FAILED, "3 kernels, 4 planned"),
         (finished(WHOLE.replace('"kernels": 2', '"kernels": 1')), FAILED, "3 kernels, 2 planned"),

@@ -131,6 +131,21 @@ REGIMES = (
         plan={"x": "is read twice", "kind": "grid", "rounds": 3},
     ),
     Regime(
+        "x comes and goes, unequal blocks",
+        (2, 164, 36, 36),
+        4,
+        multiprocessors=8,
+        plan={"x": "is read twice", "kind": "cluster", "uneven": True},
+    ),
+    Regime(
+        "x comes and goes, five unequal blocks of a grid",
+        (2, 164, 20, 20),
+        4,
+        "T4",
+        5,
+        plan={"x": "is read twice", "team": 5, "uneven": True, "rounds": 2},
+    ),
+    Regime(
         "x comes and goes through registers",
         (3, 128, 28, 28),
         8,

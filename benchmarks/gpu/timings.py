@@ -74,7 +74,8 @@ def time_row_and_memory(
     contestants = Contestants(problem, buffers(problem, l2_bytes), rivals, compile_seconds)
     contestants.leave_out_wrong()
     found = time_contestants(contestants, l2_bytes)
-    memory = of_blocks(contestants.blocks, contestants.buffers)
+    ran = {n: b for n, b in contestants.blocks.items() if n not in contestants.missing["step"]}
+    memory = of_blocks(ran, contestants.buffers)
     return [*found[:-1], {**found[-1], "memory": memory, "bytes": problem.bytes}]
 
 

@@ -22,7 +22,7 @@ OPTIONS = (
     "--cache-control=none",  # a call finds in the cache what its kernels leave there
     "--target-processes=all",
 )
-_REFUSED = re.compile(r"^==ERROR== (.*)", re.MULTILINE)
+_REFUSED = re.compile(r"^==ERROR== (ERR_NVGPUCTRPERM.*)", re.MULTILINE)
 _CALLS = re.compile(rf"^{COUNTED}(.*)", re.MULTILINE)
 
 
@@ -66,6 +66,8 @@ def kernels(text: str) -> list[dict[str, Any]]:
     table = text.partition('"ID",')
     found: dict[str, dict[str, Any]] = {}
     for line in csv.DictReader((table[1] + table[2]).splitlines()):
+        if line["Metric Value"] is None:  # what ncu says after the table
+            continue
         kernel = found.setdefault(line["ID"], {"name": line["Kernel Name"]})
         kernel[line["Metric Name"]] = int(float(line["Metric Value"].replace(",", "")))
     return list(found.values())

@@ -11,7 +11,8 @@
 
 namespace cbam::cuda {
 
-// A strategy that is predicted to take so many times as long as the other is clearly slower.
+// A strategy that is predicted to take so many times as long as the other is clearly slower: what
+// barriers, products and walks take is estimated, and may be wrong by as much.
 constexpr double kClearly = 1.15;
 
 // The power of two next to a batch. Ways to hold samples are chosen for it, so that neighbouring

@@ -6,8 +6,8 @@
 namespace cbam::cuda {
 namespace {
 
-// What memory sends at a time, and so the shortest piece of a row that a block takes where channels
-// come last.
+// What memory sends at a time, and so the shortest piece of a row that is the largest share of a
+// block where channels come last.
 constexpr int64_t kSectorBytes = 32;
 // Bytes of a row of a slice that is worth a bulk copy of its own: one thread after the other issues
 // them, some 40 cycles each.
@@ -128,6 +128,10 @@ double Teams::slice(const ResidentGeometry& g) const {
 double Teams::weight_seconds(const ResidentGeometry& g, double rate) const {
   const double weights = 2.0 * share(g) * static_cast<double>(s_.hidden);
   return weights * static_cast<double>(bytes_of(p_.weights.dtype)) / (rate * kCacheSpeed);
+}
+
+double Teams::exchange_seconds(const ResidentGeometry& g, int64_t bytes, double rate) {
+  return g.cluster ? 0 : static_cast<double>(bytes) / g.team / (rate * kCacheSpeed);
 }
 
 double Teams::product_seconds(const ResidentGeometry& g, int vectors) const {

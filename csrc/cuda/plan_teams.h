@@ -34,7 +34,8 @@ class Teams {
 
  protected:
   // Team, threads, samples and the part of a sample that a block holds, how it is copied, and how
-  // many teams there are; false where a part would be none, no whole vectors, or no team runs.
+  // many teams there are; a team of the grid has no more blocks than it needs. False where a part
+  // would be none, no whole vectors or in short pieces, or where no team runs.
   bool set_slice(ResidentGeometry& g, const Candidate& c) const;
   // Boxes for every block of the team, `each` times: cut along the slowest dimension first.
   void set_boxes(ResidentGeometry& g, int64_t each) const;
@@ -50,6 +51,8 @@ class Teams {
   double share(const ResidentGeometry& g) const;
   double slice(const ResidentGeometry& g) const;
   double weight_seconds(const ResidentGeometry& g, double rate) const;
+  // For a block's part of what a team tells each other through memory, which the cache holds.
+  static double exchange_seconds(const ResidentGeometry& g, int64_t bytes, double rate);
   double product_seconds(const ResidentGeometry& g, int vectors) const;
   static double barrier_seconds(const ResidentGeometry& g, double barriers);
   // Of a visit: where two blocks share a multiprocessor, the one uses what the other waits.
@@ -90,12 +93,14 @@ template <class Fitting>
 ResidentPlan<typename Fitting::Geometry> fastest(const Fitting& fitting, const Shape& s,
                                                  const DeviceLimits& device) {
   ResidentPlan<typename Fitting::Geometry> best;
+  // Returns how many blocks the candidate's team needs.
   const auto consider = [&](const Candidate& candidate) {
     const auto g = fitting.geometry(candidate);
-    if (!g) return;
+    if (!g) return candidate.team;
     const double needed = seconds(fitting, s, *g);
-    if (best.geometry && needed >= best.seconds) return;
-    best = {g, needed, g->cluster ? "clusters hold the samples" : "the whole grid holds samples"};
+    if (!best.geometry || needed < best.seconds)
+      best = {g, needed, g->cluster ? "clusters hold the samples" : "the whole grid holds samples"};
+    return g->team;
   };
   const auto consider_all = [&](int samples) {
     for (int blocks = 1; blocks <= 2; ++blocks)
@@ -105,7 +110,7 @@ ResidentPlan<typename Fitting::Geometry> fastest(const Fitting& fitting, const S
     // The largest teams of which so many run at once.
     const int all = device.multiprocessors;
     for (int team = all; team > 0; team = all / (all / team + 1))
-      consider({false, team, samples, 1});
+      team = consider({false, team, samples, 1});
   };
   const int samples = fitting.samples_per_visit();
   consider_all(samples);

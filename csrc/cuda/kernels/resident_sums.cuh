@@ -22,7 +22,7 @@ struct Loads {
   const ResidentBackward& p;
   const ResidentBlock<T, kChannelsFirst>& block;
   const BackwardMemory<T>& m;
-  int chunks;  // of a sample's slice here: the last block may have fewer channels
+  int chunks;  // of a sample's slice here: some blocks have fewer channels
   int slots;
   int first = 0;  // of this walk over the visit
 
