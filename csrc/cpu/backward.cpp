@@ -86,11 +86,16 @@ class Backward {
     if (!p_.gradients.x) return;
     for (int64_t n = first; n < last; ++n)
       run(rows_, [&](int64_t from, int64_t to) {
-        write_dx(n, ws.reach[n - first], from, to, n + last - first < end ? last - first : 0);
+        write_dx(n, ws.reach[n - first], from, to, n + last - first < end ? n + last - first : n);
       });
   }
 
  private:
+  // Rows that are walked together. Channels share what is loaded for a pixel; pixels lie side by
+  // side, and memory is faster along one stream.
+  using Channels = Count<kRowsTogether>;
+  using Pixels = Count<1>;
+
   static int64_t row_blocks(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
 
   // A transposed convolution is a correlation with the taps in reverse order.
@@ -131,16 +136,6 @@ class Backward {
   }
   const int32_t* channel_argmax(int64_t n) const { return p_.saved.channel_argmax + n * pixels_; }
 
-  // Calls body with how many rows are walked together. Channels share what is loaded for a pixel;
-  // pixels lie side by side, and memory is faster along one stream.
-  template <class Body>
-  CBAM_INLINE_MEMBER void with_rows_together(Body body) const {
-    if (channels_first_)
-      body(Count<kRowsTogether>{});
-    else
-      body(Count<1>{});
-  }
-
   // to[j] = sum over row blocks of partial[block][j]
   template <class Run>
   void merge_partials(const A* partial, A* to, Run run) const {
@@ -161,10 +156,14 @@ class Backward {
     run(row_blocks(rows_), [&](int64_t first, int64_t last) {
       for (int64_t b = first; b < last; ++b) {
         const int64_t end = (b + 1) * kRowBlock < rows_ ? (b + 1) * kRowBlock : rows_;
-        with_rows_together([&](auto together) {
+        const auto sum = [&](auto together) {
           cross_sums<decltype(together)::value>(x(n), dout(n), b * kRowBlock, end, row_factor,
                                                 col_factor, ws.row_sum, ws.partial + b * cols_);
-        });
+        };
+        if (channels_first_)
+          sum(Channels{});
+        else
+          sum(Pixels{});
       }
     });
     merge_partials(ws.partial, ws.col_sum, run);
@@ -293,49 +292,52 @@ class Backward {
   }
 
   // Rows [begin, end) of dx. Where that is large, so that samples come from memory, those of the
-  // sample that is `ahead` are asked for meanwhile.
-  void write_dx(int64_t n, const Reach& reach, int64_t begin, int64_t end, int64_t ahead) const {
-    const Matrix<const T> next[] = {x(n + ahead), dout(n + ahead)};
-    const bool streamed = large_ && dx(n).whole_vectors();
-    with_rows_together([&](auto most) {
-      for_rows<decltype(most)::value>(begin, end, [&](auto together, int64_t r) {
-        constexpr int kRows = decltype(together)::value;
-        const auto fetching = [&](auto body) {
-          return [&, body](int64_t j, auto lanes) {
-            for (const auto& m : next)
-              for (int i = 0; i < kRows; ++i) __builtin_prefetch(m.row(r + i) + j, 0, 2);
-            body(j, lanes);
-          };
-        };
-        const auto write = [&](auto for_columns) {
-          if constexpr (decltype(most)::value == 1)
-            write_pixel(n, reach, r, for_columns);
-          else
-            write_channels<kRows>(n, reach, r, for_columns);
-        };
-        if (streamed)
-          write([&](auto body) { for_streamed_vectors<A>(cols_, fetching(body)); });
-        else if (large_)
-          write([&](auto body) { for_vectors_again<A>(cols_, fetching(body)); });
-        else
-          write([&](auto body) { for_vectors_again<A>(cols_, body); });
-      });
-    });
-    if (streamed) finish_streams();
+  // sample `next` are asked for meanwhile; n itself where there is none.
+  void write_dx(int64_t n, const Reach& reach, int64_t begin, int64_t end, int64_t next) const {
+    const Matrix<const T> soon[] = {next > n ? x(next) : dout(n), dout(next)};
+    const auto fetching = [&](int64_t r, int64_t rows, auto for_columns) {
+      return [&, r, rows, for_columns](int64_t columns, auto body) {
+        for_columns(columns, [&](int64_t j, auto lanes) {
+          for (const auto& m : soon)
+            for (int64_t i = 0; i < rows; ++i) fetch(m.row(r + i) + j);
+          body(j, lanes);
+        });
+      };
+    };
+    const auto channels = [&](auto together, int64_t c, T* to, int64_t stride, auto for_columns) {
+      write_channels<decltype(together)::value>(n, reach, c, to, stride, for_columns);
+    };
+    const auto pixel = [&](auto, int64_t s, T* to, int64_t, auto for_columns) {
+      write_pixel(n, reach, s, to, for_columns);
+    };
+    if (channels_first_)
+      write<Channels>(dx(n), begin, end, channels, fetching);
+    else
+      write<Pixels>(dx(n), begin, end, pixel, fetching);
   }
 
-  // Channels [c, c + kRows).
+  // By write_rows, or where dx is large by stream_rows with columns that are walked by `fetching`.
+  template <class Together, class Write, class Fetching>
+  void write(const Matrix<T>& to, int64_t begin, int64_t end, Write rows, Fetching fetching) const {
+    constexpr int kRows = Together::value;
+    if (!large_) return write_rows<kRows>(to, begin, end, rows);
+    stream_rows<kRows>(to, begin, end,
+                       [&](auto some, int64_t r, T* at, int64_t stride, auto for_columns) {
+                         rows(some, r, at, stride, fetching(r, decltype(some)::value, for_columns));
+                       });
+  }
+
+  // Channels [c, c + kRows), `stride` apart.
   template <int kRows, class ForColumns>
-  CBAM_INLINE_MEMBER void write_channels(int64_t n, const Reach& reach, int64_t c,
-                                         ForColumns for_columns) const {
+  CBAM_INLINE_MEMBER void write_channels(int64_t n, const Reach& reach, int64_t c, T* to,
+                                         int64_t stride, ForColumns for_columns) const {
     const Matrix<const T> in = dout(n);
-    const Matrix<T> to = dx(n);
     const A* spatial = spatial_gate(n);
     const OfRows<kRows, A> gate(channel_gate(n) + c), d_avg(reach.d_pooled + c),
         d_top(reach.d_pooled + shape_.channels + c);
     const int32_t* maximum_of = channel_argmax(n);
     const OfRows<kRows, int32_t> top(pixel_argmax(n) + c);
-    for_columns([&](int64_t s, auto lanes) {
+    for_columns(cols_, [&](int64_t s, auto lanes) {
       const vec_t<A> a = lanes.load(spatial + s), mean = lanes.load(reach.d_mean + s),
                      max = lanes.load(reach.d_max + s);
       const ivec_t<A> winner = lanes.indices(maximum_of + s), pixel = iota<A>() + index_t<A>(s);
@@ -343,21 +345,20 @@ class Backward {
         vec_t<A> dy = lanes.load(in.row(c + i) + s) * a + mean;
         dy += where<A>(winner == index_t<A>(c + i), max);
         const vec_t<A> pools = d_avg[i] + where<A>(pixel == index_t<A>(top[i]), splat(d_top[i]));
-        lanes.store(to.row(c + i) + s, dy * gate[i] + pools);
+        lanes.store(to + i * stride + s, dy * gate[i] + pools);
       }
     });
   }
 
   template <class ForColumns>
-  CBAM_INLINE_MEMBER void write_pixel(int64_t n, const Reach& reach, int64_t s,
+  CBAM_INLINE_MEMBER void write_pixel(int64_t n, const Reach& reach, int64_t s, T* to,
                                       ForColumns for_columns) const {
     const T* in = dout(n).row(s);
-    T* to = dx(n).row(s);
     const A *gate = channel_gate(n), *d_avg = reach.d_pooled, *d_top = d_avg + shape_.channels;
     const A spatial = spatial_gate(n)[s], d_mean = reach.d_mean[s], d_max = reach.d_max[s];
     const int32_t* maximum_of = pixel_argmax(n);
     const index_t<A> top = channel_argmax(n)[s];
-    for_columns([&](int64_t c, auto lanes) {
+    for_columns(cols_, [&](int64_t c, auto lanes) {
       vec_t<A> dy = lanes.load(in + c) * spatial + d_mean;
       dy += where<A>(iota<A>() + index_t<A>(c) == top, splat(d_max));
       const ivec_t<A> winner = lanes.indices(maximum_of + c);

@@ -1,7 +1,6 @@
 // Reductions across lanes, in a fixed order: halves onto halves.
 #pragma once
 
-#include <type_traits>
 #include <utility>
 
 #include "simd.h"
@@ -18,9 +17,8 @@ CBAM_INLINE V shuffle(V a, V b, Places<kPlaces...>) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, kPlaces...);
 #else
-  typedef std::conditional_t<sizeof(E) == 4, int32_t, int64_t> Place
-      __attribute__((vector_size(sizeof(V))));
-  return __builtin_shuffle(a, b, Place{kPlaces...});
+  using Integers = decltype(a < b);
+  return __builtin_shuffle(a, b, Integers{kPlaces...});
 #endif
 }
 
@@ -51,6 +49,7 @@ CBAM_INLINE V fold_parts(const V (&v)[kVectors], Operation operation) {
                             shuffle<E>(v[2 * i], v[2 * i + 1], halves<kPart, true>(kAll)));
     return fold_parts<E, kPart / 2>(folded, operation);
   } else {
+    static_assert(kPart <= 16, "a vector has 16 lanes at most");
     V folded = v[0];
     if constexpr (kPart >= 16)
       folded = operation(folded, shuffle<E>(folded, folded, other_halves<16>(kAll)));
@@ -85,7 +84,7 @@ CBAM_INLINE void sums_of_lanes(const vec_t<A> (&v)[kVectors], A* sums) {
 // NaN may get lost.
 template <class A, int kVectors>
 CBAM_INLINE void maxima_of_lanes(const vec_t<A> (&v)[kVectors], A* maxima) {
-  fold_lanes(v, maxima, [](auto a, auto b) { return b > a ? b : a; });
+  fold_lanes(v, maxima, [](auto a, auto b) { return maximum<A>(b, a); });
 }
 template <class A, int kVectors>
 CBAM_INLINE void minima_of_lanes(const ivec_t<A> (&v)[kVectors], index_t<A>* minima) {

@@ -62,13 +62,12 @@ class Forward {
       A* spatial =
           p_.training() ? static_cast<A*>(p_.saved.spatial_gate) + n * pixels_ : ws.spatial;
       run(planes_.image_rows(),
-          [&](int64_t begin, int64_t end) { spatial_gate(ws, spatial, begin, end); });
-      const bool streamed = large_ && out(n).whole_vectors();
-      run(x(n).rows, [&](int64_t begin, int64_t end) {
-        const A* gate = channel_gate(n);
-        scale_rows(x(n), out(n), begin, end, channels_first_ ? gate : spatial,
-                   channels_first_ ? spatial : gate, streamed,
-                   n + last - first < end ? (last - first) * p_.strides.sample : 0);
+          [&](int64_t from, int64_t to) { spatial_gate(ws, spatial, from, to); });
+      const A* gate = channel_gate(n);
+      const int64_t next = n + last - first < end ? n + last - first : n;
+      run(x(n).rows, [&](int64_t from, int64_t to) {
+        scale_rows(x(n), out(n), from, to, channels_first_ ? gate : spatial,
+                   channels_first_ ? spatial : gate, large_, x(next));
       });
     }
   }

@@ -157,28 +157,25 @@ CBAM_INLINE void for_vectors_again(int64_t n, Body body) {
   if (n % kLanes<A>) body(n - kLanes<A>, AllLanes<A>{});
 }
 
-// Stores a vector past the caches, for what is larger than they are: `p` on a multiple of its size.
-// Other threads see it after finish_streams().
-template <class T>
-CBAM_INLINE void stream(T* p, vec_t<acc_t<T>> v) {
-  constexpr int kBytes = kLanes<acc_t<T>> * sizeof(T);
-  T stored[kLanes<acc_t<T>>];
-  store(stored, v);
+// Copies bytes past the caches, for what is larger than they are: `to` on a multiple of kBytes.
+// Other threads see them after finish_streams().
+template <int kBytes>
+CBAM_INLINE void stream(void* to, const void* from) {
 #if defined(__AVX512F__)
   if constexpr (kBytes == 64)
-    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_loadu_si512(stored));
+    return _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
 #endif
 #if defined(__AVX2__)
   if constexpr (kBytes == 32)
-    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
-                               _mm256_loadu_si256(reinterpret_cast<const __m256i*>(stored)));
+    return _mm256_stream_si256(static_cast<__m256i*>(to),
+                               _mm256_loadu_si256(static_cast<const __m256i*>(from)));
 #endif
 #if defined(__SSE2__)
   if constexpr (kBytes == 16)
-    return _mm_stream_si128(reinterpret_cast<__m128i*>(p),
-                            _mm_loadu_si128(reinterpret_cast<const __m128i*>(stored)));
+    return _mm_stream_si128(static_cast<__m128i*>(to),
+                            _mm_loadu_si128(static_cast<const __m128i*>(from)));
 #endif
-  std::memcpy(p, stored, kBytes);
+  std::memcpy(to, from, kBytes);
 }
 CBAM_INLINE void finish_streams() {
 #if defined(__SSE2__)
@@ -189,7 +186,9 @@ template <class A>
 struct StreamedLanes : AllLanes<A> {
   template <class T>
   CBAM_INLINE_MEMBER void store(T* p, vec_t<A> v) const {
-    stream(p, v);
+    T stored[kLanes<A>];
+    cpu::store(stored, v);
+    stream<sizeof stored>(p, stored);
   }
 };
 // for_vectors_again of rows that hold whole vectors.
@@ -220,15 +219,6 @@ CBAM_INLINE acc_t<T> load_one(const T* p) {
     return widen_one(*p);
   } else {
     return *p;
-  }
-}
-
-template <class T>
-CBAM_INLINE void store_one(T* p, acc_t<T> v) {
-  if constexpr (sizeof(T) == 2) {
-    store_first(p, splat(v), 1);
-  } else {
-    *p = v;
   }
 }
 
