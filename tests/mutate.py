@@ -4,10 +4,11 @@
                            [--jobs J] [--list]
 
 A mutant is a kernel without one of its barriers or waits, or with one bounds check that lets one
-index more through, or one clamp that does not hold (mutation/find.py). It is compiled for the emulator's race build, from a copy of csrc; what
-does not include the broken file keeps its object (mutation/tree.py). A mutant is killed where a
-short run over both layouts, two dtypes and every way to read x reports a finding, crashes, does not
-end, or gives other bits or other numbers of bytes than the kernels as they are (mutation/run.py).
+index more through, or one clamp that does not hold (mutation/find.py). It is compiled for the
+emulator's race build, from a copy of csrc; what does not include the broken file keeps its object
+(mutation/tree.py). A mutant is killed where a short run over both layouts, two dtypes and every way
+to read x reports a finding, crashes, does not end, or gives other bits or other numbers of bytes
+than the kernels as they are (mutation/run.py).
 Those that survive must stand in REDUNDANT, with the reason why they change nothing.
 """
 
