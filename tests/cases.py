@@ -53,10 +53,11 @@ CASES = (
 )
 
 # More than 8 MB of float32, or with twice the samples of 16 bits: outputs that the CPU backend
-# stores past the caches where rows hold whole vectors.
+# stores past the caches where rows, or several together, hold whole vectors.
 LARGE_CASES = (
     Case("large, rows of several pieces", (10, 64, 60, 60), 4, (7, 7)),
     Case("large, rows that end anywhere", (10, 67, 57, 57), 4, (7, 7)),
+    Case("large, short rows", (11, 1052, 14, 14), 4, (7, 7)),
 )
 
 # Fewer, for tests where the regime does not matter: one of each number of dimensions.

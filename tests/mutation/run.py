@@ -107,7 +107,9 @@ class Run:
         emulator.emulated_device(name.encode(), nothing, nothing, multiprocessors)
         emulator.emulator_reset_counts()
         results = self.results()
-        digest = hashlib.sha256(emulator.emulator_counts())
+        # In the order in which names were first used, by whatever ran before.
+        counts = emulator.emulator_counts().splitlines()
+        digest = hashlib.sha256(b"\n".join(sorted(counts)))
         for t in results:
             digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
