@@ -139,7 +139,7 @@ def draw_bandwidth(panels: Sequence[Axes], rows: Sequence[Found]) -> None:
                     linewidth=2.5,
                 )
         panel.set(title=f"{TITLES[direction]}{_kind(of)}", xscale="log", yscale="log")
-        panel.set(xlabel="x, MB")
+        panel.set(xlabel="x, MiB")
     panels[0].set_ylabel("GB/s")
     _legend(panels[0])
 
