@@ -118,26 +118,6 @@ def test_what_is_planned_fits_and_leaves_nothing_out(device, backward):
         assert found["traffic"]["x_read"] == reads * x_bytes
 
 
-CACHE_SPEED = 1.8  # of memory's; the planner's
-
-
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("device", ["T4", "A100"])
-def test_what_the_blocks_of_a_grid_tell_each_other_takes_time(device, backward):
-    """More than a whole pass over x, in small batches."""
-    kinds = set()
-    for batch, (channels, *space) in itertools.product((1, 2, 8), RESNET[2:]):
-        shape = [batch, channels, *space]
-        found = plan(shape, "float16", device, backward=backward, strategy="resident")
-        exchanged = found["traffic"]["small_read"] + found["traffic"]["small_written"]
-        kind = found["passes"]["resident"]["kind"]
-        kinds.add(kind)
-        if kind == "grid":
-            least = exchanged / found["device"]["bandwidth"] / CACHE_SPEED
-            assert found["predicted_seconds"] > least
-    assert "grid" in kinds
-
-
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

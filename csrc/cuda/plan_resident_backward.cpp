@@ -3,7 +3,6 @@
 #include <numeric>
 
 #include "plan_teams.h"
-#include "traffic.h"
 
 namespace cbam::cuda {
 namespace {
@@ -49,8 +48,7 @@ class BackwardFitting : public Teams {
   double round_seconds(const Geometry& g, double teams) const {
     const double bytes = slice(g) * static_cast<double>(bytes_of(p_.dtype));
     const double passes = g.holds_x() ? 3 : 3 + 1 / kCacheSpeed;
-    const double memory = passes * bytes / rate(g, teams) + weight_seconds(g, rate(g, teams)) +
-                          exchange_seconds(g, exchanged_bytes(g, problem_), rate(g, teams));
+    const double memory = passes * bytes / rate(g, teams) + weight_seconds(g, rate(g, teams));
     const double chunks = g.holds_x() ? 0 : 2.0 * g.chunks;
     const int64_t pixels = ceil_div(g.boxes.pixels(), g.threads) * g.boxes_each;
     const int64_t places = ceil_div(g.boxes.pixels(), 32) * g.boxes_each *

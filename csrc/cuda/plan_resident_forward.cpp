@@ -1,6 +1,5 @@
 // The resident forward: what of it fits, and how long it would take.
 #include "plan_teams.h"
-#include "traffic.h"
 
 namespace cbam::cuda {
 namespace {
@@ -26,8 +25,7 @@ class ForwardFitting : public Teams {
   // Of a visit of each of `teams` teams.
   double round_seconds(const Geometry& g, double teams) const {
     const double bytes = slice(g) * static_cast<double>(bytes_of(p_.dtype));
-    const double memory = 2 * bytes / rate(g, teams) + weight_seconds(g, rate(g, teams)) +
-                          exchange_seconds(g, exchanged_bytes(g, p_), rate(g, teams));
+    const double memory = 2 * bytes / rate(g, teams) + weight_seconds(g, rate(g, teams));
     const double barriers = 1.0 + 2.0 * static_cast<double>(ceil_div(s_.pixels(), g.band));
     const int64_t runs = ceil_div(g.boxes.pixels(), int64_t{kRun} * g.threads) * g.boxes_each;
     const double waits = barrier_seconds(g, barriers) + slice(g) * kElementSeconds +

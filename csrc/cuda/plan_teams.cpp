@@ -130,10 +130,6 @@ double Teams::weight_seconds(const ResidentGeometry& g, double rate) const {
   return weights * static_cast<double>(bytes_of(p_.weights.dtype)) / (rate * kCacheSpeed);
 }
 
-double Teams::exchange_seconds(const ResidentGeometry& g, int64_t bytes, double rate) {
-  return g.cluster ? 0 : static_cast<double>(bytes) / g.team / (rate * kCacheSpeed);
-}
-
 double Teams::product_seconds(const ResidentGeometry& g, int vectors) const {
   return 2.0 * share(g) * static_cast<double>(s_.hidden) * vectors * kProductSeconds;
 }

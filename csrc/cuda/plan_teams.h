@@ -51,8 +51,6 @@ class Teams {
   double share(const ResidentGeometry& g) const;
   double slice(const ResidentGeometry& g) const;
   double weight_seconds(const ResidentGeometry& g, double rate) const;
-  // For a block's part of what a team tells each other through memory, which the cache holds.
-  static double exchange_seconds(const ResidentGeometry& g, int64_t bytes, double rate);
   double product_seconds(const ResidentGeometry& g, int vectors) const;
   static double barrier_seconds(const ResidentGeometry& g, double barriers);
   // Of a visit: where two blocks share a multiprocessor, the one uses what the other waits.

@@ -234,8 +234,7 @@ Traffic of_resident(const ForwardPlan& plan, const ForwardProblem& p, const Size
 }
 
 // The same backwards.
-Traffic of_exchange(const ResidentBackwardGeometry& g, const BackwardProblem& p, const Sizes& n) {
-  const int64_t staged = read_by_boxes(g.boxes, p.shape);
+Traffic of_exchange(const ResidentBackwardGeometry& g, const Sizes& n, int64_t staged) {
   const int64_t visits = ceil_div(n.samples, g.samples), each_pixel = 3 * n.acc + 4;
   Traffic t;
   t.small_written = g.team * (visits * n.hidden * g.mlp_samples() + n.samples * n.pixels) * n.acc +
@@ -252,7 +251,7 @@ Traffic of_resident(const BackwardPlan& plan, const BackwardProblem& p, const Si
   const bool conv = p.gradients.conv(), mlp = p.gradients.mlp();
   Traffic t;
   if (n.samples == 0) return t;
-  if (!g.cluster) t = of_exchange(g, p, n);
+  if (!g.cluster) t = of_exchange(g, n, staged);
   t.x_read = (g.holds_x() ? 2 : 3) * n.x;
   if (p.gradients.x) t.out_written = n.x;
   t.weights_read = visits * n.weight * 2 * n.hidden * n.channels;
@@ -284,20 +283,7 @@ Traffic of_all_groups(const Plan& plan, const Problem& p) {
   return t;
 }
 
-template <class Geometry, class Problem>
-int64_t exchanged(const Geometry& g, const Problem& p) {
-  const Traffic t = of_exchange(g, p, Sizes(p, g.samples));
-  return t.small_read + t.small_written;
-}
-
 }  // namespace
-
-int64_t exchanged_bytes(const ResidentForwardGeometry& g, const ForwardProblem& p) {
-  return exchanged(g, p);
-}
-int64_t exchanged_bytes(const ResidentBackwardGeometry& g, const BackwardProblem& p) {
-  return exchanged(g, p);
-}
 
 Traffic& Traffic::operator+=(const Traffic& other) {
   x_read += other.x_read;

@@ -37,10 +37,6 @@ std::vector<Stage> stages(const BackwardPlan& plan, const BackwardProblem& probl
 Traffic traffic(const ForwardPlan& plan, const ForwardProblem& problem);
 Traffic traffic(const BackwardPlan& plan, const BackwardProblem& problem);
 
-// What the blocks of a team of the grid tell each other in a visit.
-int64_t exchanged_bytes(const ResidentForwardGeometry& g, const ForwardProblem& problem);
-int64_t exchanged_bytes(const ResidentBackwardGeometry& g, const BackwardProblem& problem);
-
 // Bytes that come from or go to device memory: a group's x only once where it stays in the cache,
 // or where a resident backward reads it twice, the second time soon after the first.
 int64_t device_memory_bytes(const ForwardPlan& plan, const ForwardProblem& problem);

@@ -63,7 +63,7 @@ RESIDENT_BACKWARD = (
     (Case("x comes and goes", (3, 128, 28, 28), 8, (5, 5)), HALF, BOTH, (("A100", 2),)),
     (Case("x comes and goes", (3, 128, 28, 28), 8, (5, 5)), HALF, FIRST, (("T4", 8),)),
     (Case("x comes and goes", (5, 64, 52, 52), 4, (5, 5)), HALF, BOTH, (("H100", 4),)),
-    (Case("x comes and goes", (2, 164, 20, 20), 4, (5, 5)), HALF, FIRST, (("T4", 5),)),
+    (Case("x comes and goes", (2, 164, 20, 20), 4, (7, 7)), HALF, FIRST, (("T4", 5),)),
     (Case("packed x comes", (4, 1024, 7, 7), 16, (3, 3)), HALF, FIRST, (("RTX 5090", 2),)),
     (Case("three unequal blocks", (3, 64, 28, 28), 4, (5, 5)), HALF, BOTH, (("A100", 13),)),
     (Case("resident volume", (3, 64, 4, 8, 8), 2, (3, 3, 3)), SHORT, BOTH, (("A100", 4),)),
