@@ -16,8 +16,7 @@ import functools
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.library import Library
+from torch import Tensor, library, nn
 
 import cbam_cuda
 from cbam_cuda import reference
@@ -107,7 +106,7 @@ def _timm(eager: reference.CBAM) -> nn.Module:
 
 
 @functools.cache  # what is returned must live on
-def _make_torchvision_importable() -> Library | None:
+def _make_torchvision_importable() -> library.Library | None:
     """For timm, which imports it.
 
     Built for another torch it comes without its operators, and yet declares, as it is imported,
@@ -118,10 +117,10 @@ def _make_torchvision_importable() -> Library | None:
     except ImportError:  # timm will say so
         return None
     except RuntimeError:
-        library = Library("torchvision", "FRAGMENT")
+        operators = library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
+            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return operators
     return None
 
 

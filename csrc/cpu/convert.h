@@ -10,9 +10,7 @@ typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
 #if defined(__AVX512F__)
 typedef int16_t Words __attribute__((vector_size(kVectorBytes)));
-#endif
 
-#if defined(__AVX512F__)
 // Both move words by one shuffle: word i to the upper half of lane i, and back.
 CBAM_INLINE vec_t<float> widen(Bits16 bits, BFloat16) {
   const Words places = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,

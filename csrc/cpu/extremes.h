@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kColumnTile = 512;
 constexpr int64_t kRowBlock = 32;
 constexpr int64_t kSumBlock = 4096;
+
 template <class A>
 struct Extremes {
   A sum, max;

@@ -78,4 +78,7 @@ class ExchangeCarver {
   int64_t used_ = 0;
 };
 
+// Why a problem has no plan, where its dtype has no kernel.
+inline constexpr const char* kNoResidentKernel = "there is no resident kernel of this dtype";
+
 }  // namespace cbam::cuda

@@ -159,7 +159,7 @@ void resident_backward(DType dtype, bool channels_first, const ResidentBackward&
 
 const char* why_no_resident_backward(DType dtype, bool channels_first,
                                      const ResidentBackwardGeometry& geometry, const Grid& grid) {
-  const char* reason = "there is no resident kernel of this dtype";
+  const char* reason = kNoResidentKernel;
   with_kernel(dtype, channels_first, geometry.access,
               [&](auto kernel) { reason = why_not_run(kernel, grid); });
   return reason;

@@ -196,7 +196,7 @@ void resident_forward(DType dtype, bool channels_first, const ResidentForward& p
 
 const char* why_no_resident_forward(DType dtype, bool channels_first, bool training,
                                     const Grid& grid) {
-  const char* reason = "there is no resident kernel of this dtype";
+  const char* reason = kNoResidentKernel;
   with_kernel(dtype, channels_first, training,
               [&](auto kernel) { reason = why_not_run(kernel, grid); });
   return reason;
