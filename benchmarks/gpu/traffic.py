@@ -13,10 +13,11 @@ from .commands import Finished, find_tool, run, tail
 from .counted import COUNTED, FINISHED
 
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
+DURATION = "gpu__time_duration.sum"  # nanoseconds, of which a call's kernels take each its part
 OPTIONS = (
     "--csv",
     "--print-units=base",
-    f"--metrics={READ},{WRITTEN}",  # of one pass: no kernel is replayed
+    f"--metrics={READ},{WRITTEN},{DURATION}",  # of one pass: no kernel is replayed
     "--profile-from-start=off",
     "--clock-control=none",
     "--cache-control=none",  # a call finds in the cache what its kernels leave there
