@@ -34,7 +34,6 @@ ARGMAX = {"Lb0E": "", "Lb1E": "argmax"}
 KEPT = {"Lb0E": "inference", "Lb1E": "training"}
 ORDER = {"Lb0E": "channels last", "Lb1E": "channels first"}
 ACCUMULATOR = {"f": "", "d": ""}  # follows from the dtype
-ACCUMULATORS = {"f": "float32", "d": "float64"}
 TEMPLATES = {
     "reduce_rows": (DTYPES, SCALED, ARGMAX),
     "reduce_columns": (DTYPES, ACCESSES, SCALED, ARGMAX),
@@ -49,8 +48,8 @@ TEMPLATES = {
     "gate_layer_backward": (DTYPES, ACCUMULATOR),
     "hidden_layer_backward": (DTYPES, ACCUMULATOR),
     "input_gradient": (DTYPES, ACCESSES, ORDER),
-    "outer_sums": (ACCUMULATORS,),
-    "vector_sums": (ACCUMULATORS,),
+    "outer_sums": (DTYPES,),
+    "vector_sums": (DTYPES,),
 }
 PROBE = "5probeEv"  # does nothing: it tells whether a build has code for a device
 ARGUMENT = re.compile(r"L(?:[bi]|NS0_6AccessE)\d+E|NS_4HalfE|NS_8BFloat16E|[fd]")

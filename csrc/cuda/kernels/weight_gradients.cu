@@ -1,8 +1,10 @@
 // The gradients of the weights: sums over the batch of small vectors that the forward saved and the
 // backward left. Plain fixed-order loops: the products are too small to be worth a library whose
-// results depend on its version, and on flags that callers set.
+// results depend on its version, and on flags that callers set. What is written is in the dtype of
+// the weights, rounded once: a cast of each afterwards would take a launch.
 #include "../dispatch.cuh"
 #include "../launch.cuh"
+#include "../primitives/numeric.cuh"
 #include "backward.h"
 
 namespace cbam::cuda {
@@ -30,8 +32,9 @@ __device__ __forceinline__ void stage(const Vectors& from, int64_t first_k, int 
 // shared  kOuterDepth values of k for the tile's rows and columns
 //
 // bytes   reads a and b once for each tile that they touch, writes out once
-template <class A>
+template <class T>
 __global__ void __launch_bounds__(kThreads) outer_sums_kernel(const OuterSums both) {
+  using A = acc_t<T>;
   constexpr int kEach = kOuterTile * kOuterTile / kThreads, kRowStep = kThreads / kOuterTile;
   const auto blocks = static_cast<int>(outer_blocks(both.first.a.length, both.first.b.length));
   const bool second = static_cast<int>(blockIdx.x) >= blocks;
@@ -58,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) outer_sums_kernel(const OuterSums bo
   for (int e = 0; e < kEach; ++e) {
     const int row = first_row + y + e * kRowStep, column = first_col + x;
     if (row < p.a.length && column < p.b.length)
-      static_cast<A*>(p.out)[int64_t{row} * p.b.length + column] = sum[e];
+      static_cast<T*>(p.out)[int64_t{row} * p.b.length + column] = narrow<T>(sum[e]);
   }
 }
 
@@ -69,8 +72,9 @@ __global__ void __launch_bounds__(kThreads) outer_sums_kernel(const OuterSums bo
 // shared  a sum for each thread
 //
 // bytes   reads a once, writes out once
-template <class A>
+template <class T>
 __global__ void __launch_bounds__(kThreads) vector_sums_kernel(const VectorSums all) {
+  using A = acc_t<T>;
   static_assert(kSummedTogether == 32, "one for each lane");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int block = blockIdx.x;
@@ -95,29 +99,20 @@ __global__ void __launch_bounds__(kThreads) vector_sums_kernel(const VectorSums 
   if (warp > 0 || column >= p.a.length) return;
   A total = A(0);
   for (int w = 0; w < kThreads / 32; ++w) total += shared.sum[w * 32 + lane];
-  static_cast<A*>(p.out)[column] = static_cast<A>(p.scale) * total;
-}
-
-// Calls body(Type<A>()) for the accumulator of `dtype`.
-template <class Body>
-void with_accumulator(DType dtype, Body body) {
-  if (dtype == DType::kFloat64)
-    body(Type<double>());
-  else
-    body(Type<float>());
+  static_cast<T*>(p.out)[column] = narrow<T>(static_cast<A>(p.scale) * total);
 }
 
 }  // namespace
 
 void outer_sums(DType dtype, const OuterSums& p, const Grid& grid, Stream stream) {
-  with_accumulator(dtype, [&](auto acc) {
-    launch("outer_sums", outer_sums_kernel<typename decltype(acc)::type>, grid, stream, p);
+  with_storage(dtype, [&](auto weight) {
+    launch("outer_sums", outer_sums_kernel<typename decltype(weight)::type>, grid, stream, p);
   });
 }
 
 void vector_sums(DType dtype, const VectorSums& p, const Grid& grid, Stream stream) {
-  with_accumulator(dtype, [&](auto acc) {
-    launch("vector_sums", vector_sums_kernel<typename decltype(acc)::type>, grid, stream, p);
+  with_storage(dtype, [&](auto weight) {
+    launch("vector_sums", vector_sums_kernel<typename decltype(weight)::type>, grid, stream, p);
   });
 }
 
