@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import sysconfig
 import tarfile
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -173,6 +175,53 @@ def test_binary_depends_on_the_stable_abi_alone():
     names = [line.split()[-1] for line in listing.splitlines()]
     assert any(name.startswith("aoti_torch_") for name in names)
     assert not [name for name in names if re.match(r"_ZNK?(2at|3c10|5torch|5caffe2)", name)]
+
+
+def download_headers(version: str, folder: Path) -> None:
+    """Out of torch's wheel for macOS: the same files, without gigabytes of libraries."""
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
+    wheel = ["--platform=macosx_11_0_arm64", "--python-version=3.11", "--only-binary=:all:"]
+    briefly = ["--retries=1", "--timeout=15"]  # pip's own patience takes minutes without network
+    done = subprocess.run(
+        [*pip, *wheel, *briefly, "--no-deps", f"--dest={folder}", f"torch=={version}"],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        pytest.skip(f"torch {version} cannot be downloaded: {done.stderr.strip()[-200:]}")
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        names = (name for name in archive.namelist() if name.startswith("torch/include/"))
+        archive.extractall(folder, names)
+    path.unlink()
+
+
+@pytest.fixture
+def oldest_headers(build) -> Path:
+    """The include folder of the oldest torch that the build takes, downloaded once."""
+    version = ".".join(map(str, (*build.OLDEST_TORCH, 0)))
+    folder = ROOT / f"build/torch-{version}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "complete").exists():
+            download_headers(version, folder)
+            (folder / "complete").touch()
+    return folder / "torch/include"
+
+
+@pytest.mark.slow
+def test_sources_compile_against_the_oldest_torch(build, oldest_headers, tmp_path, monkeypatch):
+    compiler = build.compiler()
+    monkeypatch.setattr(build, "compiler", lambda: f"{compiler} -Werror -fsyntax-only")
+    monkeypatch.setattr(build, "torch_paths", lambda: ([str(oldest_headers)], []))
+    path = tmp_path / "build.ninja"
+    path.write_text("\n".join(build.NinjaFile(tmp_path, tmp_path / "_C.so", "0").lines) + "\n")
+    objects = [f"{tmp_path}/{source.name}.o" for source in (ROOT / "csrc").glob("*.cpp")]
+    done = subprocess.run(
+        [build.ninja_path(), "-f", str(path), *objects], capture_output=True, text=True
+    )
+    assert not done.returncode, done.stdout
 
 
 @pytest.fixture(scope="module")
