@@ -113,12 +113,19 @@ def test_environment_beside_a_cuda_build_of_torch(monkeypatch, tmp_path):
     link = importlib.import_module("cuda_link")
     commands = []
     monkeypatch.setattr(link, "FOLDER", tmp_path)
-    monkeypatch.setattr(link.venv, "create", lambda *_, **__: None)
+    monkeypatch.setattr(link.venv, "create", lambda folder, **_: folder.mkdir())
     monkeypatch.setattr(link, "run", lambda *command: commands.append(command))
-    link.make_environment()
+    oldest, _ = link.VERSIONS
+    assert (
+        f"OLDEST_TORCH = ({oldest.removesuffix('.0').replace('.', ', ')})"
+        in (ROOT / "setup.py").read_text()
+    )
+    python = link.make_environment(oldest)
+    assert link.make_environment(oldest) == python  # and nothing is installed again
     (command,) = commands
     installed = [str(word) for word in command]
-    assert link.TORCH in installed
+    assert installed[0] == str(python)
+    assert f"torch=={oldest}" in installed
     assert any(line.startswith("pytest==") for line in installed)
     assert not any(line.startswith("torchvision") for line in installed)
 
