@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -20,9 +21,11 @@ from cases import (
     leaves,
     make_weights,
     make_x,
+    operators,
     reordered_gradients,
 )
 from tolerance import assert_as_good_as_eager
+from torch.profiler import ProfilerActivity, profile
 
 from cbam_cuda import cbam
 from cbam_cuda.arguments import Weights
@@ -220,6 +223,22 @@ def test_a_large_batch_is_its_samples_to_the_bit(case, dtype, layout):
         alone = gradients("cpu", leaves(x[n : n + 1], weights), grad[n : n + 1])
         assert torch.equal(out[n : n + 1], alone[0])
         assert torch.equal(dx[n : n + 1], alone[1])
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=str)
+def test_operators_ask_torch_for_memory_alone(backend, weight_dtype, layout):
+    """On CUDA a copy or a cast would be a launch of its own, which no plan counts."""
+    case = FEW_CASES[0]
+    x = LAYOUTS[layout](make_x(case, torch.float16, backend))
+    weights, run = make_weights(case, weight_dtype, backend), operators(backend)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run.forward(x, *weights)
+        out, *saved = run.forward_train(x, *weights)
+        run.backward(out, None, None, x, *weights, *saved, [True] * 7)
+    called = {event.name for event in profiler.events()}
+    assert any(name.endswith("::backward") for name in called)
+    assert not [n for n in called if re.match(r"aten::(?!(new_)?empty)", n)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
