@@ -222,14 +222,16 @@ def test_long_reasons_are_in_the_report_in_full():
     assert reason not in lines[2]
 
 
-STREAMED = ["pool", "hidden", "gate", "maps", "scale"]
-STREAMED_BACKWARD = ["cross", "stencil", "terms", "gate", "hidden", "dx"]
-SUMS = ["outer", "vectors"]
+STREAMED = [f"cbam::{name}" for name in ("pool", "hidden", "gate", "maps", "scale")]
+STREAMED_BACKWARD = [
+    f"cbam::{name}" for name in ("cross", "stencil", "terms", "gate", "hidden", "dx")
+]
+SUMS = ["cbam::outer", "cbam::vectors"]
 RAN = {
     ("forward", "streaming"): STREAMED,
-    ("forward", "resident"): ["resident_forward_kernel"],
+    ("forward", "resident"): ["cbam::resident_forward_kernel"],
     ("backward", "streaming"): [*STREAMED_BACKWARD, *SUMS],
-    ("backward", "resident"): ["resident_backward_kernel", *SUMS],
+    ("backward", "resident"): ["cbam::resident_backward_kernel", *SUMS],
 }
 
 
@@ -243,13 +245,14 @@ def fake_plan(shape, dtype, device, strategy, backward):
     ("ran", "message"),
     [
         ({}, None),
-        ({("forward", "resident"): STREAMED}, "forward .* resident: ran pool"),
+        ({("forward", "resident"): STREAMED}, "forward .* resident: ran cbam::pool"),
         ({("forward", "streaming"): STREAMED[1:]}, "forward .*streaming: 4 kernels, 5 planned"),
         ({("forward", "streaming"): ["resident_forward"] * 5}, "streaming: ran resident_forward"),
-        ({("backward", "resident"): RAN["backward", "streaming"]}, "backward .*: ran cross"),
+        ({("backward", "resident"): RAN["backward", "streaming"]}, "backward .*: ran cbam::cross"),
         ({("backward", "resident"): ["resident_backward"]}, "resident: 1 kernels, 3 planned"),
         ({("backward", "resident"): ["resident_forward", *SUMS]}, "resident: ran resident_forward"),
         ({("backward", "streaming"): STREAMED_BACKWARD}, "streaming: 6 kernels, 8 planned"),
+        ({("backward", "resident"): [*RAN["backward", "resident"], "cast"]}, r"4 .* \['cast'\]"),
     ],
 )
 def test_kernels_that_ran_are_compared_with_the_plan(monkeypatch, ran, message):

@@ -141,7 +141,8 @@ def test_every_tool_is_run_over_the_small_program(monkeypatch, tmp_path):
 JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.test_forward" name="test_a[cuda]"/>
 <testcase classname="tests.test_forward" name="test_b[cuda]">
-<failure message="AssertionError: out: off by 1&#10;more">trace</failure></testcase>
+<failure message="AssertionError: not close&#10;&#10;Mismatched: 3&#10;Greatest: 1&#10;
+Relative: 2&#10;more">trace</failure></testcase>
 <testcase classname="tests.test_forward" name="test_c[cuda]"><error message="boom"/></testcase>
 <testcase classname="tests.test_backward" name="test_d[cuda]">
 <skipped message="cuda: no GPU"/></testcase>
@@ -154,7 +155,8 @@ def test_summary_of_the_suite():
     outcome = suite.judge(done, {"test_forward.py": JUNIT})
     assert (outcome.state, outcome.summary) == (FAILED, "1 passed, 2 failed, 1 skipped")
     assert outcome.problems == [
-        "tests.test_forward::test_b[cuda]: AssertionError: out: off by 1",
+        "tests.test_forward::test_b[cuda]: "
+        "AssertionError: not close Mismatched: 3 Greatest: 1 Relative: 2",
         "tests.test_forward::test_c[cuda]: boom",
     ]
     assert outcome.details["skip_reasons"] == {"cuda: no GPU": 1}

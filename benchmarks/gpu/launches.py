@@ -25,6 +25,8 @@ from .strategies import STRATEGIES, Tally, forced
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 DTYPES = (torch.float16, torch.float32)
+OURS = "cbam::"  # in the names of this package's kernels
+NAME = 80  # characters of a name that is shown: those of templates have hundreds
 
 
 def as_planned(
@@ -62,7 +64,9 @@ def _check(name: str, found: list[str], x: Tensor, direction: str, strategy: str
     expected = planned_kernels(planned, len(x))
     resident = sum(f"resident_{direction}" in kernel for kernel in found)
     assert resident == (strategy == "resident"), f"{name}: ran {found[0]}"
-    assert len(found) == expected, f"{name}: {len(found)} kernels, {expected} planned"
+    foreign = sorted({kernel[:NAME] for kernel in found if OURS not in kernel})
+    told = f"{len(found)} kernels, {expected} planned; not of this package: {foreign}"
+    assert len(found) == expected, f"{name}: {told}"
 
 
 def planned_kernels(planned: dict[str, Any], samples: int) -> int:

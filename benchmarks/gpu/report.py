@@ -17,6 +17,7 @@ from .tables import (
 )
 
 CELL = 160  # characters
+PROBLEM = 480  # as many, in a list
 TRAFFIC_NOTE = """\
 Megabytes to and from the device's memory in one call, counted by ncu, beside what must move by its
 plan: x, out, and what is read again and does not stay in the cache. Where less moved, the cache
@@ -41,7 +42,8 @@ def render(steps: Mapping[str, Found | None]) -> str:
     for name, found in steps.items():
         if found and found["problems"]:
             lines += [f"## What is wrong: {name}", ""]
-            lines += [f"- {one_line(problem)}" for problem in found["problems"][:50]] + [""]
+            problems = found["problems"][:50]
+            lines += [f"- {one_line(problem, PROBLEM)}" for problem in problems] + [""]
     for name, section in SECTIONS.items():
         if found := steps.get(name):
             lines += [*section(found)]
@@ -157,7 +159,7 @@ SECTIONS = {
 }
 
 
-def one_line(text: str) -> str:
-    """As a cell of a table."""
+def one_line(text: str, most: int = CELL) -> str:
+    """As a cell of a table, or an entry of a list."""
     short = " ".join(text.split()).replace("|", "\\|")
-    return short if len(short) <= CELL else f"{short[: CELL - 3]}..."
+    return short if len(short) <= most else f"{short[: most - 3]}..."

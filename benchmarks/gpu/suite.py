@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import tempfile
@@ -21,6 +22,7 @@ SELECTION = "cuda"
 LEFT_OUT = ("test_build.py", "test_cuda_code.py")
 MOST_AT_ONCE = 12
 BYTES_A_PROCESS = 2 << 30  # a context of CUDA, its modules, and a test's tensors
+SHOWN = 4  # lines of a failure's message: of a comparison the last one says how far apart
 FINE = (0, 1, 5)  # exit codes: all passed, some failed, none selected
 
 
@@ -76,16 +78,16 @@ def judge(finished: Mapping[str, Finished], junit: Mapping[str, str]) -> Outcome
 
 
 def parse_junit(text: str) -> dict[str, Any]:
-    """Counts, the failures with the first line of their message, and reasons of skips."""
+    """Counts, the failures with the first lines of their message, and reasons of skips."""
     failures, reasons, passed = [], Counter(), 0
     for case in _cases(text):
         wrong = [child for child in case if child.tag in ("failure", "error")]
         skipped = case.find("skipped")
         if wrong:
             name = f"{case.get('classname', '')}::{case.get('name', '')}"
-            failures.append({"name": name, "message": _first_line(wrong[0].get("message"))})
+            failures.append({"name": name, "message": _beginning(wrong[0].get("message"), SHOWN)})
         elif skipped is not None:
-            reasons[_first_line(skipped.get("message"))] += 1
+            reasons[_beginning(skipped.get("message"), 1)] += 1
         else:
             passed += 1
     return {
@@ -104,6 +106,7 @@ def _cases(text: str) -> list[ElementTree.Element]:
         return []
 
 
-def _first_line(message: str | None) -> str:
-    lines = (message or "").strip().splitlines()
-    return lines[0] if lines else ""
+def _beginning(message: str | None, lines: int) -> str:
+    """The first lines that are not empty, in one."""
+    told = (line.strip() for line in (message or "").splitlines() if line.strip())
+    return " ".join(itertools.islice(told, lines))
