@@ -131,16 +131,16 @@ __device__ __forceinline__ Extremes<A, kArgmax> read_part(const Parts& parts, in
   return e;
 }
 
-// All parts of one output, merged in their order.
-template <bool kArgmax, class A>
+// All parts of one output, merged in their order; kBatch of them are under way at a time.
+template <bool kArgmax, class A, int kBatch = 1>
 __device__ __forceinline__ Extremes<A, kArgmax> merge_parts(const Parts& parts, int64_t sample,
                                                             int outputs, int output) {
   const auto read = [&](int split) {
     return read_part<kArgmax, A>(parts, sample, split, outputs, output);
   };
   auto merged = read(0);  // a single part as it is, NaN and all
-  for_batches(1, parts.splits, 1, read,
-              [&](int, const Extremes<A, kArgmax>& part) { merged.merge(part); });
+  for_batches<kBatch>(1, parts.splits, 1, read,
+                      [&](int, const Extremes<A, kArgmax>& part) { merged.merge(part); });
   return merged;
 }
 

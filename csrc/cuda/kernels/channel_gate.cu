@@ -51,7 +51,7 @@ __device__ __forceinline__ void stage_merged(const ChannelGate& p, int64_t first
     const int64_t n = first_sample + s;
     A mean = A(0), max = A(0);
     if (n < p.samples) {
-      const auto e = merge_parts<kSaves, A>(p.parts, n, p.channels, c);
+      const auto e = merge_parts<kSaves, A, 8>(p.parts, n, p.channels, c);
       mean = e.sum;
       max = e.max;
       if constexpr (kSaves) {
