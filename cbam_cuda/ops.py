@@ -185,29 +185,40 @@ def _backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
     """
     needed = ctx.needs_input_grad[: 4 + _WEIGHTS]
     x = ctx.saved_tensors[3]
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        inputs = [_in_graph(t) for t in ctx.saved_tensors]
-        incoming, variables = inputs[:3], inputs[3:]
-        results = reference.cbam(*variables, return_attention=True)  # type: ignore[arg-type]
-        pairs = [
-            (result, grad.to(result.dtype))
-            for result, grad in zip(results, incoming, strict=True)
-            if grad is not None
+    # Also around what derives the convolutions: on CUDA, autocast casts those as well.
+    with torch.autocast(x.device.type, enabled=False):
+        with torch.enable_grad():
+            inputs = [_in_graph(t) for t in ctx.saved_tensors]
+            incoming, variables = inputs[:3], inputs[3:]
+            first = _reference_gradients(variables, incoming, ctx.output_mask)
+        chosen = [
+            (f, g) for f, g in zip(first, grads, strict=True) if f is not None and g is not None
         ]
-        first = _differentiate(
-            [result for result, _ in pairs],
-            [v if wanted else None for v, wanted in zip(variables, ctx.output_mask, strict=True)],
-            [grad for _, grad in pairs],
-            create_graph=True,
+        second = _differentiate(
+            [f for f, _ in chosen],
+            [t if wanted else None for t, wanted in zip(inputs, needed, strict=True)],
+            [g for _, g in chosen],
+            create_graph=torch.is_grad_enabled(),
         )
-    chosen = [(f, g) for f, g in zip(first, grads, strict=True) if f is not None and g is not None]
-    second = _differentiate(
-        [f for f, _ in chosen],
-        [t if wanted else None for t, wanted in zip(inputs, needed, strict=True)],
-        [g for _, g in chosen],
-        create_graph=torch.is_grad_enabled(),
-    )
     return (*second, *(None for _ in range(ctx.inputs - len(second))))
+
+
+def _reference_gradients(
+    variables: Sequence[Tensor | None], incoming: Sequence[Tensor | None], mask: Sequence[bool]
+) -> list[Tensor | None]:
+    """Differentiable gradients of the reference, from those that come in for its three results."""
+    results = reference.cbam(*variables, return_attention=True)  # type: ignore[arg-type]
+    pairs = [
+        (result, grad.to(result.dtype))
+        for result, grad in zip(results, incoming, strict=True)
+        if grad is not None
+    ]
+    return _differentiate(
+        [result for result, _ in pairs],
+        [v if wanted else None for v, wanted in zip(variables, mask, strict=True)],
+        [grad for _, grad in pairs],
+        create_graph=True,
+    )
 
 
 def _in_graph(t: Tensor | None) -> Tensor | None:

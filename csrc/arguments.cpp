@@ -56,7 +56,7 @@ Extents over_point(int64_t dimensions, int64_t a, int64_t b) {
 // Throws unless `t` has exactly these sizes and this dtype, on x's device.
 void expect_tensor(const char* name, const Tensor& t, Sizes sizes, const Tensor& x,
                    ScalarType dtype) {
-  STD_TORCH_CHECK(t.sizes() == sizes, name, ": expected shape ", text(sizes), ", got ",
+  STD_TORCH_CHECK(t.sizes().equals(sizes), name, ": expected shape ", text(sizes), ", got ",
                   text(t.sizes()));
   STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": expected dtype ",
                   torch::headeronly::toString(dtype), ", got ",

@@ -69,22 +69,10 @@ TrainOutputs forward_train(const Tensor& x, const Tensor& fc1_weight,
           saved.hidden, saved.maps,         saved.pixel_argmax, saved.channel_argmax};
 }
 
-// The gradient of one weight: computed densely in the accumulator's dtype, given back in its own.
-struct WeightGradient {
-  Tensor dense;
-  ScalarType dtype;
-  bool wanted;
-
-  WeightGradient(const Tensor& x, const OptionalTensor& weight, bool wanted_)
-      : dense(wanted_ ? empty(x, weight->sizes(), accumulator_of(x))
-                      : empty(x, {0}, x.scalar_type())),
-        dtype(weight ? weight->scalar_type() : x.scalar_type()),
-        wanted(wanted_) {}
-  void* pointer() const { return wanted ? dense.mutable_data_ptr() : nullptr; }
-  Tensor result() const {
-    return wanted && dense.scalar_type() != dtype ? torch::stable::to(dense, dtype) : dense;
-  }
-};
+// The gradient of a weight, for a kernel to write; empty where nobody asked for it.
+inline Tensor weight_gradient(const Tensor& x, const OptionalTensor& weight, bool wanted) {
+  return wanted ? empty(x, weight->sizes(), weight->scalar_type()) : empty(x, {0}, x.scalar_type());
+}
 
 inline OptionalTensor dense(const OptionalTensor& t) {
   return t ? OptionalTensor(dense(*t)) : std::nullopt;
@@ -124,9 +112,12 @@ InputGradients backward(const Tensor& grad_out, const OptionalTensor& grad_chann
   const SavedTensors saved = given.contiguous();
   const DenseWeights weights(w);
   const OptionalTensor d_gate = dense(grad_channel_gate), d_spatial = dense(grad_spatial_gate);
-  const WeightGradient d1(x, fc1_weight, output_mask[1]), d1b(x, fc1_bias, output_mask[2]),
-      d2(x, fc2_weight, output_mask[3]), d2b(x, fc2_bias, output_mask[4]),
-      dc(x, conv_weight, output_mask[5]), dcb(x, conv_bias, output_mask[6]);
+  const Tensor d1 = weight_gradient(x, fc1_weight, output_mask[1]),
+               d1b = weight_gradient(x, fc1_bias, output_mask[2]),
+               d2 = weight_gradient(x, fc2_weight, output_mask[3]),
+               d2b = weight_gradient(x, fc2_bias, output_mask[4]),
+               dc = weight_gradient(x, conv_weight, output_mask[5]),
+               dcb = weight_gradient(x, conv_bias, output_mask[6]);
 
   BackwardProblem p{};
   p.dtype = dtype_of(x);
@@ -140,22 +131,19 @@ InputGradients backward(const Tensor& grad_out, const OptionalTensor& grad_chann
   p.d_channel_gate = d_gate ? d_gate->const_data_ptr() : nullptr;
   p.d_spatial_gate = d_spatial ? d_spatial->const_data_ptr() : nullptr;
   if (dx) p.dx_strides = *native_strides(dx->native);
+  const auto written = [&](size_t input, const Tensor& gradient) {
+    return output_mask[input] ? gradient.mutable_data_ptr() : nullptr;
+  };
   p.gradients = {dx ? dx->native.mutable_data_ptr() : nullptr,
-                 d1.pointer(),
-                 d1b.pointer(),
-                 d2.pointer(),
-                 d2b.pointer(),
-                 dc.pointer(),
-                 dcb.pointer()};
+                 written(1, d1),
+                 written(2, d1b),
+                 written(3, d2),
+                 written(4, d2b),
+                 written(5, dc),
+                 written(6, dcb)};
   Backend::backward(p, x);
   if (dx) dx->finish();
-  return {dx ? dx->result : empty(x, {0}, x.scalar_type()),
-          d1.result(),
-          d1b.result(),
-          d2.result(),
-          d2b.result(),
-          dc.result(),
-          dcb.result()};
+  return {dx ? dx->result : empty(x, {0}, x.scalar_type()), d1, d1b, d2, d2b, dc, dcb};
 }
 
 }  // namespace cbam

@@ -76,7 +76,7 @@ struct ForwardProblem {
 // Each gradient is null where it was not asked for.
 struct Gradients {
   void* x;           // x's dtype, dx_strides
-  void* fc1_weight;  // acc, shaped like the weight; so are the following
+  void* fc1_weight;  // dtype and shape of the weight; so are the following
   void* fc1_bias;
   void* fc2_weight;
   void* fc2_bias;

@@ -34,7 +34,6 @@ ARGMAX = {"Lb0E": "", "Lb1E": "argmax"}
 KEPT = {"Lb0E": "inference", "Lb1E": "training"}
 ORDER = {"Lb0E": "channels last", "Lb1E": "channels first"}
 ACCUMULATOR = {"f": "", "d": ""}  # follows from the dtype
-ACCUMULATORS = {"f": "float32", "d": "float64"}
 WALKS = {"Li2E": "few samples", "Li8E": ""}
 TILES = {"Li16E": "", "Li32E": "large tiles"}
 TEMPLATES = {
@@ -51,8 +50,8 @@ TEMPLATES = {
     "gate_layer_backward": (DTYPES, ACCUMULATOR, WALKS),
     "hidden_layer_backward": (DTYPES, ACCUMULATOR, WALKS),
     "input_gradient": (DTYPES, ACCESSES, ORDER),
-    "outer_sums": (ACCUMULATORS, TILES),
-    "vector_sums": (ACCUMULATORS,),
+    "outer_sums": (DTYPES, TILES),
+    "vector_sums": (DTYPES,),
 }
 PROBE = "5probeEv"  # does nothing: it tells whether a build has code for a device
 ARGUMENT = re.compile(r"L(?:[bi]|NS0_6AccessE)\d+E|NS_4HalfE|NS_8BFloat16E|[fd]")

@@ -96,7 +96,8 @@ def test_groups_of_samples(layout, emulator, strategy):
     assert_as_good_as_eager("out", out, eager, truth)
 
 
-WALKED = Case("walks of eight samples and of more units than a chunk", (11, 150, 5, 4), 133, (3, 3))
+# More channels, and units, than a chunk; products in large tiles.
+WALKED = Case("walks over the weights", (11, 1100, 3, 3), 133, (3, 3))
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 16, 132])

@@ -208,7 +208,22 @@ def test_autocast_leaves_float64_alone(backend):
         assert torch.equal(cbam(x, *weights, backend=backend), expected)
 
 
-def test_backward_inside_autocast_is_that_outside(backend):
+@pytest.fixture
+def cuda_autocast():
+    """On the CPU, autocast that casts convolutions in derivatives too, as it does on CUDA."""
+
+    def cast(x, weight, bias, *rest):
+        dtype = torch.get_autocast_dtype("cpu")
+        with torch._C._DisableAutocast():
+            bias = None if bias is None else bias.to(dtype)
+            return torch.ops.aten.convolution.default(x.to(dtype), weight.to(dtype), bias, *rest)
+
+    with torch.library._scoped_library("aten", "IMPL") as aten:
+        aten.impl("convolution", cast, "AutocastCPU")
+        yield
+
+
+def test_backward_inside_autocast_is_that_outside(backend, cuda_autocast):
     """Nothing in the backward is cast: torch.autocast around it has no say."""
     case = FEW_CASES[0]
     weights = make_weights(case, torch.float32, backend)

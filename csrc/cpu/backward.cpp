@@ -21,7 +21,7 @@ class Backward {
   using A = acc_t<T>;
 
   // `batch` takes what is summed over the batch; `flipped` holds [2, taps].
-  Backward(const BackwardProblem& problem, const BatchGradients<A>& batch, A* flipped)
+  Backward(const BackwardProblem& problem, const BatchGradients<T>& batch, A* flipped)
       : p_(problem),
         shape_(problem.shape),
         mlp_(problem.shape, problem.weights),
@@ -377,14 +377,14 @@ class Backward {
   int64_t rows_, cols_;
   bool large_;         // dx
   bool reaches_gate_;  // whether anything before the spatial gate was asked for
-  const BatchGradients<A>& batch_;
+  const BatchGradients<T>& batch_;
   A* flipped_;  // [2, taps]
 };
 
 template <class T>
 void run(const BackwardProblem& problem, const ThreadPool& pool) {
   using A = acc_t<T>;
-  BatchGradients<A> batch(problem);
+  BatchGradients<T> batch(problem);
   A* flipped = nullptr;
   Scratch scratch;
   scratch.carve([&](Carver& carver) {

@@ -1,20 +1,23 @@
 // The gradients of the weights: sums over the batch of what each sample's backward leaves here, in
-// the order of the samples. With l the channel gate's logits, h the hidden and p the pooled
-// vectors:
+// the order of the samples, each rounded once to the dtype of the weights. With l the channel
+// gate's logits, h the hidden and p the pooled vectors:
 //   dW1 = sum_n dl (h of mean + h of max)^T          db1 = 2 sum_n dl
 //   dW0 = sum_n, pools dh p^T                        db0 = sum_n, pools dh
 #pragma once
 
 #include "../problem.h"
+#include "mlp.h"
 #include "reduce.h"
 #include "schedule.h"
 
 namespace cbam::cpu {
 namespace {
 
-template <class A>
+template <class T>
 class BatchGradients {
  public:
+  using A = acc_t<T>;
+
   explicit BatchGradients(const BackwardProblem& problem) : p_(problem), shape_(problem.shape) {}
 
   void carve(Carver& carver) {
@@ -31,48 +34,52 @@ class BatchGradients {
 
   // Once all samples are done.
   void finish(const ThreadPool& pool) const {
-    const Gradients& g = p_.gradients;
     const int64_t products = shape_.samples * shape_.channels * shape_.hidden;
     const ThreadPool workers{products < kSmallestSplit ? 1 : pool.threads, pool.run};
-    if (g.fc2_weight || g.fc2_bias) second_layer(workers);
-    if (g.fc1_weight || g.fc1_bias) first_layer(workers);
-    if (g.conv()) convolution();
+    for_weight_type<T>(p_.weights.dtype, [&](auto type) {
+      using W = typename decltype(type)::type;
+      second_layer<W>(workers);
+      first_layer<W>(workers);
+      convolution<W>();
+    });
   }
 
  private:
   // dW1 and db1. Each sample counts twice: with the hidden vector of its mean, and of its maximum.
+  template <class W>
   void second_layer(const ThreadPool& workers) const {
-    const int64_t channels = shape_.channels, hidden = shape_.hidden;
-    A* bias = static_cast<A*>(p_.gradients.fc2_bias);
+    const int64_t channels = shape_.channels;
     const auto d = [&](int64_t i) { return d_logits(i / 2); };
     outer_sums(workers, 2 * shape_.samples, channels, d, static_cast<const A*>(p_.saved.hidden),
-               hidden, static_cast<A*>(p_.gradients.fc2_weight));
-    if (!bias) return;
-    sum_vectors(shape_.samples, channels, d_logits_, bias);
-    for (int64_t c = 0; c < channels; ++c) bias[c] *= A(2);
+               shape_.hidden, static_cast<W*>(p_.gradients.fc2_weight));
+    sum_vectors(shape_.samples, channels, channels, d_logits_, A(2),
+                static_cast<W*>(p_.gradients.fc2_bias));
   }
 
   // dW0 and db0.
+  template <class W>
   void first_layer(const ThreadPool& workers) const {
-    const int64_t vectors = 2 * shape_.samples;
-    const auto d = [&](int64_t i) { return d_hidden_ + i * shape_.hidden; };
-    outer_sums(workers, vectors, shape_.hidden, d, static_cast<const A*>(p_.saved.pooled),
-               shape_.channels, static_cast<A*>(p_.gradients.fc1_weight));
-    if (A* bias = static_cast<A*>(p_.gradients.fc1_bias))
-      sum_vectors(vectors, shape_.hidden, d_hidden_, bias);
+    const int64_t vectors = 2 * shape_.samples, hidden = shape_.hidden;
+    const auto d = [&](int64_t i) { return d_hidden_ + i * hidden; };
+    outer_sums(workers, vectors, hidden, d, static_cast<const A*>(p_.saved.pooled), shape_.channels,
+               static_cast<W*>(p_.gradients.fc1_weight));
+    sum_vectors(vectors, hidden, hidden, d_hidden_, A(1), static_cast<W*>(p_.gradients.fc1_bias));
   }
 
-  // to[j] = sum over i of from[i][j]
-  static void sum_vectors(int64_t count, int64_t n, const A* from, A* to) {
-    for (int64_t j = 0; j < n; ++j) to[j] = A(0);
-    for (int64_t i = 0; i < count; ++i) add_scaled(from + i * n, A(1), to, n);
+  template <class W>
+  void convolution() const {
+    const int64_t taps = 2 * shape_.taps();
+    sum_vectors(shape_.samples, taps, taps + 1, d_conv_, A(1),
+                static_cast<W*>(p_.gradients.conv_weight));
+    sum_vectors(shape_.samples, 1, taps + 1, d_conv_ + taps, A(1),
+                static_cast<W*>(p_.gradients.conv_bias));
   }
 
   // out[r][j] = sum over i of d(i)[r] * vectors[i][j], in the order of i; nothing where out is
-  // null.
-  template <class D>
+  // null. So below.
+  template <class D, class W>
   static void outer_sums(const ThreadPool& workers, int64_t count, int64_t rows, D d,
-                         const A* vectors, int64_t n, A* out) {
+                         const A* vectors, int64_t n, W* out) {
     if (!out) return;
     OverThreads{workers}(rows, [&](int64_t begin, int64_t end) {
       combine(
@@ -81,16 +88,15 @@ class BatchGradients {
     });
   }
 
-  void convolution() const {
-    A* weight = static_cast<A*>(p_.gradients.conv_weight);
-    A* bias = static_cast<A*>(p_.gradients.conv_bias);
-    const int64_t taps = 2 * shape_.taps();
-    if (weight) std::memset(weight, 0, taps * sizeof(A));
-    if (bias) *bias = A(0);
-    for (int64_t n = 0; n < shape_.samples; ++n) {
-      if (weight) add_scaled(d_conv(n), A(1), weight, taps);
-      if (bias) *bias += d_conv(n)[taps];
-    }
+  // out[j] = scale * sum over i of from[i][j], the rows `pitch` elements apart.
+  template <class W>
+  static void sum_vectors(int64_t count, int64_t n, int64_t pitch, const A* from, A scale, W* out) {
+    if (!out) return;
+    for_vectors<A>(n, [&](int64_t j, auto lanes) {
+      vec_t<A> sum = {};
+      for (int64_t i = 0; i < count; ++i) sum += lanes.load(from + i * pitch + j);
+      lanes.store(out + j, scale * sum);
+    });
   }
 
   const BackwardProblem& p_;

@@ -135,12 +135,12 @@ void weight_gradients(const BackwardProblem& p, int64_t boxes, const WeightSums&
   const Vectors conv{sums.d_conv, taps + 1, n * boxes, 1, taps};
   const Vectors conv_bias{bias, taps + 1, n * boxes, 1, 1};
   if (grid.products.blocks)
-    outer_sums(p.dtype,
+    outer_sums(p.weights.dtype,
                {grid.tile, outer_sum(d_hidden, pooled, g.fc1_weight),
                 outer_sum(dm, both_hidden, g.fc2_weight)},
                grid.products, stream);
   if (grid.sums.blocks)
-    vector_sums(p.dtype,
+    vector_sums(p.weights.dtype,
                 {{vector_sum(d_hidden, 1.0, g.fc1_bias),
                   vector_sum(dm, 2.0, g.fc2_bias),  // once for each of the two pooled vectors
                   vector_sum(conv, 1.0, g.conv_weight), vector_sum(conv_bias, 1.0, g.conv_bias)}},

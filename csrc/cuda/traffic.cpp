@@ -170,37 +170,35 @@ Traffic of_input(const BackwardPlan& plan, const BackwardProblem& p, const Sizes
   return t;
 }
 
-// Of `rows` x `cols` outputs, summed over `count` vectors of each, of so many parts.
+// Of `rows` x `cols` outputs, summed over so many vectors of each.
 Traffic of_outer(const void* gradient, int64_t rows, int64_t cols, int64_t row_vectors,
-                 int64_t col_vectors, int64_t acc, int tile) {
+                 int64_t col_vectors, int tile, const Sizes& n) {
   Traffic t;
   if (!gradient) return t;
-  t.sums_read =
-      acc * (rows * row_vectors * ceil_div(cols, tile) + cols * col_vectors * ceil_div(rows, tile));
-  t.sums_written = rows * cols * acc;
+  t.sums_read = n.acc * (rows * row_vectors * ceil_div(cols, tile) +
+                         cols * col_vectors * ceil_div(rows, tile));
+  t.sums_written = rows * cols * n.weight;
   return t;
 }
 
-Traffic of_sum(const void* gradient, int64_t length, int64_t vectors, int64_t acc) {
+Traffic of_sum(const void* gradient, int64_t length, int64_t vectors, const Sizes& n) {
   Traffic t;
   if (!gradient) return t;
-  t.sums_read = length * vectors * acc;
-  t.sums_written = length * acc;
+  t.sums_read = length * vectors * n.acc;
+  t.sums_written = length * n.weight;
   return t;
 }
 
-Traffic of_weights(const BackwardPlan& plan, const BackwardProblem& p) {
-  const Shape& s = p.shape;
+Traffic of_weights(const BackwardPlan& plan, const BackwardProblem& p, const Sizes& n) {
   const Gradients& g = p.gradients;
-  const int64_t n = s.samples, acc = bytes_of_accumulator(p.dtype);
-  const int64_t boxes = n * plan.boxes().boxes();
+  const int64_t boxes = n.samples * plan.boxes().boxes();
   const int tile = weight_grids(p).tile;
-  Traffic t = of_outer(g.fc1_weight, s.hidden, s.channels, 2 * n, 2 * n, acc, tile);
-  t += of_outer(g.fc2_weight, s.channels, s.hidden, n, 2 * n, acc, tile);
-  t += of_sum(g.fc1_bias, s.hidden, 2 * n, acc);
-  t += of_sum(g.fc2_bias, s.channels, n, acc);
-  t += of_sum(g.conv_weight, 2 * s.taps(), boxes, acc);
-  t += of_sum(g.conv_bias, 1, boxes, acc);
+  Traffic t = of_outer(g.fc1_weight, n.hidden, n.channels, 2 * n.samples, 2 * n.samples, tile, n);
+  t += of_outer(g.fc2_weight, n.channels, n.hidden, n.samples, 2 * n.samples, tile, n);
+  t += of_sum(g.fc1_bias, n.hidden, 2 * n.samples, n);
+  t += of_sum(g.fc2_bias, n.channels, n.samples, n);
+  t += of_sum(g.conv_weight, 2 * p.shape.taps(), boxes, n);
+  t += of_sum(g.conv_bias, 1, boxes, n);
   return t;
 }
 
@@ -331,7 +329,7 @@ std::vector<Stage> stages(const BackwardPlan& plan, const BackwardProblem& p, in
 Traffic traffic(const ForwardPlan& plan, const ForwardProblem& p) { return of_all_groups(plan, p); }
 Traffic traffic(const BackwardPlan& plan, const BackwardProblem& p) {
   Traffic total = of_all_groups(plan, p);
-  total += of_weights(plan, p);
+  total += of_weights(plan, p, Sizes(p, p.shape.samples));
   return total;
 }
 

@@ -228,7 +228,7 @@ struct Vectors {
 // Those that nobody asked for are vectors of length 0.
 struct OuterSum {
   Vectors a, b;  // as many of each
-  void* out;     // acc [a.length, b.length]
+  void* out;     // the weights' dtype [a.length, b.length]
 };
 struct OuterSums {
   int tile;  // rows, and columns, of a block's outputs: kSmallTile or kLargeTile
@@ -237,7 +237,7 @@ struct OuterSums {
 struct VectorSum {
   Vectors a;  // of one part
   double scale;
-  void* out;  // acc [length]
+  void* out;  // the weights' dtype [length]
 };
 constexpr int kMostVectorSums = 4;
 struct VectorSums {
@@ -257,6 +257,7 @@ CBAM_INLINE int64_t vector_blocks(int64_t length) {
   return (length + kSummedTogether - 1) / kSummedTogether;
 }
 
+// `dtype` is that of the weights; the vectors are in its accumulator, which is x's too.
 void outer_sums(DType dtype, const OuterSums& p, const Grid& grid, Stream stream);
 void vector_sums(DType dtype, const VectorSums& p, const Grid& grid, Stream stream);
 

@@ -1,6 +1,7 @@
 // The gradients of the weights: sums over the batch of small vectors that the forward saved and the
 // backward left. Plain fixed-order loops: the products are too small to be worth a library whose
-// results depend on its version, and on flags that callers set.
+// results depend on its version, and on flags that callers set. What is written is in the dtype of
+// the weights, rounded once: a cast of each afterwards would take a launch.
 #include "../dispatch.cuh"
 #include "../launch.cuh"
 #include "../primitives/reduce.cuh"
@@ -62,6 +63,12 @@ __device__ __forceinline__ void stage(const OuterSum& p, int64_t first_k,
   }
 }
 
+// Blocks of a multiprocessor, by their registers.
+template <class A, int kTile>
+constexpr int kOuterBlocks = sizeof(A) == 8        ? 1
+                             : kTile == kSmallTile ? 3
+                                                   : 2;
+
 //   out[i][j] = sum_k a[k][i] * b[k][j]      of two pairs of a and b
 //
 // grid    a block of 256 threads for each kTile x kTile outputs; each warp has all of these, a
@@ -70,11 +77,10 @@ __device__ __forceinline__ void stage(const OuterSum& p, int64_t first_k,
 // shared  kOuterStaged elements of a and of b, and the warps' sums
 //
 // bytes   reads a and b once for each tile that they touch, writes out once
-template <class A, int kTile>
-__global__ void __launch_bounds__(kThreads, sizeof(A) == 8        ? 1
-                                            : kTile == kSmallTile ? 3
-                                                                  : 2)
+template <class T, int kTile>
+__global__ void __launch_bounds__(kThreads, kOuterBlocks<acc_t<T>, kTile>)
     outer_sums_kernel(const OuterSums both) {
+  using A = acc_t<T>;
   constexpr int kRows = kTile / 8, kCols = kTile / 4;  // of a lane, 8 x 4 of which make a tile
   constexpr int kDepth = kOuterStaged / kTile, kWarps = kThreads / 32;
   static_assert(kWarps == kOuterMerged, "a warp for each value that is merged");
@@ -114,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8        ? 1
     const int i = tile.row + row + (first + warp) / kCols;
     const int j = tile.column + column + (first + warp) % kCols;
     if (i < p.a.length && j < p.b.length)
-      static_cast<A*>(p.out)[int64_t{i} * p.b.length + j] = total;
+      static_cast<T*>(p.out)[int64_t{i} * p.b.length + j] = narrow<T>(total);
     __syncthreads();
   }
 }
@@ -127,8 +133,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8        ? 1
 // shared  the warps' sums
 //
 // bytes   reads a once, writes out once
-template <class A>
+template <class T>
 __global__ void __launch_bounds__(kSumThreads) vector_sums_kernel(const VectorSums all) {
+  using A = acc_t<T>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, side = threadIdx.x % kSummedTogether;
   int block = blockIdx.x;
   VectorSum p = all.sum[0];
@@ -155,33 +162,24 @@ __global__ void __launch_bounds__(kSumThreads) vector_sums_kernel(const VectorSu
   A total = A(0);
 #pragma unroll
   for (int w = 0; w < kSumThreads / 32; ++w) total += shared.sum[w * kSummedTogether + side];
-  static_cast<A*>(p.out)[column] = static_cast<A>(p.scale) * total;
-}
-
-// Calls body(Type<A>()) for the accumulator of `dtype`.
-template <class Body>
-void with_accumulator(DType dtype, Body body) {
-  if (dtype == DType::kFloat64)
-    body(Type<double>());
-  else
-    body(Type<float>());
+  static_cast<T*>(p.out)[column] = narrow<T>(static_cast<A>(p.scale) * total);
 }
 
 }  // namespace
 
 void outer_sums(DType dtype, const OuterSums& p, const Grid& grid, Stream stream) {
-  with_accumulator(dtype, [&](auto acc) {
-    using A = typename decltype(acc)::type;
+  with_storage(dtype, [&](auto weight) {
+    using T = typename decltype(weight)::type;
     if (p.tile == kSmallTile)
-      launch("outer_sums", outer_sums_kernel<A, kSmallTile>, grid, stream, p);
+      launch("outer_sums", outer_sums_kernel<T, kSmallTile>, grid, stream, p);
     else
-      launch("outer_sums", outer_sums_kernel<A, kLargeTile>, grid, stream, p);
+      launch("outer_sums", outer_sums_kernel<T, kLargeTile>, grid, stream, p);
   });
 }
 
 void vector_sums(DType dtype, const VectorSums& p, const Grid& grid, Stream stream) {
-  with_accumulator(dtype, [&](auto acc) {
-    launch("vector_sums", vector_sums_kernel<typename decltype(acc)::type>, grid, stream, p);
+  with_storage(dtype, [&](auto weight) {
+    launch("vector_sums", vector_sums_kernel<typename decltype(weight)::type>, grid, stream, p);
   });
 }
 

@@ -81,13 +81,16 @@ void watch_saved(const ForwardProblem& p, Watch watch) {
   watch("channel_argmax", p.saved.channel_argmax, n * s.pixels() * 4);
 }
 
-void watch_gradients(const Watched& watched, const Gradients& g, const Shape& s, int64_t acc) {
-  watched.write("gradients", g.fc1_weight, s.hidden * s.channels * acc);
-  watched.write("gradients", g.fc1_bias, s.hidden * acc);
-  watched.write("gradients", g.fc2_weight, s.hidden * s.channels * acc);
-  watched.write("gradients", g.fc2_bias, s.channels * acc);
-  watched.write("gradients", g.conv_weight, 2 * s.taps() * acc);
-  watched.write("gradients", g.conv_bias, acc);
+void watch_gradients(const Watched& watched, const BackwardProblem& p) {
+  const Shape& s = p.shape;
+  const Gradients& g = p.gradients;
+  const int64_t size = bytes_of(p.weights.dtype);
+  watched.write("gradients", g.fc1_weight, s.hidden * s.channels * size);
+  watched.write("gradients", g.fc1_bias, s.hidden * size);
+  watched.write("gradients", g.fc2_weight, s.hidden * s.channels * size);
+  watched.write("gradients", g.fc2_bias, s.channels * size);
+  watched.write("gradients", g.conv_weight, 2 * s.taps() * size);
+  watched.write("gradients", g.conv_bias, size);
 }
 
 struct Emulated {
@@ -120,7 +123,7 @@ struct Emulated {
     watched.read("d_channel_gate", p.d_channel_gate, s.samples * s.channels * acc);
     watched.read("d_spatial_gate", p.d_spatial_gate, s.samples * s.pixels() * acc);
     watch_weights(watched, p);
-    watch_gradients(watched, p.gradients, s, acc);
+    watch_gradients(watched, p);
     watch_saved(p, [&](const char* name, const void* data, int64_t size) {
       watched.read(name, data, size);
     });
