@@ -102,16 +102,16 @@ WALKED = Case("walks over the weights", (11, 1100, 3, 3), 133, (3, 3))
 
 @pytest.mark.parametrize("multiprocessors", [1, 16, 132])
 def test_walks_over_the_weights(multiprocessors, emulator, strategy):
-    """Devices of any size cut the MLP in their own ways, and find the same but for the roundings."""
+    """Devices of any size cut the MLP in their own ways, and find the same but for roundings."""
     x, grad = (make_x(WALKED, torch.float64, seed=seed) for seed in (1, 2))
     given = (x, *make_weights(WALKED, torch.float64))
     strategy("streaming")
     found = []
-    for run in (torch.ops.cbam_cuda, torch.ops.cbam_cuda_emulated):
+    for backend in (torch.ops.cbam_cuda, torch.ops.cbam_cuda_emulated):
         with device(emulator, "H100", multiprocessors):
-            forward = run.forward_train(*given)
+            forward = backend.forward_train(*given)
             arguments = (grad, *forward[1:3], *given, *forward[1:], [True] * 7)
-            found.append((*forward, *run.backward(*arguments)))
+            found.append((*forward, *backend.backward(*arguments)))
     for cpu, emulated in zip(*found, strict=True):
         torch.testing.assert_close(emulated, cpu, rtol=1e-11, atol=1e-12)
 

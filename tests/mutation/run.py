@@ -135,7 +135,7 @@ def make_runs() -> list[Run]:
         for dtype in dtypes
         for layout in layouts
     ]
-    resident = [
+    on_slices = [
         make_run(case, dtype, layout, device, direction)
         for direction, cases in (
             ("", SLICED),
@@ -147,7 +147,7 @@ def make_runs() -> list[Run]:
         for layout in layouts
         for device in devices
     ]
-    return streaming + resident
+    return streaming + on_slices
 
 
 def load(path: Path) -> ctypes.CDLL:
