@@ -134,6 +134,16 @@ py::dict resident_dict(const cbam::cuda::ResidentGeometry& g) {
   return d;
 }
 
+py::dict mlp_dict(const cbam::cuda::MlpGeometry& g) {
+  return py::dict("hidden_samples"_a = g.hidden_samples, "unit_warps"_a = g.unit_warps,
+                  "gate_samples"_a = g.gate_samples, "vectors"_a = g.vectors);
+}
+
+py::dict mlp_dict(const cbam::cuda::MlpBackwardGeometry& g) {
+  return py::dict("gate_samples"_a = g.gate_samples, "units_along"_a = g.units_along,
+                  "hidden_samples"_a = g.hidden_samples);
+}
+
 py::dict passes_dict(const cbam::cuda::ForwardPlan& plan) {
   if (plan.resident) {
     py::dict held = resident_dict(*plan.resident);
@@ -141,7 +151,7 @@ py::dict passes_dict(const cbam::cuda::ForwardPlan& plan) {
     return py::dict("resident"_a = held);
   }
   return py::dict("pool"_a = reduction_dict(plan.pool), "maps"_a = reduction_dict(plan.maps),
-                  "scale"_a = scale_dict(plan.scale));
+                  "scale"_a = scale_dict(plan.scale), "mlp"_a = mlp_dict(plan.mlp));
 }
 
 py::dict passes_dict(const cbam::cuda::BackwardPlan& plan) {
@@ -153,7 +163,8 @@ py::dict passes_dict(const cbam::cuda::BackwardPlan& plan) {
     return py::dict("resident"_a = held);
   }
   return py::dict("sums"_a = tile_dict(plan.cross), "stencil"_a = box_dict(plan.stencil),
-                  "terms"_a = tile_dict(plan.terms), "dx"_a = tile_dict(plan.input));
+                  "terms"_a = tile_dict(plan.terms), "mlp"_a = mlp_dict(plan.mlp),
+                  "dx"_a = tile_dict(plan.input));
 }
 
 // Launches that sum over the batch for the gradients of the weights.

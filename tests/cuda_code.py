@@ -34,21 +34,23 @@ ARGMAX = {"Lb0E": "", "Lb1E": "argmax"}
 KEPT = {"Lb0E": "inference", "Lb1E": "training"}
 ORDER = {"Lb0E": "channels last", "Lb1E": "channels first"}
 ACCUMULATOR = {"f": "", "d": ""}  # follows from the dtype
+WALKS = {"Li2E": "few samples", "Li8E": ""}
+TILES = {"Li16E": "", "Li32E": "large tiles"}
 TEMPLATES = {
     "reduce_rows": (DTYPES, SCALED, ARGMAX),
     "reduce_columns": (DTYPES, ACCESSES, SCALED, ARGMAX),
     "resident_forward": (DTYPES, ORDER, KEPT),
     "resident_backward": (DTYPES, ACCESSES, ORDER),
-    "hidden_layer": (DTYPES, ACCUMULATOR),
-    "gate_layer": (DTYPES, ACCUMULATOR),
+    "hidden_layer": (DTYPES, ACCUMULATOR, WALKS),
+    "gate_layer": (DTYPES, ACCUMULATOR, WALKS),
     "spatial_gate": (DTYPES, ACCESSES, ORDER),
     "cross_sums": (DTYPES, ACCESSES),
     "map_terms": (DTYPES, ACCESSES, ORDER),
     "stencil": (DTYPES,),
-    "gate_layer_backward": (DTYPES, ACCUMULATOR),
-    "hidden_layer_backward": (DTYPES, ACCUMULATOR),
+    "gate_layer_backward": (DTYPES, ACCUMULATOR, WALKS),
+    "hidden_layer_backward": (DTYPES, ACCUMULATOR, WALKS),
     "input_gradient": (DTYPES, ACCESSES, ORDER),
-    "outer_sums": (DTYPES,),
+    "outer_sums": (DTYPES, TILES),
     "vector_sums": (DTYPES,),
 }
 PROBE = "5probeEv"  # does nothing: it tells whether a build has code for a device

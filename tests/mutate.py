@@ -39,12 +39,12 @@ GUARDED = "what it would do more is guarded inside"
 WAITS_LONGER = "it waits for every row before the first, and sums in the same order"
 LAST_CHUNK = "one more chunk, of nothing, where chunks end with the work: loops in it are empty"
 REDUNDANT = {
-    "channel_gate.cu: for (int first = 0; first < p.channels; first += kChannelChunk) { -> "
-    "for (int first = 0; first <= p.channels; first += kChannelChunk) {": LAST_CHUNK,
+    "channel_gate.cu: for (int first = 0; first < p.channels; first += Shared::kChunk) { -> "
+    "for (int first = 0; first <= p.channels; first += Shared::kChunk) {": LAST_CHUNK,
     "channel_gate.cu: for (int first = 0; first < p.hidden_units; first += kUnitChunk) { -> "
     "for (int first = 0; first <= p.hidden_units; first += kUnitChunk) {": LAST_CHUNK,
-    "channel_gate_backward.cu: for (int first = 0; first < p.channels; first += kChannelChunk) { "
-    "-> for (int first = 0; first <= p.channels; first += kChannelChunk) {": LAST_CHUNK,
+    "channel_gate_backward.cu: for (int first = 0; first < p.channels; first += Shared::kChunk) { "
+    "-> for (int first = 0; first <= p.channels; first += Shared::kChunk) {": LAST_CHUNK,
     "channel_gate_backward.cu: for (int first = 0; first < p.hidden_units; first += kUnitChunk) { "
     "-> for (int first = 0; first <= p.hidden_units; first += kUnitChunk) {": LAST_CHUNK,
     "cross_sums.cu: for (int done = 0; done < block.rows; done += g.chunk) { -> "
@@ -126,8 +126,8 @@ REDUNDANT = {
         "taps are odd, as every size of a kernel is: first never equals them"
     ),
     "weight_gradients.cu: "
-    "for (int64_t first_k = 0; first_k < p.a.count; first_k += kOuterDepth) { -> "
-    "for (int64_t first_k = 0; first_k <= p.a.count; first_k += kOuterDepth) {": (
+    "for (int64_t first_k = 0; first_k < p.a.count; first_k += kDepth) { -> "
+    "for (int64_t first_k = 0; first_k <= p.a.count; first_k += kDepth) {": (
         "one more chunk, of zeros, where chunks end with the vectors"
     ),
 }

@@ -39,6 +39,8 @@ WRITES = ("spatial_gate", "input_gradient")  # and those that write one
 RESIDENT = ("resident_forward", "resident_backward")  # and those that hold them on the chip
 THREADS = {
     "gate_layer": 128,
+    "hidden_layer_backward": 128,
+    "vector_sums": 512,
     "resident_forward": 512,
     "resident_backward": 384,
 }  # of a block; 256 for the other kernels

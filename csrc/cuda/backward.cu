@@ -60,6 +60,7 @@ class BackwardGroup {
             static_cast<int>(s.channels),
             static_cast<int>(s.hidden),
             s.pixels(),
+            plan_.mlp,
             p_.weights.dtype,
             p_.weights.fc1_weight,
             p_.weights.fc2_weight,
@@ -134,10 +135,10 @@ void weight_gradients(const BackwardProblem& p, int64_t boxes, const WeightSums&
   const Vectors conv{sums.d_conv, taps + 1, n * boxes, 1, taps};
   const Vectors conv_bias{bias, taps + 1, n * boxes, 1, 1};
   if (grid.products.blocks)
-    outer_sums(
-        p.weights.dtype,
-        {outer_sum(d_hidden, pooled, g.fc1_weight), outer_sum(dm, both_hidden, g.fc2_weight)},
-        grid.products, stream);
+    outer_sums(p.weights.dtype,
+               {grid.tile, outer_sum(d_hidden, pooled, g.fc1_weight),
+                outer_sum(dm, both_hidden, g.fc2_weight)},
+               grid.products, stream);
   if (grid.sums.blocks)
     vector_sums(p.weights.dtype,
                 {{vector_sum(d_hidden, 1.0, g.fc1_bias),

@@ -34,6 +34,15 @@ void with_bool(bool value, Body body) {
     body(std::false_type());
 }
 
+// Calls body(std::integral_constant<int, ...>()) for the samples of a walk over the MLP's weights.
+template <class Body>
+void with_walk(int samples, Body body) {
+  if (samples == kFewSamples)
+    body(std::integral_constant<int, kFewSamples>());
+  else
+    body(std::integral_constant<int, kSamplesPerWalk>());
+}
+
 template <Access kAccess>
 using AccessConstant = std::integral_constant<Access, kAccess>;
 

@@ -33,6 +33,7 @@ class ForwardGroup {
     return {static_cast<int>(p_.shape.samples),
             static_cast<int>(p_.shape.channels),
             static_cast<int>(p_.shape.hidden),
+            plan_.mlp,
             p_.weights.dtype,
             p_.weights.fc1_weight,
             p_.weights.fc1_bias,

@@ -95,17 +95,16 @@ int64_t reduction_bytes(const ReductionGeometry& g, bool scaled, DType dtype) {
 template <class A>
 ForwardGrids grids_of(const ForwardPlan& plan, const ForwardProblem& p, int64_t samples) {
   const Shape& s = p.shape;
-  const int64_t walks = ceil_div(samples, kSamplesPerWalk);
-  const int units = plan.hidden_threads / 32 * kUnitsPerWarp;
+  const MlpGeometry& mlp = plan.mlp;
   const ScaleGeometry& g = plan.scale;
   const int64_t limit = plan.shared_limit;
   return {
       {samples * plan.pool.blocks_per_sample(), kThreads,
        reduction_bytes<A>(plan.pool, false, p.dtype), limit},
-      {walks * ceil_div(s.hidden, units), plan.hidden_threads, shared_bytes<HiddenShared<A>>(),
-       limit},
-      {walks * ceil_div(s.channels, kGateChannels), kGateChannels, shared_bytes<GateShared<A>>(),
-       limit},
+      {ceil_div(samples, mlp.hidden_samples) * hidden_tiles(mlp, s), kThreads,
+       walk_shared_bytes<A, HiddenShared>(mlp.hidden_samples), limit},
+      {ceil_div(samples, mlp.gate_samples) * gate_tiles(s), kGateChannels,
+       walk_shared_bytes<A, GateShared>(mlp.gate_samples), limit},
       {samples * plan.maps.blocks_per_sample(), kThreads,
        reduction_bytes<A>(plan.maps, true, p.dtype), limit},
       {samples * g.boxes() * g.chunks, kThreads, shared_bytes<ScaleShared<A>>(g, space_of(s)),
@@ -218,8 +217,7 @@ ForwardPlan plan_streaming(const ForwardProblem& p, const DeviceLimits& device,
   }
   plan.maps.reverse = true;  // starts with what the pool read last
   plan.scale = plan_last_pass(p, samples, plan.maps.splits, device);
-  plan.hidden_threads = static_cast<int>(
-      32 * std::min<int64_t>(kThreads / 32, ceil_div(p.shape.hidden, kUnitsPerWarp)));
+  plan.mlp = plan_mlp(p, samples, device);
   plan.shared_limit = device.shared_per_block;
   const int64_t blocks = std::max({plan.pool.blocks_per_sample(), plan.maps.blocks_per_sample(),
                                    plan.scale.boxes() * plan.scale.chunks, int64_t{1}});

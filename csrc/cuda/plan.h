@@ -36,7 +36,7 @@ struct ForwardPlan {
   double seconds;      // predicted
   Group group;
   ReductionGeometry pool;  // over space
-  int hidden_threads;
+  MlpGeometry mlp;
   ReductionGeometry maps;  // over channels
   ScaleGeometry scale;
   int64_t shared_limit;  // of a block of the device
@@ -97,7 +97,8 @@ struct BackwardPlan {
   Group group;
   TileGeometry cross;  // both sums of dout * x
   BoxGeometry stencil;
-  TileGeometry terms;    // what reaches the channel gate through the maps
+  TileGeometry terms;  // what reaches the channel gate through the maps
+  MlpBackwardGeometry mlp;
   TileGeometry input;    // dx
   int64_t shared_limit;  // of a block of the device
 
@@ -116,6 +117,7 @@ BackwardGrids grids(const BackwardPlan& plan, const BackwardProblem& problem, in
 // The sums over the batch that make the gradients of the weights.
 struct WeightGrids {
   Grid products, sums;  // without blocks where nobody asked for any
+  int tile;             // rows, and columns, of a block's products
 
   int launches() const { return (products.blocks > 0) + (sums.blocks > 0); }
 };

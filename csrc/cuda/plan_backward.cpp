@@ -14,6 +14,9 @@ constexpr int64_t kLongestSpan = 4096;
 // The stencil is content with this fraction of the blocks that a pass over x wants: larger boxes
 // have less halo.
 constexpr int64_t kStencilShare = 5;
+// Products of up to so many outputs are cut into small tiles, up to four to a multiprocessor of the
+// two together; larger ones read too much that way.
+constexpr int64_t kSmallProduct = 1 << 16;
 
 void set_scalar(ColumnAccess& access, const View& view) {
   access.access = Access::kScalar;
@@ -98,17 +101,18 @@ BoxGeometry plan_stencil(const BackwardProblem& p, int64_t samples, const Device
 template <class A>
 BackwardGrids grids_of(const BackwardPlan& plan, const BackwardProblem& p, int64_t samples) {
   const Shape& s = p.shape;
-  const int64_t walks = ceil_div(samples, kSamplesPerWalk), limit = plan.shared_limit;
+  const MlpBackwardGeometry& mlp = plan.mlp;
+  const int64_t limit = plan.shared_limit;
   return {
       {samples * plan.cross.blocks_per_sample(), kThreads, shared_bytes<TileShared<A>>(plan.cross),
        limit},
       {samples * plan.stencil.boxes(), kThreads, stencil_bytes<A>(plan.stencil, p), limit},
       {samples * plan.terms.blocks_per_sample(), kThreads, shared_bytes<TileShared<A>>(plan.terms),
        limit},
-      {walks * ceil_div(s.hidden, kBackwardUnits), kThreads, shared_bytes<GateBackwardShared<A>>(),
-       limit},
-      {walks * ceil_div(s.channels, kBackwardChannels), kBackwardChannels,
-       shared_bytes<HiddenBackwardShared<A>>(), limit},
+      {ceil_div(samples, mlp.gate_samples) * gate_tiles(mlp, s), kGateBackwardThreads<A>,
+       walk_shared_bytes<A, GateBackwardShared>(mlp.gate_samples), limit},
+      {ceil_div(samples, mlp.hidden_samples) * hidden_tiles(mlp, s), kHiddenBackwardThreads,
+       walk_shared_bytes<A, HiddenBackwardShared>(mlp.hidden_samples), limit},
       {samples * plan.input.blocks_per_sample(), kThreads,
        shared_bytes<InputGradientShared<A>>(plan.input), limit},
   };
@@ -132,6 +136,7 @@ void plan_streaming(BackwardPlan& plan, const BackwardProblem& p, const DeviceLi
   plan.terms = plan_sums(p, x, ColumnAccess(x, vector),
                          x.channels_first ? kTileColumns : kTermChannels, samples, device);
   plan.terms.reverse = true;  // starts with what the first pass read last
+  plan.mlp = plan_mlp(p, samples, device);
   if (p.gradients.x)
     plan.input = plan_input(p, dout, View(p, p.dx_strides, p.gradients.x), samples, device);
   plan.shared_limit = device.shared_per_block;
@@ -165,14 +170,16 @@ WeightGrids weight_grids(const BackwardProblem& p) {
       wide ? shared_bytes<OuterShared<double>>() : shared_bytes<OuterShared<float>>();
   const int64_t sum_bytes =
       wide ? shared_bytes<VectorSumsShared<double>>() : shared_bytes<VectorSumsShared<float>>();
-  const int64_t tiles = outer_blocks(s.hidden, s.channels);
+  const int tile = s.hidden * s.channels > kSmallProduct ? kLargeTile : kSmallTile;
+  const int64_t tiles = outer_blocks(s.hidden, s.channels, tile);
   const auto blocks = [](const void* gradient, int64_t length) {
     return gradient ? vector_blocks(length) : 0;
   };
   return {{(g.fc1_weight ? tiles : 0) + (g.fc2_weight ? tiles : 0), kThreads, outer_bytes},
           {blocks(g.fc1_bias, s.hidden) + blocks(g.fc2_bias, s.channels) +
                blocks(g.conv_weight, 2 * s.taps()) + blocks(g.conv_bias, 1),
-           kThreads, sum_bytes}};
+           kSumThreads, sum_bytes},
+          tile};
 }
 
 BackwardScratch scratch(const BackwardPlan& plan, const BackwardProblem& p) {

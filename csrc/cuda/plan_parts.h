@@ -135,6 +135,22 @@ ResidentPlan<ResidentBackwardGeometry> for_batch(const ResidentPlan<ResidentBack
 double streamed_seconds(const ForwardProblem& p, const DeviceLimits& device, const Group& group,
                         int first, int again, int launches);
 
+// plan_mlp.cpp: how the MLP's layers are cut, forwards and backwards, and how many blocks share the
+// samples of a walk over the weights of each.
+MlpGeometry plan_mlp(const ForwardProblem& p, int64_t samples, const DeviceLimits& device);
+MlpBackwardGeometry plan_mlp(const BackwardProblem& p, int64_t samples, const DeviceLimits& device);
+int64_t hidden_tiles(const MlpGeometry& g, const Shape& s);
+int64_t hidden_tiles(const MlpBackwardGeometry& g, const Shape& s);
+int64_t gate_tiles(const Shape& s);
+int64_t gate_tiles(const MlpBackwardGeometry& g, const Shape& s);
+
+// What a kernel that walks over the MLP's weights takes of shared memory, for so many samples.
+template <class A, template <class, int> class Shared>
+int64_t walk_shared_bytes(int samples) {
+  return samples == kFewSamples ? shared_bytes<Shared<A, kFewSamples>>()
+                                : shared_bytes<Shared<A, kSamplesPerWalk>>();
+}
+
 // plan_last_pass.cpp
 ScaleGeometry plan_last_pass(const ForwardProblem& p, int64_t samples, int map_splits,
                              const DeviceLimits& device);

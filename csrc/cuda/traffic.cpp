@@ -27,7 +27,6 @@ int64_t read_by_boxes(const BoxGeometry& g, const Shape& s) {
 struct Sizes {
   int64_t samples, channels, pixels, hidden;
   int64_t x, acc, weight, index;  // bytes: of all of x; of an element
-  int64_t walks;
 
   Sizes(const ForwardProblem& p, int64_t n)
       : samples(n),
@@ -37,8 +36,12 @@ struct Sizes {
         x(n * p.shape.channels * p.shape.pixels() * bytes_of(p.dtype)),
         acc(bytes_of_accumulator(p.dtype)),
         weight(bytes_of(p.weights.dtype)),
-        index(p.training() ? 4 : 0),
-        walks(ceil_div(n, kSamplesPerWalk)) {}
+        index(p.training() ? 4 : 0) {}
+
+  // Weights of a layer of the MLP, and its bias, read once for so many samples.
+  int64_t walked(int together, int64_t bias) const {
+    return ceil_div(samples, together) * weight * (hidden * channels + bias);
+  }
 };
 
 Traffic of_reduction(const ReductionGeometry& g, const Sizes& n, int64_t outputs, bool scaled) {
@@ -50,11 +53,10 @@ Traffic of_reduction(const ReductionGeometry& g, const Sizes& n, int64_t outputs
 }
 
 Traffic of_hidden(const ForwardPlan& plan, const ForwardProblem& p, const Sizes& n) {
-  const int64_t tiles = ceil_div(n.hidden, plan.hidden_threads / 32 * kUnitsPerWarp);
+  const int64_t tiles = hidden_tiles(plan.mlp, p.shape);
   const bool saves = plan.pool.splits > 1 && p.training();
   Traffic t;
-  t.weights_read =
-      n.walks * n.weight * (n.hidden * n.channels + (p.weights.fc1_bias ? n.hidden : 0));
+  t.weights_read = n.walked(plan.mlp.hidden_samples, p.weights.fc1_bias ? n.hidden : 0);
   t.small_read =
       n.samples * n.channels * plan.pool.splits * (tiles * 2 * n.acc + (saves ? n.index : 0));
   t.small_written = n.samples * 2 * n.hidden * n.acc;
@@ -62,11 +64,10 @@ Traffic of_hidden(const ForwardPlan& plan, const ForwardProblem& p, const Sizes&
   return t;
 }
 
-Traffic of_gate(const ForwardProblem& p, const Sizes& n) {
+Traffic of_gate(const ForwardPlan& plan, const ForwardProblem& p, const Sizes& n) {
   Traffic t;
-  t.weights_read =
-      n.walks * n.weight * (n.hidden * n.channels + (p.weights.fc2_bias ? n.channels : 0));
-  t.small_read = ceil_div(n.channels, kGateChannels) * n.samples * 2 * n.hidden * n.acc;
+  t.weights_read = n.walked(plan.mlp.gate_samples, p.weights.fc2_bias ? n.channels : 0);
+  t.small_read = gate_tiles(p.shape) * n.samples * 2 * n.hidden * n.acc;
   t.small_written = n.samples * n.channels * n.acc;
   return t;
 }
@@ -141,19 +142,19 @@ Traffic of_gate_backward(const BackwardPlan& plan, const BackwardProblem& p, con
   const bool first = p.strides.channels_first();
   const int64_t parts =
       first ? plan.cross.tiles + plan.terms.tiles : plan.cross.splits + plan.terms.splits;
-  const int64_t tiles = ceil_div(n.hidden, kBackwardUnits);
+  const int64_t tiles = gate_tiles(plan.mlp, p.shape);
   Traffic t;
-  t.weights_read = n.walks * n.weight * n.hidden * n.channels;
+  t.weights_read = n.walked(plan.mlp.gate_samples, 0);
   t.small_read = n.samples * n.acc *
                  (tiles * n.channels * (parts + 1 + (p.d_channel_gate ? 1 : 0)) + 2 * n.hidden);
   t.small_written = n.samples * n.acc * (n.channels + 2 * n.hidden);
   return t;
 }
 
-Traffic of_hidden_backward(const Sizes& n) {
+Traffic of_hidden_backward(const BackwardPlan& plan, const BackwardProblem& p, const Sizes& n) {
   Traffic t;
-  t.weights_read = n.walks * n.weight * n.hidden * n.channels;
-  t.small_read = n.samples * ceil_div(n.channels, kBackwardChannels) * 2 * n.hidden * n.acc;
+  t.weights_read = n.walked(plan.mlp.hidden_samples, 0);
+  t.small_read = n.samples * hidden_tiles(plan.mlp, p.shape) * 2 * n.hidden * n.acc;
   t.small_written = n.samples * 2 * n.channels * n.acc;
   return t;
 }
@@ -171,11 +172,11 @@ Traffic of_input(const BackwardPlan& plan, const BackwardProblem& p, const Sizes
 
 // Of `rows` x `cols` outputs, summed over so many vectors of each.
 Traffic of_outer(const void* gradient, int64_t rows, int64_t cols, int64_t row_vectors,
-                 int64_t col_vectors, const Sizes& n) {
+                 int64_t col_vectors, int tile, const Sizes& n) {
   Traffic t;
   if (!gradient) return t;
-  t.sums_read = n.acc * (rows * row_vectors * ceil_div(cols, kOuterTile) +
-                         cols * col_vectors * ceil_div(rows, kOuterTile));
+  t.sums_read = n.acc * (rows * row_vectors * ceil_div(cols, tile) +
+                         cols * col_vectors * ceil_div(rows, tile));
   t.sums_written = rows * cols * n.weight;
   return t;
 }
@@ -191,8 +192,9 @@ Traffic of_sum(const void* gradient, int64_t length, int64_t vectors, const Size
 Traffic of_weights(const BackwardPlan& plan, const BackwardProblem& p, const Sizes& n) {
   const Gradients& g = p.gradients;
   const int64_t boxes = n.samples * plan.boxes().boxes();
-  Traffic t = of_outer(g.fc1_weight, n.hidden, n.channels, 2 * n.samples, 2 * n.samples, n);
-  t += of_outer(g.fc2_weight, n.channels, n.hidden, n.samples, 2 * n.samples, n);
+  const int tile = weight_grids(p).tile;
+  Traffic t = of_outer(g.fc1_weight, n.hidden, n.channels, 2 * n.samples, 2 * n.samples, tile, n);
+  t += of_outer(g.fc2_weight, n.channels, n.hidden, n.samples, 2 * n.samples, tile, n);
   t += of_sum(g.fc1_bias, n.hidden, 2 * n.samples, n);
   t += of_sum(g.fc2_bias, n.channels, n.samples, n);
   t += of_sum(g.conv_weight, 2 * p.shape.taps(), boxes, n);
@@ -301,7 +303,7 @@ std::vector<Stage> stages(const ForwardPlan& plan, const ForwardProblem& p, int6
   return {
       {"channel pool", g.pool, of_reduction(plan.pool, n, n.channels, false)},
       {"hidden layer", g.hidden, of_hidden(plan, p, n)},
-      {"channel gate", g.gate, of_gate(p, n)},
+      {"channel gate", g.gate, of_gate(plan, p, n)},
       {"spatial pool", g.maps, of_reduction(plan.maps, n, n.pixels, true)},
       {"spatial gate, scale", g.scale, of_scale(plan, p, n)},
   };
@@ -319,7 +321,7 @@ std::vector<Stage> stages(const BackwardPlan& plan, const BackwardProblem& p, in
   launched.push_back({"map terms", g.terms, of_terms(plan, p, n)});
   launched.push_back({"channel gate", g.gate, of_gate_backward(plan, p, n)});
   if (!p.gradients.x) return launched;
-  launched.push_back({"hidden layer", g.hidden, of_hidden_backward(n)});
+  launched.push_back({"hidden layer", g.hidden, of_hidden_backward(plan, p, n)});
   launched.push_back({"dx", g.input, of_input(plan, p, n)});
   return launched;
 }

@@ -31,6 +31,9 @@ RUNS = (
     (Case("volume", (2, 10, 4, 6, 9), 2, (3, 3, 3)), SHORT[:1], BOTH),
     (Case("boxes along the depth", (1, 3, 400, 2, 3), 1, (5, 1, 3)), SHORT[:1], BOTH),
 )
+# On a slice of a GPU, where eight samples share a walk over the MLP's weights.
+WALKS = Case("walks of eight samples, large products", (11, 1100, 3, 3), 133, (3, 3))
+SLICED = ((WALKS, SHORT[:1], BOTH[:1], (("H100", 2),)),)
 # The resident kernels: cases, and the slices of GPUs whose teams take them.
 FIRST, HALF = BOTH[:1], SHORT[1:]
 UNEVEN = Case("boxes that the image cuts", (3, 64, 9, 8), 3, (5, 5))
@@ -132,15 +135,19 @@ def make_runs() -> list[Run]:
         for dtype in dtypes
         for layout in layouts
     ]
-    resident = [
+    on_slices = [
         make_run(case, dtype, layout, device, direction)
-        for direction, cases in (("forward", RESIDENT_FORWARD), ("backward", RESIDENT_BACKWARD))
+        for direction, cases in (
+            ("", SLICED),
+            ("forward", RESIDENT_FORWARD),
+            ("backward", RESIDENT_BACKWARD),
+        )
         for case, dtypes, layouts, devices in cases
         for dtype in dtypes
         for layout in layouts
         for device in devices
     ]
-    return streaming + resident
+    return streaming + on_slices
 
 
 def load(path: Path) -> ctypes.CDLL:

@@ -111,9 +111,15 @@ struct StencilShared {
 };
 
 // channel_gate_backward.cu: the MLP backwards, a launch for each layer.
+struct MlpBackwardGeometry {
+  int gate_samples;  // of a block: kSamplesPerWalk or kFewSamples
+  int units_along;   // threads side by side over hidden units, a power of two up to 32
+  int hidden_samples;
+};
 struct ChannelGateBackward {
   int samples, channels, hidden_units;
   int64_t pixels;
+  MlpBackwardGeometry geometry;
   DType dtype;  // of the weights
   const void* fc1_weight;
   const void* fc2_weight;
@@ -125,29 +131,35 @@ struct ChannelGateBackward {
   void* d_hidden;  // acc [samples, 2, hidden_units]: before the ReLU, of mean and of max
   void* d_pooled;  // acc [samples, 2, channels]: d_avg / pixels, d_top
 };
-constexpr int kBackwardUnits = 64;  // hidden units of a block in the second layer's backward
-// Channels, and threads, of a block in the first layer's: each reads d_hidden of all units.
-constexpr int kBackwardChannels = 256;
+// Hidden units of a thread in the second layer's backward, `units_along` apart.
+constexpr int kBackwardUnits = 2;
+// Threads of a block there: doubles take twice the shared memory.
+template <class A>
+constexpr int kGateBackwardThreads = sizeof(A) == 8 ? 256 : 512;
+// Threads of a block in the first layer's, and the channels of each.
+constexpr int kHiddenBackwardThreads = 128;
+CBAM_INLINE constexpr int backward_channels(int samples) { return samples == kFewSamples ? 1 : 2; }
 
 void gate_layer_backward(const ChannelGateBackward& p, const Grid& grid, Stream stream);
 void hidden_layer_backward(const ChannelGateBackward& p, const Grid& grid, Stream stream);
 
-template <class A>
+template <class A, int kSamples>
 struct GateBackwardShared {
-  A* dm;       // [kSamplesPerWalk, kChannelChunk]
-  A* partial;  // [warps, kSamplesPerWalk, kBackwardUnits]
+  static constexpr int kChunk = kWalkBytes / (kSamples * int{sizeof(A)});  // channels at a time
+  static_assert(kSamples * kChunk >= kGateBackwardThreads<A> / 32 * kSamples * kBackwardUnits * 32);
+
+  A* dm;  // [kChunk, kSamples]; behind the walk the warps' sums, [warps, kSamples, units]
 
   CBAM_INLINE_MEMBER explicit GateBackwardShared(SharedCarver& carver)
-      : dm(carver.array<A>(kSamplesPerWalk * kChannelChunk, "dm")),
-        partial(carver.array<A>(kThreads / 32 * kSamplesPerWalk * kBackwardUnits, "partial")) {}
+      : dm(carver.array<A>(kChunk * kSamples, "dm")) {}
 };
 
-template <class A>
+template <class A, int kSamples>
 struct HiddenBackwardShared {
-  A* d_hidden;  // [2 * kSamplesPerWalk, kUnitChunk]
+  A* d_hidden;  // [kUnitChunk, 2 * kSamples]
 
   CBAM_INLINE_MEMBER explicit HiddenBackwardShared(SharedCarver& carver)
-      : d_hidden(carver.array<A>(2 * kSamplesPerWalk * kUnitChunk, "d_hidden")) {}
+      : d_hidden(carver.array<A>(kUnitChunk * 2 * kSamples, "d_hidden")) {}
 };
 
 // input_gradient.cu: the last pass, dout -> dx.
@@ -211,7 +223,7 @@ struct Vectors {
   const void* values;  // acc [count, parts, length]; the parts of a vector are added
   int64_t pitch;       // elements from one vector to the next
   int64_t count;
-  int parts, length;
+  int parts, length;  // 1 or 2 parts
 };
 // Those that nobody asked for are vectors of length 0.
 struct OuterSum {
@@ -219,6 +231,7 @@ struct OuterSum {
   void* out;     // the weights' dtype [a.length, b.length]
 };
 struct OuterSums {
+  int tile;  // rows, and columns, of a block's outputs: kSmallTile or kLargeTile
   OuterSum first, second;
 };
 struct VectorSum {
@@ -230,12 +243,15 @@ constexpr int kMostVectorSums = 4;
 struct VectorSums {
   VectorSum sum[kMostVectorSums];
 };
-constexpr int kOuterTile = 32, kOuterDepth = 32;
-constexpr int kSummedTogether = 32;  // elements of its vectors that a block of vector_sums sums
+constexpr int kSmallTile = 16, kLargeTile = 32;
+constexpr int kOuterStaged = 2048;  // elements of a, and of b, that a block stages at a time
+constexpr int kOuterMerged = 8;     // outputs of a thread that the warps of a block add together
+constexpr int kSumThreads = 512;    // of a block of vector_sums
+constexpr int kSummedTogether = 8;  // elements of its vectors that a block of vector_sums sums
 
 // Blocks of each.
-CBAM_INLINE int64_t outer_blocks(int64_t rows, int64_t cols) {
-  return (rows + kOuterTile - 1) / kOuterTile * ((cols + kOuterTile - 1) / kOuterTile);
+CBAM_INLINE int64_t outer_blocks(int64_t rows, int64_t cols, int tile) {
+  return (rows + tile - 1) / tile * ((cols + tile - 1) / tile);
 }
 CBAM_INLINE int64_t vector_blocks(int64_t length) {
   return (length + kSummedTogether - 1) / kSummedTogether;
@@ -247,20 +263,22 @@ void vector_sums(DType dtype, const VectorSums& p, const Grid& grid, Stream stre
 
 template <class A>
 struct OuterShared {
-  A* a;  // [kOuterDepth, kOuterTile]
-  A* b;
+  A* a;        // [kOuterStaged / tile, tile]
+  A* b;        // the same
+  A* partial;  // [warps, kOuterMerged, 32]
 
   CBAM_INLINE_MEMBER explicit OuterShared(SharedCarver& carver)
-      : a(carver.array<A>(kOuterDepth * kOuterTile, "a")),
-        b(carver.array<A>(kOuterDepth * kOuterTile, "b")) {}
+      : a(carver.array<A>(kOuterStaged, "a")),
+        b(carver.array<A>(kOuterStaged, "b")),
+        partial(carver.array<A>(kThreads * kOuterMerged, "partial")) {}
 };
 
 template <class A>
 struct VectorSumsShared {
-  A* sum;  // [threads]
+  A* sum;  // [warps, kSummedTogether]
 
   CBAM_INLINE_MEMBER explicit VectorSumsShared(SharedCarver& carver)
-      : sum(carver.array<A>(kThreads, "sum")) {}
+      : sum(carver.array<A>(kSumThreads / 32 * kSummedTogether, "sum")) {}
 };
 
 }  // namespace cbam::cuda

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../primitives/reduce.cuh"
+#include "../primitives/vector_io.cuh"
 #include "kernels.h"
 
 namespace cbam::cuda {
@@ -117,21 +118,29 @@ __device__ __forceinline__ void write_part(const Parts& out, const ReductionBloc
   if constexpr (kArgmax) out.argmax[part * outputs + output] = e.argmax_or(first);
 }
 
-// All parts of one output, merged in their order; argmax stays kNone without kArgmax.
+// One part of an output; argmax stays kNone without kArgmax.
 template <bool kArgmax, class A>
+__device__ __forceinline__ Extremes<A, kArgmax> read_part(const Parts& parts, int64_t sample,
+                                                          int split, int outputs, int output) {
+  const int64_t part = sample * parts.splits + split;
+  const A* values = static_cast<const A*>(parts.values) + part * 2 * outputs + output;
+  Extremes<A, kArgmax> e;
+  e.sum = values[0];
+  e.max = values[outputs];
+  if constexpr (kArgmax) e.argmax = parts.argmax[part * outputs + output];
+  return e;
+}
+
+// All parts of one output, merged in their order; kBatch of them are under way at a time.
+template <bool kArgmax, class A, int kBatch = 1>
 __device__ __forceinline__ Extremes<A, kArgmax> merge_parts(const Parts& parts, int64_t sample,
                                                             int outputs, int output) {
   const auto read = [&](int split) {
-    const int64_t part = sample * parts.splits + split;
-    const A* values = static_cast<const A*>(parts.values) + part * 2 * outputs + output;
-    Extremes<A, kArgmax> e;
-    e.sum = values[0];
-    e.max = values[outputs];
-    if constexpr (kArgmax) e.argmax = parts.argmax[part * outputs + output];
-    return e;
+    return read_part<kArgmax, A>(parts, sample, split, outputs, output);
   };
   auto merged = read(0);  // a single part as it is, NaN and all
-  for (int split = 1; split < parts.splits; ++split) merged.merge(read(split));
+  for_batches<kBatch>(1, parts.splits, 1, read,
+                      [&](int, const Extremes<A, kArgmax>& part) { merged.merge(part); });
   return merged;
 }
 

@@ -3,181 +3,265 @@
 //   hidden[p] = relu(W1 pooled[p] + b1)                      p: mean, max
 //   gate      = sigmoid(W2 (hidden[mean] + hidden[max]) + 2 b2)
 //
-// Both layers take kSamplesPerWalk samples at a time, so that the weights are read once for all of
-// them.
+// Both layers take several samples at a time, so that the weights are read once for all of them.
 #include "../dispatch.cuh"
 #include "../launch.cuh"
-#include "../primitives/reduce.cuh"
 #include "blocks.cuh"
 #include "kernels.h"
 
 namespace cbam::cuda {
 namespace {
 
-constexpr int kPooled = 2 * kSamplesPerWalk;  // pooled vectors of a block
+// What the block's pooled vectors have at one channel, mean and maximum of each sample.
+template <class A, int kSamples>
+struct PooledChannel {
+  A value[2 * kSamples];
+};
 
-// Channels [first, first + count) of the block's pooled vectors, their parts merged, into shared
-// memory; absent samples are zeros. The first block of a group also saves them.
-template <class A>
+// Channels [first, first + count) of pooled vectors that have one part, into shared memory; absent
+// samples are zeros.
+template <int kSamples, class A>
 __device__ __forceinline__ void stage_pooled(const ChannelGate& p, int64_t first_sample, int first,
-                                             int count, bool saves, A* pooled) {
-  for (int i = threadIdx.x; i < kSamplesPerWalk * kChannelChunk; i += blockDim.x) {
-    const int s = i / kChannelChunk, k = i % kChannelChunk, c = first + k;
+                                             int count, A* pooled) {
+  using Channel = PooledChannel<A, kSamples>;
+  const auto read = [&](int k) {
+    Channel channel;
+#pragma unroll
+    for (int s = 0; s < kSamples; ++s) {
+      const int64_t n = first_sample + s;
+      Extremes<A, false> e;
+      e.max = A(0);
+      if (n < p.samples) e = read_part<false, A>(p.parts, n, 0, p.channels, first + k);
+      channel.value[2 * s] = e.sum;
+      channel.value[2 * s + 1] = e.max;
+    }
+    return channel;
+  };
+  for_batches<8 / kSamples>(threadIdx.x, count, kThreads, read, [&](int k, const Channel& channel) {
+    store_shared(pooled + k * HiddenShared<A, kSamples>::kPitch, channel.value);
+  });
+}
+
+// The same where parts are to be merged; the first block of a group of samples may save them.
+template <bool kSaves, int kSamples, class A>
+__device__ __forceinline__ void stage_merged(const ChannelGate& p, int64_t first_sample, int first,
+                                             int count, A* pooled) {
+  for (int i = threadIdx.x; i < kSamples * count; i += kThreads) {
+    const int s = i / count, k = i - s * count, c = first + k;
     const int64_t n = first_sample + s;
     A mean = A(0), max = A(0);
-    if (n < p.samples && k < count) {
-      if (saves) {
-        const auto e = merge_parts<true, A>(p.parts, n, p.channels, c);
+    if (n < p.samples) {
+      const auto e = merge_parts<kSaves, A, 8>(p.parts, n, p.channels, c);
+      mean = e.sum;
+      max = e.max;
+      if constexpr (kSaves) {
         A* saved = static_cast<A*>(p.pooled) + n * 2 * p.channels + c;
-        saved[0] = mean = e.sum;
-        saved[p.channels] = max = e.max;
+        saved[0] = mean;
+        saved[p.channels] = max;
         p.argmax[n * p.channels + c] = e.argmax;
-      } else {
-        const auto e = merge_parts<false, A>(p.parts, n, p.channels, c);
-        mean = e.sum;
-        max = e.max;
       }
     }
-    pooled[(2 * s) * kChannelChunk + k] = mean;
-    pooled[(2 * s + 1) * kChannelChunk + k] = max;
+    A* at = pooled + k * HiddenShared<A, kSamples>::kPitch + 2 * s;
+    at[0] = mean;
+    at[1] = max;
   }
 }
 
-// grid    ceil(samples / kSamplesPerWalk) * tiles blocks of 32 to 256 threads; a warp takes
-//         kUnitsPerWarp hidden units, its lanes the channels
-// shared  kPooled * kChannelChunk * acc
-// bytes   reads W1 once a group of samples; every block of the group reads the pooled parts
-template <class W, class A>
-__global__ void __launch_bounds__(kThreads) hidden_layer_kernel(const ChannelGate p) {
-  const int units_per_block = blockDim.x / 32 * kUnitsPerWarp;
-  const int tiles = (p.hidden_units + units_per_block - 1) / units_per_block;
-  const int tile = blockIdx.x % tiles;
-  const int64_t first_sample = static_cast<int64_t>(blockIdx.x / tiles) * kSamplesPerWalk;
+// Weights of a warp's hidden units for one channel; zeros for units that do not exist.
+template <class W>
+struct UnitWeights {
+  W value[kUnitsPerWarp];
+};
+
+// What channels [first, first + count) add to the sums of a warp; its lanes, and those of the other
+// warps that have the same units, take every `step`-th channel.
+template <int kSamples, class W, class A>
+__device__ __forceinline__ void add_channels(const ChannelGate& p, int first_unit, int first,
+                                             int own, int count, int step, const A* pooled,
+                                             A (&sum)[HiddenShared<A, kSamples>::kSums]) {
+  const W* weights = static_cast<const W*>(p.fc1_weight) + int64_t{first_unit} * p.channels + first;
+  const auto read = [&](int k) {
+    UnitWeights<W> weight;
+#pragma unroll
+    for (int u = 0; u < kUnitsPerWarp; ++u)
+      weight.value[u] =
+          first_unit + u < p.hidden_units ? weights[int64_t{u} * p.channels + k] : W();
+    return weight;
+  };
+  constexpr int kBatch = kSamples == kFewSamples ? 4 : 2;
+  for_batches<kBatch>(own, count, step, read, [&](int k, const UnitWeights<W>& weight) {
+    A value[2 * kSamples];
+    load_shared(pooled + k * HiddenShared<A, kSamples>::kPitch, true, value);
+#pragma unroll
+    for (int u = 0; u < kUnitsPerWarp; ++u) {
+      const A w = widen(weight.value[u]);
+#pragma unroll
+      for (int v = 0; v < 2 * kSamples; ++v) sum[u * 2 * kSamples + v] += w * value[v];
+    }
+  });
+}
+
+// The sums over the warp of each lane's `sum`, to shared memory.
+template <int kCount, class A>
+__device__ __forceinline__ void put_sums(const A (&sum)[kCount], A* to) {
+  constexpr int kTogether = kCount < 32 ? kCount : 32;
   const int lane = threadIdx.x % 32;
-  const int first_unit = tile * units_per_block + threadIdx.x / 32 * kUnitsPerWarp;
+#pragma unroll
+  for (int first = 0; first < kCount; first += kTogether) {
+    A some[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) some[i] = sum[first + i];
+    A total[1] = {sums_of_warp(some)};
+    sum_strided(total, kTogether);
+    if (lane < kTogether) to[first + lane] = total[0];
+  }
+}
+
+// grid    ceil(samples / kSamples) * tiles blocks of 256 threads; a warp takes kUnitsPerWarp hidden
+//         units, its lanes and those of the warps beside it the channels
+// shared  pooled vectors of a chunk of channels, biases, the warps' sums
+// bytes   reads W1 once a group of samples; every block of the group reads the pooled parts
+template <class W, class A, int kSamples>
+__global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : 2)
+    hidden_layer_kernel(const ChannelGate p) {
+  using Shared = HiddenShared<A, kSamples>;
+  const int unit_warps = p.geometry.unit_warps, slices = kThreads / 32 / unit_warps;
+  const int units = unit_warps * kUnitsPerWarp, tiles = (p.hidden_units + units - 1) / units;
+  const int tile = blockIdx.x % tiles;
+  const int64_t first_sample = static_cast<int64_t>(blockIdx.x / tiles) * kSamples;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   SharedCarver carver(dynamic_shared_memory());
-  const HiddenShared<A> shared(carver);
-  A sum[kUnitsPerWarp][kPooled] = {};
-  for (int first = 0; first < p.channels; first += kChannelChunk) {
-    const int count = min(kChannelChunk, p.channels - first);
-    stage_pooled(p, first_sample, first, count, p.pooled && tile == 0, shared.pooled);
+  const Shared shared(carver);
+  if (threadIdx.x < units) {
+    const int unit = tile * units + threadIdx.x;
+    shared.bias[threadIdx.x] = p.fc1_bias && unit < p.hidden_units
+                                   ? A(widen(static_cast<const W*>(p.fc1_bias)[unit]))
+                                   : A(0);
+  }
+  A sum[Shared::kSums] = {};
+  for (int first = 0; first < p.channels; first += Shared::kChunk) {
+    const int count = min(Shared::kChunk, p.channels - first);
+    if (p.parts.splits == 1)
+      stage_pooled<kSamples>(p, first_sample, first, count, shared.pooled);
+    else if (p.pooled && tile == 0)
+      stage_merged<true, kSamples>(p, first_sample, first, count, shared.pooled);
+    else
+      stage_merged<false, kSamples>(p, first_sample, first, count, shared.pooled);
     __syncthreads();
-    for (int k = lane; k < count; k += 32) {
-      A weight[kUnitsPerWarp];
-#pragma unroll
-      for (int u = 0; u < kUnitsPerWarp; ++u)
-        weight[u] = first_unit + u < p.hidden_units
-                        ? widen(static_cast<const W*>(
-                              p.fc1_weight)[int64_t{first_unit + u} * p.channels + first + k])
-                        : A(0);
-#pragma unroll
-      for (int v = 0; v < kPooled; ++v) {
-        const A value = shared.pooled[v * kChannelChunk + k];
-#pragma unroll
-        for (int u = 0; u < kUnitsPerWarp; ++u) sum[u][v] += weight[u] * value;
-      }
-    }
+    add_channels<kSamples, W>(p, tile * units + warp % unit_warps * kUnitsPerWarp, first,
+                              warp / unit_warps * 32 + lane, count, slices * 32, shared.pooled,
+                              sum);
     __syncthreads();
   }
-#pragma unroll
-  for (int u = 0; u < kUnitsPerWarp; ++u) {
-    const int unit = first_unit + u;
-    const bool inside = unit < p.hidden_units;
-    A bias = A(0);
-    if (lane == 0 && inside && p.fc1_bias) bias = widen(static_cast<const W*>(p.fc1_bias)[unit]);
-    bias = __shfl_sync(0xffffffffu, bias, 0);
-#pragma unroll
-    for (int v = 0; v < kPooled; ++v) {
-      const A total = sum_of_warp(sum[u][v]);
-      const int64_t n = first_sample + v / 2;
-      if (inside && lane == v && n < p.samples)
-        static_cast<A*>(p.hidden)[(n * 2 + v % 2) * p.hidden_units + unit] = relu(total + bias);
-    }
+  put_sums(sum, shared.partial + warp * Shared::kSums);
+  __syncthreads();
+  for (int i = threadIdx.x; i < unit_warps * Shared::kSums; i += kThreads) {
+    const int within = i / Shared::kVectors, unit = tile * units + within;
+    const int v = i % Shared::kVectors;
+    const int64_t n = first_sample + v / 2;
+    if (unit >= p.hidden_units || n >= p.samples) continue;
+    A total = A(0);
+    for (int slice = 0; slice < slices; ++slice)
+      total += shared.partial[slice * unit_warps * Shared::kSums + i];
+    static_cast<A*>(p.hidden)[(n * 2 + v % 2) * p.hidden_units + unit] =
+        relu(total + shared.bias[within]);
   }
 }
 
-// W2's rows and the summed hidden vectors, hidden units [first, first + count), into shared memory.
-template <class W, class A>
-__device__ __forceinline__ void stage_units(const ChannelGate& p, int64_t first_sample,
-                                            int first_channel, int first, int count,
-                                            const GateShared<A>& shared) {
-  for (int i = threadIdx.x; i < kGateChannels * kUnitChunk; i += kGateChannels) {
-    const int c = i / kUnitChunk, u = i % kUnitChunk;
-    if (u < count && first_channel + c < p.channels)
-      shared.weight[c * (kUnitChunk + 1) + u] = widen(static_cast<const W*>(
-          p.fc2_weight)[int64_t{first_channel + c} * p.hidden_units + first + u]);
-  }
-  for (int i = threadIdx.x; i < kSamplesPerWalk * kUnitChunk; i += kGateChannels) {
-    const int s = i / kUnitChunk, u = i % kUnitChunk;
+// The hidden vectors of mean and max, added, hidden units [first, first + count), into shared
+// memory, a unit a thread; absent samples are zeros.
+template <int kSamples, class A>
+__device__ __forceinline__ void stage_hidden(const ChannelGate& p, int64_t first_sample, int first,
+                                             int count, A* hidden) {
+  static_assert(kUnitChunk == kGateChannels, "a thread for each unit");
+  const int u = threadIdx.x;
+  if (u >= count) return;
+  A mean[kSamples], max[kSamples];
+#pragma unroll
+  for (int s = 0; s < kSamples; ++s) {
     const int64_t n = first_sample + s;
-    A both = A(0);
-    if (n < p.samples && u < count) {
-      const A* hidden = static_cast<const A*>(p.hidden) + n * 2 * p.hidden_units + first + u;
-      both = hidden[0] + hidden[p.hidden_units];
-    }
-    shared.hidden[u * kSamplesPerWalk + s] = both;
+    const A* at = static_cast<const A*>(p.hidden) + n * 2 * p.hidden_units + first + u;
+    mean[s] = n < p.samples ? at[0] : A(0);
+    max[s] = n < p.samples ? at[p.hidden_units] : A(0);
   }
+#pragma unroll
+  for (int s = 0; s < kSamples; ++s) mean[s] += max[s];
+  store_shared(hidden + u * kSamples, mean);
 }
 
-// grid    ceil(samples / kSamplesPerWalk) * ceil(channels / kGateChannels) blocks of kGateChannels
+// What `count` hidden units add to the sums of one channel, whose row of weights is read kCount
+// elements at a time.
+template <int kCount, int kSamples, class W, class A>
+__device__ __forceinline__ void add_units(const W* row, int count, const A* hidden,
+                                          A (&z)[kSamples]) {
+  constexpr int kBatch = kSamples == kFewSamples ? 8 : 4;
+  const auto read = [&](int i) { return load<kCount>(row + i * kCount); };
+  for_batches<kBatch>(0, count / kCount, 1, read, [&](int i, const Raw<W, kCount>& raw) {
+    const Pack<W, kCount> weight = widen<W>(raw);
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      A value[kSamples];
+      load_shared(hidden + (i * kCount + e) * kSamples, true, value);
+#pragma unroll
+      for (int s = 0; s < kSamples; ++s) z[s] += weight.value[e] * value[s];
+    }
+  });
+}
+
+// grid    ceil(samples / kSamples) * ceil(channels / kGateChannels) blocks of kGateChannels
 //         threads; a thread takes one channel of the group's samples
-// shared  (kGateChannels * (kUnitChunk + 1) + kUnitChunk * kSamplesPerWalk) * acc
+// shared  kUnitChunk * kSamples * acc
 // bytes   reads W2 once a group of samples; every block of the group reads the hidden vectors
-template <class W, class A>
+template <class W, class A, int kSamples>
 __global__ void __launch_bounds__(kGateChannels) gate_layer_kernel(const ChannelGate p) {
   const int tiles = (p.channels + kGateChannels - 1) / kGateChannels;
-  const int first_channel = blockIdx.x % tiles * kGateChannels;
-  const int64_t first_sample = static_cast<int64_t>(blockIdx.x / tiles) * kSamplesPerWalk;
+  const int channel = blockIdx.x % tiles * kGateChannels + threadIdx.x;
+  const bool inside = channel < p.channels;
+  const int64_t first_sample = static_cast<int64_t>(blockIdx.x / tiles) * kSamples;
   SharedCarver carver(dynamic_shared_memory());
-  const GateShared<A> shared(carver);
-  A z[kSamplesPerWalk] = {};
-  const int own = threadIdx.x, channel = first_channel + own;
+  const GateShared<A, kSamples> shared(carver);
+  A bias = A(0);
+  if (inside && p.fc2_bias) bias = widen(static_cast<const W*>(p.fc2_bias)[channel]);
+  const W* row =
+      static_cast<const W*>(p.fc2_weight) + (inside ? int64_t{channel} * p.hidden_units : 0);
+  A z[kSamples] = {};
   for (int first = 0; first < p.hidden_units; first += kUnitChunk) {
     const int count = min(kUnitChunk, p.hidden_units - first);
-    stage_units<W>(p, first_sample, first_channel, first, count, shared);
+    stage_hidden<kSamples>(p, first_sample, first, count, shared.hidden);
     __syncthreads();
-    if (channel < p.channels)
-      for (int u = 0; u < count; ++u) {
-        const A weight = shared.weight[own * (kUnitChunk + 1) + u];
-#pragma unroll
-        for (int s = 0; s < kSamplesPerWalk; ++s)
-          z[s] += weight * shared.hidden[u * kSamplesPerWalk + s];
-      }
+    if (inside) {
+      if (p.geometry.vectors)
+        add_units<kVector<W>>(row + first, count, shared.hidden, z);
+      else
+        add_units<1>(row + first, count, shared.hidden, z);
+    }
     __syncthreads();
   }
-  if (channel >= p.channels) return;
-  const A bias = p.fc2_bias ? A(widen(static_cast<const W*>(p.fc2_bias)[channel])) : A(0);
+  if (!inside) return;
 #pragma unroll
-  for (int s = 0; s < kSamplesPerWalk; ++s)
+  for (int s = 0; s < kSamples; ++s)
     if (first_sample + s < p.samples)
       static_cast<A*>(p.gate)[(first_sample + s) * p.channels + channel] =
           sigmoid(z[s] + A(2) * bias);
 }
 
-// Calls body(W, A) for the dtype of the weights and the accumulator's.
-template <class Body>
-void with_weights(const ChannelGate& p, Body body) {
-  with_storage(p.dtype, [&](auto weight) {
-    using W = typename decltype(weight)::type;
-    body(weight, Type<acc_t<W>>());
-  });
-}
-
 }  // namespace
 
 void hidden_layer(const ChannelGate& p, const Grid& grid, Stream stream) {
-  with_weights(p, [&](auto weight, auto acc) {
-    launch("hidden_layer",
-           hidden_layer_kernel<typename decltype(weight)::type, typename decltype(acc)::type>, grid,
-           stream, p);
+  with_storage(p.dtype, [&](auto weight) {
+    with_walk(p.geometry.hidden_samples, [&](auto samples) {
+      using W = typename decltype(weight)::type;
+      launch("hidden_layer", hidden_layer_kernel<W, acc_t<W>, samples()>, grid, stream, p);
+    });
   });
 }
 
 void gate_layer(const ChannelGate& p, const Grid& grid, Stream stream) {
-  with_weights(p, [&](auto weight, auto acc) {
-    launch("gate_layer",
-           gate_layer_kernel<typename decltype(weight)::type, typename decltype(acc)::type>, grid,
-           stream, p);
+  with_storage(p.dtype, [&](auto weight) {
+    with_walk(p.geometry.gate_samples, [&](auto samples) {
+      using W = typename decltype(weight)::type;
+      launch("gate_layer", gate_layer_kernel<W, acc_t<W>, samples()>, grid, stream, p);
+    });
   });
 }
 

@@ -4,8 +4,9 @@
 //   d_hidden[p] = W2^T dm where hidden[p] passed the ReLU      p: mean, max
 //   d_pooled[p] = W1^T d_hidden[p], the mean's divided by the pixels
 //
-// Both take kSamplesPerWalk samples at a time. The gradients of the weights are products of what
-// these leave with what the forward saved: weight_gradients.cu.
+// Both take several samples at a time, so that the weights are read once for all of them. The
+// gradients of the weights are products of what these leave with what the forward saved:
+// weight_gradients.cu.
 #include "../dispatch.cuh"
 #include "../launch.cuh"
 #include "tile_sums.cuh"
@@ -13,142 +14,227 @@
 namespace cbam::cuda {
 namespace {
 
+// What reaches one channel's gate of a sample, and the gate.
+template <class A>
+struct Reached {
+  A cross, terms, more, gate;
+};
+
 // dm of channels [first, first + count) of the block's samples, absent ones zero; the first block
 // of a group of samples also writes it.
-template <class A>
+template <int kSamples, class A>
 __device__ __forceinline__ void stage_dm(const ChannelGateBackward& p, int64_t first_sample,
                                          int first, int count, bool writes, A* staged) {
   const A* gate = static_cast<const A*>(p.channel_gate);
   const A* more = static_cast<const A*>(p.d_channel_gate);
-  for (int i = threadIdx.x; i < kSamplesPerWalk * kChannelChunk; i += kThreads) {
-    const int s = i / kChannelChunk, k = i % kChannelChunk;
-    const int64_t n = first_sample + s, at = n * p.channels + first + k;
-    A dm = A(0);
-    if (n < p.samples && k < count) {
-      const A d = total_of<A>(p.cross, n, p.channels, first + k) +
-                  total_of<A>(p.terms, n, p.channels, first + k) + (more ? more[at] : A(0));
-      dm = d * sigmoid_derivative<A>(gate[at]);
-      if (writes) static_cast<A*>(p.dm)[at] = dm;
-    }
-    staged[i] = dm;
-  }
+  const bool single = p.cross.parts == 1 && p.terms.parts == 1;
+  const auto sample_of = [&](int i) { return first_sample + i / count; };
+  const auto read = [&](int i, auto total) {
+    const int64_t n = sample_of(i);
+    const int c = first + i % count;
+    if (n >= p.samples) return Reached<A>{};
+    const int64_t at = n * p.channels + c;
+    const A open = gate[at], other = more ? more[at] : A(0);
+    return Reached<A>{total(p.cross, n, c), total(p.terms, n, c), other, open};
+  };
+  const auto put = [&](int i, const Reached<A>& r) {
+    const int64_t n = sample_of(i);
+    const int k = i % count;
+    const A dm = (r.cross + r.terms + r.more) * sigmoid_derivative<A>(r.gate);
+    if (writes && n < p.samples) static_cast<A*>(p.dm)[n * p.channels + first + k] = dm;
+    staged[k * kSamples + i / count] = dm;
+  };
+  const int end = kSamples * count, step = kGateBackwardThreads<A>;
+  const auto only = [&](const Sums& sums, int64_t n, int c) {
+    return static_cast<const A*>(sums.values)[n * p.channels + c];
+  };
+  const auto all = [&](const Sums& sums, int64_t n, int c) {
+    return total_of<A>(sums, n, p.channels, c);
+  };
+  if (single)
+    for_batches(threadIdx.x, end, step, [&](int i) { return read(i, only); }, put);
+  else
+    for_batches<1>(threadIdx.x, end, step, [&](int i) { return read(i, all); }, put);
 }
 
-// grid    ceil(samples / kSamplesPerWalk) * ceil(hidden units / kBackwardUnits) blocks of 256
-//         threads; a lane takes two hidden units, a warp every eighth channel
-// shared  dm of a chunk of channels, the warps' sums
+// Weights of a thread's hidden units for one channel; zeros for units that do not exist.
+template <class W>
+struct BackwardWeights {
+  W value[kBackwardUnits];
+};
+
+// What channels [first, first + count) add to the sums of a thread, which takes every `step`-th.
+template <int kSamples, class W, class A>
+__device__ __forceinline__ void add_channels(const ChannelGateBackward& p, int first_unit,
+                                             int first, int own, int count, int step, const A* dm,
+                                             A (&sum)[kBackwardUnits * kSamples]) {
+  const W* weights =
+      static_cast<const W*>(p.fc2_weight) + int64_t{first} * p.hidden_units + first_unit;
+  const int along = p.geometry.units_along;
+  const auto read = [&](int k) {
+    BackwardWeights<W> weight;
+#pragma unroll
+    for (int u = 0; u < kBackwardUnits; ++u)
+      weight.value[u] = first_unit + u * along < p.hidden_units
+                            ? weights[int64_t{k} * p.hidden_units + u * along]
+                            : W();
+    return weight;
+  };
+  for_batches<8>(own, count, step, read, [&](int k, const BackwardWeights<W>& weight) {
+    A value[kSamples];
+    load_shared(dm + k * kSamples, true, value);
+#pragma unroll
+    for (int u = 0; u < kBackwardUnits; ++u) {
+      const A w = widen(weight.value[u]);
+#pragma unroll
+      for (int s = 0; s < kSamples; ++s) sum[u * kSamples + s] += w * value[s];
+    }
+  });
+}
+
+// grid    ceil(samples / kSamples) * tiles blocks of 512 threads, 256 for doubles; a thread takes
+//         kBackwardUnits hidden units, those beside it the others of the tile, and those below it
+//         share the channels
+// shared  dm of a chunk of channels, then the warps' sums
 // bytes   reads W2 once a group of samples; every block of the group reads the parts of d_channel
-template <class W, class A>
-__global__ void __launch_bounds__(kThreads, 2)
+template <class W, class A, int kSamples>
+__global__ void __launch_bounds__(kGateBackwardThreads<A>)
     gate_layer_backward_kernel(const ChannelGateBackward p) {
-  constexpr int kWarps = kThreads / 32, kUnits = kBackwardUnits / 32;
-  static_assert(kWarps == kSamplesPerWalk, "a warp for each sample at the end");
-  const int tiles = (p.hidden_units + kBackwardUnits - 1) / kBackwardUnits;
-  const int tile = blockIdx.x % tiles;
-  const int64_t first_sample = static_cast<int64_t>(blockIdx.x / tiles) * kSamplesPerWalk;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int first_unit = tile * kBackwardUnits + lane;  // and every 32nd
+  using Shared = GateBackwardShared<A, kSamples>;
+  constexpr int kBlock = kGateBackwardThreads<A>;
+  const int along = p.geometry.units_along, units = along * kBackwardUnits;
+  const int tiles = (p.hidden_units + units - 1) / units, tile = blockIdx.x % tiles;
+  const int64_t first_sample = static_cast<int64_t>(blockIdx.x / tiles) * kSamples;
+  const int side = threadIdx.x % along, warp = threadIdx.x / 32;
   SharedCarver carver(dynamic_shared_memory());
-  const GateBackwardShared<A> shared(carver);
-  A sum[kUnits][kSamplesPerWalk] = {};
-  for (int first = 0; first < p.channels; first += kChannelChunk) {
-    const int count = min(kChannelChunk, p.channels - first);
-    stage_dm(p, first_sample, first, count, tile == 0, shared.dm);
+  const Shared shared(carver);
+  A sum[kBackwardUnits * kSamples] = {};
+  for (int first = 0; first < p.channels; first += Shared::kChunk) {
+    const int count = min(Shared::kChunk, p.channels - first);
+    stage_dm<kSamples>(p, first_sample, first, count, tile == 0, shared.dm);
     __syncthreads();
-#pragma unroll 4
-    for (int k = warp; k < count; k += kWarps)
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        const int unit = first_unit + 32 * u;
-        if (unit >= p.hidden_units) break;
-        const A weight =
-            widen(static_cast<const W*>(p.fc2_weight)[int64_t{first + k} * p.hidden_units + unit]);
-#pragma unroll
-        for (int s = 0; s < kSamplesPerWalk; ++s)
-          sum[u][s] += weight * shared.dm[s * kChannelChunk + k];
-      }
+    add_channels<kSamples, W>(p, tile * units + side, first, threadIdx.x / along, count,
+                              kBlock / along, shared.dm, sum);
     __syncthreads();
   }
+  sum_strided(sum, along);
+  A* partial = shared.dm;
+  if (threadIdx.x % 32 < along)
 #pragma unroll
-  for (int u = 0; u < kUnits; ++u)
+    for (int u = 0; u < kBackwardUnits; ++u)
 #pragma unroll
-    for (int s = 0; s < kSamplesPerWalk; ++s)
-      shared.partial[(warp * kSamplesPerWalk + s) * kBackwardUnits + lane + 32 * u] = sum[u][s];
+      for (int s = 0; s < kSamples; ++s)
+        partial[(warp * kSamples + s) * units + side + u * along] = sum[u * kSamples + s];
   __syncthreads();
-  const int64_t n = first_sample + warp;
-  if (n >= p.samples) return;
-  for (int u = 0; u < kUnits; ++u) {
-    const int unit = first_unit + 32 * u;
-    if (unit >= p.hidden_units) return;
-    A total = A(0);
-    for (int w = 0; w < kWarps; ++w)
-      total += shared.partial[(w * kSamplesPerWalk + warp) * kBackwardUnits + lane + 32 * u];
+  for (int i = threadIdx.x; i < kSamples * units; i += kBlock) {
+    const int64_t n = first_sample + i / units;
+    const int unit = tile * units + i % units;
+    if (n >= p.samples || unit >= p.hidden_units) continue;
     const int64_t at = n * 2 * p.hidden_units + unit;
     const A* hidden = static_cast<const A*>(p.hidden);
+    const A mean = hidden[at], max = hidden[at + p.hidden_units];
+    A total = A(0);
+#pragma unroll
+    for (int w = 0; w < kBlock / 32; ++w) total += partial[w * kSamples * units + i];
     A* d_hidden = static_cast<A*>(p.d_hidden);
-    d_hidden[at] = relu_passes(hidden[at]) ? total : A(0);
-    d_hidden[at + p.hidden_units] = relu_passes(hidden[at + p.hidden_units]) ? total : A(0);
+    d_hidden[at] = relu_passes(mean) ? total : A(0);
+    d_hidden[at + p.hidden_units] = relu_passes(max) ? total : A(0);
   }
 }
 
-// grid    ceil(samples / kSamplesPerWalk) * ceil(channels / kBackwardChannels) blocks of
-//         kBackwardChannels threads; a thread takes one channel
+// d_hidden of hidden units [first, first + count) of the block's samples into shared memory, a unit
+// a thread; absent samples are zeros.
+template <int kSamples, class A>
+__device__ __forceinline__ void stage_d_hidden(const ChannelGateBackward& p, int64_t first_sample,
+                                               int first, int count, A* d_hidden) {
+  static_assert(kUnitChunk == kHiddenBackwardThreads, "a thread for each unit");
+  const int u = threadIdx.x;
+  if (u >= count) return;
+  A value[2 * kSamples];
+#pragma unroll
+  for (int v = 0; v < 2 * kSamples; ++v) {
+    const int64_t vector = first_sample * 2 + v;
+    value[v] = vector < 2 * int64_t{p.samples}
+                   ? static_cast<const A*>(p.d_hidden)[vector * p.hidden_units + first + u]
+                   : A(0);
+  }
+  store_shared(d_hidden + u * 2 * kSamples, value);
+}
+
+// grid    ceil(samples / kSamples) * tiles blocks of kHiddenBackwardThreads threads; a thread takes
+//         backward_channels(kSamples) channels
 // shared  d_hidden of a chunk of hidden units
 // bytes   reads W1 once a group of samples; every block of the group reads d_hidden
-template <class W, class A>
-__global__ void __launch_bounds__(kBackwardChannels)
+template <class W, class A, int kSamples>
+__global__ void __launch_bounds__(kHiddenBackwardThreads)
     hidden_layer_backward_kernel(const ChannelGateBackward p) {
-  const int tiles = (p.channels + kBackwardChannels - 1) / kBackwardChannels;
-  const int channel = blockIdx.x % tiles * kBackwardChannels + threadIdx.x;
-  const int64_t first_sample = static_cast<int64_t>(blockIdx.x / tiles) * kSamplesPerWalk;
+  constexpr int kEach = backward_channels(kSamples), kVectors = 2 * kSamples;
+  struct Weights {
+    W value[kEach];
+  };
+  const int tiles =
+      (p.channels + kHiddenBackwardThreads * kEach - 1) / (kHiddenBackwardThreads * kEach);
+  const int channel = blockIdx.x % tiles * kHiddenBackwardThreads * kEach + threadIdx.x;
+  const int64_t first_sample = static_cast<int64_t>(blockIdx.x / tiles) * kSamples;
+  const auto inside = [&](int e) { return channel + e * kHiddenBackwardThreads < p.channels; };
   SharedCarver carver(dynamic_shared_memory());
-  const HiddenBackwardShared<A> shared(carver);
-  A sum[2 * kSamplesPerWalk] = {};
+  const HiddenBackwardShared<A, kSamples> shared(carver);
+  A sum[kEach][kVectors] = {};
   for (int first = 0; first < p.hidden_units; first += kUnitChunk) {
     const int count = min(kUnitChunk, p.hidden_units - first);
-    for (int i = threadIdx.x; i < 2 * kSamplesPerWalk * kUnitChunk; i += kBackwardChannels) {
-      const int v = i / kUnitChunk, u = i % kUnitChunk;
-      const int64_t vector = first_sample * 2 + v;
-      shared.d_hidden[i] =
-          vector < 2 * int64_t{p.samples} && u < count
-              ? static_cast<const A*>(p.d_hidden)[vector * p.hidden_units + first + u]
-              : A(0);
-    }
+    stage_d_hidden<kSamples>(p, first_sample, first, count, shared.d_hidden);
     __syncthreads();
-    if (channel < p.channels)
-#pragma unroll 4
-      for (int u = 0; u < count; ++u) {
-        const A weight =
-            widen(static_cast<const W*>(p.fc1_weight)[int64_t{first + u} * p.channels + channel]);
+    const W* weights = static_cast<const W*>(p.fc1_weight) + int64_t{first} * p.channels + channel;
+    const auto read = [&](int u) {
+      Weights weight;
 #pragma unroll
-        for (int v = 0; v < 2 * kSamplesPerWalk; ++v)
-          sum[v] += weight * shared.d_hidden[v * kUnitChunk + u];
+      for (int e = 0; e < kEach; ++e)
+        weight.value[e] =
+            inside(e) ? weights[int64_t{u} * p.channels + e * kHiddenBackwardThreads] : W();
+      return weight;
+    };
+    for_batches<kSamples == kFewSamples ? 16 : 4>(0, count, 1, read, [&](int u, const Weights& w) {
+      A value[kVectors];
+      load_shared(shared.d_hidden + u * kVectors, true, value);
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) {
+        const A weight = widen(w.value[e]);
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) sum[e][v] += weight * value[v];
       }
+    });
     __syncthreads();
   }
-  if (channel >= p.channels) return;
 #pragma unroll
-  for (int v = 0; v < 2 * kSamplesPerWalk; ++v) {
-    const int64_t vector = first_sample * 2 + v;
-    if (vector < 2 * int64_t{p.samples})
-      static_cast<A*>(p.d_pooled)[vector * p.channels + channel] =
-          v % 2 ? sum[v] : sum[v] / static_cast<A>(p.pixels);
-  }
+  for (int e = 0; e < kEach; ++e)
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t vector = first_sample * 2 + v;
+      if (inside(e) && vector < 2 * int64_t{p.samples})
+        static_cast<A*>(p.d_pooled)[vector * p.channels + channel + e * kHiddenBackwardThreads] =
+            v % 2 ? sum[e][v] : sum[e][v] / static_cast<A>(p.pixels);
+    }
 }
 
 }  // namespace
 
 void gate_layer_backward(const ChannelGateBackward& p, const Grid& grid, Stream stream) {
   with_storage(p.dtype, [&](auto weight) {
-    using W = typename decltype(weight)::type;
-    launch("gate_layer_backward", gate_layer_backward_kernel<W, acc_t<W>>, grid, stream, p);
+    with_walk(p.geometry.gate_samples, [&](auto samples) {
+      using W = typename decltype(weight)::type;
+      launch("gate_layer_backward", gate_layer_backward_kernel<W, acc_t<W>, samples()>, grid,
+             stream, p);
+    });
   });
 }
 
 void hidden_layer_backward(const ChannelGateBackward& p, const Grid& grid, Stream stream) {
   with_storage(p.dtype, [&](auto weight) {
-    using W = typename decltype(weight)::type;
-    launch("hidden_layer_backward", hidden_layer_backward_kernel<W, acc_t<W>>, grid, stream, p);
+    with_walk(p.geometry.hidden_samples, [&](auto samples) {
+      using W = typename decltype(weight)::type;
+      launch("hidden_layer_backward", hidden_layer_backward_kernel<W, acc_t<W>, samples()>, grid,
+             stream, p);
+    });
   });
 }
 

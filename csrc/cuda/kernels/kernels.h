@@ -123,12 +123,23 @@ struct ColumnShared {
   }
 };
 
-// Samples that share one walk over the MLP's weights.
-constexpr int kSamplesPerWalk = 8;
+// Samples that share one walk over the MLP's weights; few where more would leave the device idle.
+constexpr int kSamplesPerWalk = 8, kFewSamples = 2;
+// Bytes of the vectors of a walk that a block stages at a time.
+constexpr int kWalkBytes = 32 * 1024;
+
+// How the work on the MLP's layers is cut. Samples of a block are kSamplesPerWalk or kFewSamples.
+struct MlpGeometry {
+  int hidden_samples;
+  int unit_warps;  // warps of a block that share the hidden units, 1 to 8; the others, its channels
+  int gate_samples;
+  bool vectors;  // every row of fc2_weight starts on a multiple of 16 bytes and ends on one
+};
 
 // channel_gate.cu: the shared MLP of both pooled vectors, in two launches, one a layer.
 struct ChannelGate {
   int samples, channels, hidden_units;
+  MlpGeometry geometry;
   DType dtype;  // of the weights
   const void* fc1_weight;
   const void* fc1_bias;
@@ -142,29 +153,36 @@ struct ChannelGate {
 };
 
 constexpr int kUnitsPerWarp = 4;    // hidden units of a warp in the first layer
-constexpr int kChannelChunk = 256;  // channels staged at a time in the first layer
 constexpr int kGateChannels = 128;  // channels, and threads, of a block in the second layer
-constexpr int kUnitChunk = 32;      // hidden units staged at a time in the second layer
+constexpr int kUnitChunk = 128;     // hidden units staged at a time by what walks along them
 
 void hidden_layer(const ChannelGate& p, const Grid& grid, Stream stream);
 void gate_layer(const ChannelGate& p, const Grid& grid, Stream stream);
 
-template <class A>
+template <class A, int kSamples>
 struct HiddenShared {
-  A* pooled;  // [2 * kSamplesPerWalk, kChannelChunk]
+  static constexpr int kVectors = 2 * kSamples;
+  // Elements from one channel to the next: padded against bank conflicts.
+  static constexpr int kPitch = kVectors + (kVectors > 4 ? kVectorBytes / int{sizeof(A)} : 0);
+  static constexpr int kChunk = kWalkBytes / (kVectors * int{sizeof(A)});  // channels at a time
+  static constexpr int kSums = kUnitsPerWarp * kVectors;                   // of a warp
+
+  A* pooled;   // [kChunk, kPitch]
+  A* bias;     // [warps, kUnitsPerWarp]
+  A* partial;  // [warps, kSums]
 
   CBAM_INLINE_MEMBER explicit HiddenShared(SharedCarver& carver)
-      : pooled(carver.array<A>(2 * kSamplesPerWalk * kChannelChunk, "pooled")) {}
+      : pooled(carver.array<A>(kChunk * kPitch, "pooled")),
+        bias(carver.array<A>(kThreads / 32 * kUnitsPerWarp, "bias")),
+        partial(carver.array<A>(kThreads / 32 * kSums, "partial")) {}
 };
 
-template <class A>
+template <class A, int kSamples>
 struct GateShared {
-  A* weight;  // [kGateChannels, kUnitChunk + 1]: padded against bank conflicts
-  A* hidden;  // [kUnitChunk, kSamplesPerWalk]
+  A* hidden;  // [kUnitChunk, kSamples]: of mean and max, added
 
   CBAM_INLINE_MEMBER explicit GateShared(SharedCarver& carver)
-      : weight(carver.array<A>(kGateChannels * (kUnitChunk + 1), "weight")),
-        hidden(carver.array<A>(kUnitChunk * kSamplesPerWalk, "hidden")) {}
+      : hidden(carver.array<A>(kUnitChunk * kSamples, "hidden")) {}
 };
 
 // The extents of an image and of the convolution's kernel: as in Shape, for index arithmetic in 32

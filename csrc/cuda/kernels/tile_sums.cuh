@@ -116,7 +116,9 @@ __device__ __forceinline__ A total_of(const Sums& sums, int64_t sample, int64_t 
                                       int64_t index) {
   const A* values = static_cast<const A*>(sums.values) + sample * sums.parts * count + index;
   A total = A(0);
-  for (int part = 0; part < sums.parts; ++part) total += __ldg(values + part * count);
+  for_batches<8>(
+      0, sums.parts, 1, [&](int part) { return __ldg(values + part * count); },
+      [&](int, A part) { total += part; });
   return total;
 }
 

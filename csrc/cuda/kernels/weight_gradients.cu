@@ -4,79 +4,139 @@
 // the weights, rounded once: a cast of each afterwards would take a launch.
 #include "../dispatch.cuh"
 #include "../launch.cuh"
-#include "../primitives/numeric.cuh"
+#include "../primitives/reduce.cuh"
+#include "../primitives/vector_io.cuh"
 #include "backward.h"
 
 namespace cbam::cuda {
 namespace {
 
-// a[k][first .. first + kOuterTile) for `count` values of k, parts added; zeros outside.
+// Where a block's outputs stand in those of its product.
+template <int kTile>
+struct OuterTile {
+  int row, column;
+
+  __device__ __forceinline__ OuterTile(const OuterSum& p, int block) {
+    const int tiles = (p.b.length + kTile - 1) / kTile;
+    row = block / tiles * kTile;
+    column = block % tiles * kTile;
+  }
+};
+
+// Elements of a, or of b, that a thread stages at a time.
+constexpr int kStagedEach = kOuterStaged / kThreads;
+
+// What this thread stages of the vectors from number `first_k` on: element `column` of every
+// `step`-th, its parts added; 0 outside. All loads are under way at once.
 template <class A>
-__device__ __forceinline__ void stage(const Vectors& from, int64_t first_k, int first, A* to) {
-  for (int i = threadIdx.x; i < kOuterDepth * kOuterTile; i += kThreads) {
-    const int64_t k = first_k + i / kOuterTile;
-    const int column = first + i % kOuterTile;
-    A value = A(0);
-    if (k < from.count && column < from.length) {
-      const A* at = static_cast<const A*>(from.values) + k * from.pitch + column;
-      for (int part = 0; part < from.parts; ++part) value += at[int64_t{part} * from.length];
-    }
-    to[i] = value;
+__device__ __forceinline__ void read_each(const Vectors& from, int64_t first_k, int column,
+                                          int step, A (&value)[kStagedEach]) {
+  const A* at = static_cast<const A*>(from.values) + first_k * from.pitch + column;
+  const auto left = column < from.length ? from.count - first_k : 0;
+#pragma unroll
+  for (int e = 0; e < kStagedEach; ++e)
+    value[e] = e * step < left ? at[e * step * from.pitch] : A(0);
+  if (from.parts == 1) return;
+  A more[kStagedEach];
+  at += from.length;
+#pragma unroll
+  for (int e = 0; e < kStagedEach; ++e)
+    more[e] = e * step < left ? at[e * step * from.pitch] : A(0);
+#pragma unroll
+  for (int e = 0; e < kStagedEach; ++e) value[e] += more[e];
+}
+
+// What a block's tile takes of a and b, from number `first_k` on, into shared memory.
+template <int kTile, class A>
+__device__ __forceinline__ void stage(const OuterSum& p, int64_t first_k,
+                                      const OuterTile<kTile>& tile, const OuterShared<A>& shared) {
+  constexpr int kStep = kThreads / kTile;
+  const int within = threadIdx.x % kTile;
+  first_k += threadIdx.x / kTile;
+  A a[kStagedEach], b[kStagedEach];
+  read_each(p.a, first_k, tile.row + within, kStep, a);
+  read_each(p.b, first_k, tile.column + within, kStep, b);
+#pragma unroll
+  for (int e = 0; e < kStagedEach; ++e) {
+    shared.a[threadIdx.x + e * kThreads] = a[e];
+    shared.b[threadIdx.x + e * kThreads] = b[e];
   }
 }
 
+// Blocks of a multiprocessor, by their registers.
+template <class A, int kTile>
+constexpr int kOuterBlocks = sizeof(A) == 8        ? 1
+                             : kTile == kSmallTile ? 3
+                                                   : 2;
+
 //   out[i][j] = sum_k a[k][i] * b[k][j]      of two pairs of a and b
 //
-// grid    a block of 256 threads for each kOuterTile x kOuterTile outputs, four to a thread
+// grid    a block of 256 threads for each kTile x kTile outputs; each warp has all of these, a
+//         rectangle to a lane, of every eighth k
 //
-// shared  kOuterDepth values of k for the tile's rows and columns
+// shared  kOuterStaged elements of a and of b, and the warps' sums
 //
 // bytes   reads a and b once for each tile that they touch, writes out once
-template <class T>
-__global__ void __launch_bounds__(kThreads) outer_sums_kernel(const OuterSums both) {
+template <class T, int kTile>
+__global__ void __launch_bounds__(kThreads, kOuterBlocks<acc_t<T>, kTile>)
+    outer_sums_kernel(const OuterSums both) {
   using A = acc_t<T>;
-  constexpr int kEach = kOuterTile * kOuterTile / kThreads, kRowStep = kThreads / kOuterTile;
-  const auto blocks = static_cast<int>(outer_blocks(both.first.a.length, both.first.b.length));
+  constexpr int kRows = kTile / 8, kCols = kTile / 4;  // of a lane, 8 x 4 of which make a tile
+  constexpr int kDepth = kOuterStaged / kTile, kWarps = kThreads / 32;
+  static_assert(kWarps == kOuterMerged, "a warp for each value that is merged");
+  const auto blocks =
+      static_cast<int>(outer_blocks(both.first.a.length, both.first.b.length, kTile));
   const bool second = static_cast<int>(blockIdx.x) >= blocks;
   const OuterSum p = second ? both.second : both.first;
-  const int tiles = (p.b.length + kOuterTile - 1) / kOuterTile;
-  const int block = blockIdx.x - (second ? blocks : 0);
-  const int first_row = block / tiles * kOuterTile, first_col = block % tiles * kOuterTile;
-  const int x = threadIdx.x % kOuterTile, y = threadIdx.x / kOuterTile;
+  const OuterTile<kTile> tile(p, blockIdx.x - (second ? blocks : 0));
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int row = lane / 4 * kRows, column = lane % 4 * kCols;
   SharedCarver carver(dynamic_shared_memory());
   const OuterShared<A> shared(carver);
-  A sum[kEach] = {};
-  for (int64_t first_k = 0; first_k < p.a.count; first_k += kOuterDepth) {
-    stage(p.a, first_k, first_row, shared.a);
-    stage(p.b, first_k, first_col, shared.b);
+  A sum[kRows * kCols] = {};
+  for (int64_t first_k = 0; first_k < p.a.count; first_k += kDepth) {
+    stage(p, first_k, tile, shared);
     __syncthreads();
-    for (int k = 0; k < kOuterDepth; ++k) {
-      const A b = shared.b[k * kOuterTile + x];
+    const auto depth = static_cast<int>(min(int64_t{kDepth}, p.a.count - first_k));
+#pragma unroll 4
+    for (int k = warp; k < depth; k += kWarps) {
+      A a[kRows], b[kCols];
+      load_shared(shared.a + k * kTile + row, true, a);
+      load_shared(shared.b + k * kTile + column, true, b);
 #pragma unroll
-      for (int e = 0; e < kEach; ++e) sum[e] += shared.a[k * kOuterTile + y + e * kRowStep] * b;
+      for (int i = 0; i < kRows * kCols; ++i) sum[i] += a[i / kCols] * b[i % kCols];
     }
     __syncthreads();
   }
 #pragma unroll
-  for (int e = 0; e < kEach; ++e) {
-    const int row = first_row + y + e * kRowStep, column = first_col + x;
-    if (row < p.a.length && column < p.b.length)
-      static_cast<T*>(p.out)[int64_t{row} * p.b.length + column] = narrow<T>(sum[e]);
+  for (int first = 0; first < kRows * kCols; first += kOuterMerged) {
+#pragma unroll
+    for (int i = 0; i < kOuterMerged; ++i)
+      shared.partial[(warp * kOuterMerged + i) * 32 + lane] = sum[first + i];
+    __syncthreads();
+    A total = A(0);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += shared.partial[(w * kOuterMerged + warp) * 32 + lane];
+    const int i = tile.row + row + (first + warp) / kCols;
+    const int j = tile.column + column + (first + warp) % kCols;
+    if (i < p.a.length && j < p.b.length)
+      static_cast<T*>(p.out)[int64_t{i} * p.b.length + j] = narrow<T>(total);
+    __syncthreads();
   }
 }
 
 //   out[i] = scale * sum_k a[k][i]      of several a
 //
-// grid    a block of 256 threads for each 32 outputs, a warp for every eighth k
+// grid    a block of kSumThreads threads for each kSummedTogether outputs, which are side by side;
+//         threads below each other share the values of k
 //
-// shared  a sum for each thread
+// shared  the warps' sums
 //
 // bytes   reads a once, writes out once
 template <class T>
-__global__ void __launch_bounds__(kThreads) vector_sums_kernel(const VectorSums all) {
+__global__ void __launch_bounds__(kSumThreads) vector_sums_kernel(const VectorSums all) {
   using A = acc_t<T>;
-  static_assert(kSummedTogether == 32, "one for each lane");
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, side = threadIdx.x % kSummedTogether;
   int block = blockIdx.x;
   VectorSum p = all.sum[0];
 #pragma unroll
@@ -86,19 +146,22 @@ __global__ void __launch_bounds__(kThreads) vector_sums_kernel(const VectorSums 
     block -= blocks;
     p = all.sum[i];
   }
-  const int column = block * kSummedTogether + lane;
+  const int column = block * kSummedTogether + side;
   SharedCarver carver(dynamic_shared_memory());
   const VectorSumsShared<A> shared(carver);
-  A sum = A(0);
+  const A* values = static_cast<const A*>(p.a.values) + column;
+  A sum[1] = {};
   if (column < p.a.length)
-#pragma unroll 4
-    for (int64_t k = warp; k < p.a.count; k += kThreads / 32)
-      sum += static_cast<const A*>(p.a.values)[k * p.a.pitch + column];
-  shared.sum[threadIdx.x] = sum;
+    for_batches<16>(
+        threadIdx.x / kSummedTogether, static_cast<int>(p.a.count), kSumThreads / kSummedTogether,
+        [&](int k) { return values[k * p.a.pitch]; }, [&](int, A value) { sum[0] += value; });
+  sum_strided(sum, kSummedTogether);
+  if (lane < kSummedTogether) shared.sum[warp * kSummedTogether + lane] = sum[0];
   __syncthreads();
-  if (warp > 0 || column >= p.a.length) return;
+  if (threadIdx.x >= kSummedTogether || column >= p.a.length) return;
   A total = A(0);
-  for (int w = 0; w < kThreads / 32; ++w) total += shared.sum[w * 32 + lane];
+#pragma unroll
+  for (int w = 0; w < kSumThreads / 32; ++w) total += shared.sum[w * kSummedTogether + side];
   static_cast<T*>(p.out)[column] = narrow<T>(static_cast<A>(p.scale) * total);
 }
 
@@ -106,7 +169,11 @@ __global__ void __launch_bounds__(kThreads) vector_sums_kernel(const VectorSums 
 
 void outer_sums(DType dtype, const OuterSums& p, const Grid& grid, Stream stream) {
   with_storage(dtype, [&](auto weight) {
-    launch("outer_sums", outer_sums_kernel<typename decltype(weight)::type>, grid, stream, p);
+    using T = typename decltype(weight)::type;
+    if (p.tile == kSmallTile)
+      launch("outer_sums", outer_sums_kernel<T, kSmallTile>, grid, stream, p);
+    else
+      launch("outer_sums", outer_sums_kernel<T, kLargeTile>, grid, stream, p);
   });
 }
 

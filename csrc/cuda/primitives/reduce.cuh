@@ -79,6 +79,16 @@ __device__ __forceinline__ A sums_of_warp(const A (&v)[kCount]) {
   }
 }
 
+// Each of v over the lanes that are a multiple of `stride` apart, a power of two; all 32 lanes of
+// the warp take part.
+template <int kCount, class A>
+__device__ __forceinline__ void sum_strided(A (&v)[kCount], int stride) {
+#pragma unroll 1
+  for (int distance = stride; distance < 32; distance *= 2)
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], distance);
+}
+
 // Each of v over groups of `lanes` neighbours, a power of two; all 32 lanes of the warp take part.
 template <int kCount, class A>
 __device__ __forceinline__ void sum_lanes(A (&v)[kCount], int lanes) {
