@@ -174,8 +174,18 @@ ColumnAccess::ColumnAccess(const View& view, int vector) : period(static_cast<in
   row_group = static_cast<int>(vector / common);
 }
 
+ColumnAccess ColumnAccess::of_two_rows(int vector) const {
+  ColumnAccess narrowed = *this;
+  const int cols = period * vector / row_group;
+  if (access != Access::kPacked || cols + 1 >= vector) return narrowed;
+  narrowed.access = Access::kScalar;
+  narrowed.period = cols;
+  narrowed.row_group = 1;
+  return narrowed;
+}
+
 const Pieces& pieces_of(const ForwardProblem& p, int64_t samples) {
-  static constexpr Pieces kThrifty{256, 64, 128, 0.02}, kSmall{64, 8, 32, 1.0};
+  static constexpr Pieces kThrifty{256, 64, 64, 0.08}, kSmall{64, 8, 32, 1.0};
   constexpr int64_t kSmallBytes = 4 << 20;  // 1.3 us at 3 TB/s
   const int64_t bytes = samples * p.shape.channels * p.shape.pixels() * bytes_of(p.dtype);
   return bytes < kSmallBytes ? kSmall : kThrifty;

@@ -35,6 +35,8 @@ struct ColumnAccess {
   int period, row_group = 1;
 
   ColumnAccess(const View& view, int vector);
+  // The same, but no packed vectors that touch more than two rows.
+  ColumnAccess of_two_rows(int vector) const;
   // Of one load.
   int elements(int vector) const { return access == Access::kScalar ? 1 : vector; }
 };

@@ -91,6 +91,31 @@ struct VectorColumns {
   __device__ __forceinline__ int column(int i) const { return first + i - row_of(i) * cols; }
 };
 
+// The same where rows are long enough for a vector of `count` elements to touch two at most.
+template <bool kPacked>
+struct VectorOfTwoRows {
+  int first, cols;
+  int first_row = 0, last_row = 0;
+  int in_first_row = 0;  // elements
+
+  __device__ __forceinline__ VectorOfTwoRows(int first_, int cols_, int count)
+      : first(first_), cols(cols_) {
+    if constexpr (kPacked) {
+      first_row = first / cols;
+      in_first_row = (first_row + 1) * cols - first;
+      last_row = in_first_row < count ? first_row + 1 : first_row;
+    }
+  }
+  // What belongs to element i, of what belongs to its two rows.
+  template <class V>
+  __device__ __forceinline__ V of_element(int i, V of_first, V of_last) const {
+    return !kPacked || i < in_first_row ? of_first : of_last;
+  }
+  __device__ __forceinline__ int column(int i) const {
+    return first + i - of_element(i, first_row, last_row) * cols;
+  }
+};
+
 struct ReductionBlock {
   int64_t sample;
   int split, tile;

@@ -234,6 +234,9 @@ struct SpatialGate {
   int32_t* saved_argmax;    // [samples, pixels]; null where maps.argmax is that already
 };
 
+// Blocks of the last pass that a multiprocessor runs at once, by their registers.
+constexpr int kScaleBlocks = 3;
+
 void spatial_gate(DType dtype, const SpatialGate& p, const Grid& grid, Stream stream);
 
 template <class A>
