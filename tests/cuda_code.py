@@ -37,6 +37,7 @@ ACCUMULATOR = {"f": "", "d": ""}  # follows from the dtype
 ACCUMULATORS = {"f": "float32", "d": "float64"}
 TEMPLATES = {
     "reduce_rows": (DTYPES, SCALED, ARGMAX),
+    "reduce_packed_rows": (DTYPES, ARGMAX),
     "reduce_columns": (DTYPES, ACCESSES, SCALED, ARGMAX),
     "resident_forward": (DTYPES, ORDER, KEPT),
     "resident_backward": (DTYPES, ACCESSES, ORDER),

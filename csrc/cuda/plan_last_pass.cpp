@@ -11,26 +11,6 @@ constexpr int64_t kMostChannels = 4096;
 // Vectors of a chunk of channels where channels come last: 128 bytes of every pixel.
 constexpr int kChunkVectors = 8;
 
-// A last wave of blocks that is so full costs nothing that smaller blocks would save.
-constexpr double kFullWave = 0.9;
-
-// The fewest chunks of every box that fill the device evenly: `boxes` blocks each, in whole waves of
-// as many as run at once, or nearly; where none do, those that come the closest.
-int64_t even_chunks(int64_t boxes, const DeviceLimits& device, int64_t fewest, int64_t most) {
-  const int64_t at_once = int64_t{kScaleBlocks} * device.multiprocessors;
-  int64_t best = fewest;
-  double best_share = 0;
-  for (int64_t chunks = fewest; chunks <= most && best_share < kFullWave; ++chunks) {
-    const int64_t blocks = boxes * chunks;
-    const double share =
-        static_cast<double>(blocks) / static_cast<double>(ceil_div(blocks, at_once) * at_once);
-    if (share <= best_share) continue;
-    best = chunks;
-    best_share = share;
-  }
-  return best;
-}
-
 // Sets how many channels a block takes.
 void set_chunk(ScaleGeometry& g, const ForwardProblem& p, int64_t samples, int map_splits,
                const DeviceLimits& device) {
@@ -43,7 +23,8 @@ void set_chunk(ScaleGeometry& g, const ForwardProblem& p, int64_t samples, int m
   const int64_t most =
       std::max(fewest, std::min(s.channels / pieces.channels,
                                 static_cast<int64_t>(pieces.map_share * x_bytes / map_bytes)));
-  const int64_t chunks = even_chunks(samples * g.boxes(), device, fewest, most);
+  const int64_t chunks = even_pieces(samples * g.boxes(),
+                                     int64_t{kScaleBlocks} * device.multiprocessors, fewest, most);
   const int64_t multiple = p.strides.channels_first() ? g.row_group
                            : g.access == Access::kVector
                                ? kChunkVectors * elements_per_vector(p.dtype)

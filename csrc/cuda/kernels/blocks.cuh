@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../primitives/reduce.cuh"
+#include "../primitives/vector_io.cuh"
 #include "kernels.h"
 
 namespace cbam::cuda {
@@ -10,6 +11,17 @@ namespace cbam::cuda {
 // This block's number, counted from the end where a pass runs backwards.
 __device__ __forceinline__ int block_number(bool reverse) {
   return static_cast<int>(reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
+
+// What a block asks for before it needs it: of all blocks of an H100 12 MB, about 3 us of reading.
+constexpr int kBytesAhead = 32 * 1024;
+
+// Asks for the first of so many rows of x, `bytes` of each, so that the memory is busy while the
+// block prepares. Rows start and end on multiples of 16 bytes.
+template <class T>
+__device__ __forceinline__ void prefetch_rows(const T* first, int64_t stride, int rows, int bytes) {
+  const int row = threadIdx.x;
+  if (row < rows && row * bytes < kBytesAhead) prefetch(first + row * stride, bytes);
 }
 
 // A box of pixels, cut at the edges of the image, and how a map of it is staged: with a halo, rows
@@ -111,9 +123,8 @@ struct VectorOfTwoRows {
   __device__ __forceinline__ V of_element(int i, V of_first, V of_last) const {
     return !kPacked || i < in_first_row ? of_first : of_last;
   }
-  __device__ __forceinline__ int column(int i) const {
-    return first + i - of_element(i, first_row, last_row) * cols;
-  }
+  __device__ __forceinline__ int row_of(int i) const { return of_element(i, first_row, last_row); }
+  __device__ __forceinline__ int column(int i) const { return first + i - row_of(i) * cols; }
 };
 
 struct ReductionBlock {
@@ -156,7 +167,8 @@ __device__ __forceinline__ Extremes<A, kArgmax> merge_parts(const Parts& parts, 
     return e;
   };
   auto merged = read(0);  // a single part as it is, NaN and all
-  for (int split = 1; split < parts.splits; ++split) merged.merge(read(split));
+  for_batches<6>(1, parts.splits, 1, read,
+                 [&](int, const Extremes<A, kArgmax>& part) { merged.merge(part); });
   return merged;
 }
 

@@ -18,8 +18,6 @@
 namespace cbam::cuda {
 namespace {
 
-constexpr int kBytesAhead = 32 * 1024;  // with all blocks of an H100 12 MB, about 3 us of reading
-
 // The box of pixels and the chunk of channels of this block.
 struct ScaleBlock : Box {
   int first_channel, channels;
@@ -34,24 +32,21 @@ struct ScaleBlock : Box {
   }
 };
 
-// Asks for the first kBytesAhead of the block's part of x: the memory is busy while the gates are
-// computed.
+// Asks for the first of the block's rows of x.
 template <Access kAccess, bool kChannelsFirst, class T>
 __device__ __forceinline__ void prefetch_first(const SpatialGate& p, const ScaleBlock& block) {
   if constexpr (kAccess != Access::kScalar) {
-    // Of a channel the rows that follow each other without a gap; of a pixel its channels.
-    const int run = !kChannelsFirst                ? block.channels
-                    : block.width == p.space.width ? block.width * block.height
-                                                   : block.width;
     const int group = kAccess == Access::kPacked ? p.geometry.row_group : 1;
-    const int rows = kChannelsFirst ? block.channels : block.width;
-    const int row = threadIdx.x * group, bytes = group * run * static_cast<int>(sizeof(T));
-    if (row >= rows || threadIdx.x * bytes >= kBytesAhead) return;
-    const int pixel = block.pixel(p.space, 0, 0, kChannelsFirst ? 0 : row);
-    const T* sample = static_cast<const T*>(p.x.data) + block.sample * p.x.sample_stride;
-    prefetch(kChannelsFirst ? sample + (block.first_channel + row) * p.x.row_stride + pixel
-                            : sample + pixel * p.x.row_stride + block.first_channel,
-             bytes);
+    const int pixel = block.pixel(p.space, 0, 0, 0);
+    // Of a channel the rows of the image that follow each other without a gap.
+    const int lines = block.width == p.space.width ? block.height : 1;
+    const int run = kChannelsFirst ? group * lines * block.width : block.channels;
+    const T* first = static_cast<const T*>(p.x.data) + block.sample * p.x.sample_stride +
+                     (kChannelsFirst ? block.first_channel : pixel) * p.x.row_stride +
+                     (kChannelsFirst ? pixel : block.first_channel);
+    prefetch_rows(first, group * p.x.row_stride,
+                  kChannelsFirst ? block.channels / group : block.width,
+                  run * static_cast<int>(sizeof(T)));
   }
 }
 
