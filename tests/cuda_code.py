@@ -38,6 +38,7 @@ WALKS = {"Li2E": "few samples", "Li8E": ""}
 TILES = {"Li16E": "", "Li32E": "large tiles"}
 TEMPLATES = {
     "reduce_rows": (DTYPES, SCALED, ARGMAX),
+    "reduce_packed_rows": (DTYPES, ARGMAX),
     "reduce_columns": (DTYPES, ACCESSES, SCALED, ARGMAX),
     "resident_forward": (DTYPES, ORDER, KEPT),
     "resident_backward": (DTYPES, ACCESSES, ORDER),

@@ -57,6 +57,10 @@ REDUNDANT = {
     "for (int done = 0; done <= rows; done += rows_at_once) {": (
         "one more round in which no row is inside: nothing is read or written"
     ),
+    "reduce_packed_rows.cu: for (int done = 0; done < rows; done += rows_at_once) { -> "
+    "for (int done = 0; done <= rows; done += rows_at_once) {": (
+        "one more round in which no row is inside: nothing is read or written"
+    ),
     "blocks.cuh: const bool exists = pz >= 0 && pz < s.depth && py >= 0 && py < s.height && "
     "px >= 0 && -> "
     "const bool exists = pz >= -1 && pz < s.depth && py >= 0 && py < s.height && px >= 0 &&": (
@@ -67,6 +71,16 @@ REDUNDANT = {
         "rows are padded inside an image only where boxes are 1 or 2 pixels wide, and what is "
         "staged there reaches gates that are not written"
     ),
+    "blocks.cuh: if (row < rows && row * bytes < kBytesAhead) "
+    "prefetch(first + row * stride, bytes); -> "
+    "if (row <= rows && row * bytes < kBytesAhead) prefetch(first + row * stride, bytes);": HINT,
+    "blocks.cuh: if (row < rows && row * bytes < kBytesAhead) "
+    "prefetch(first + row * stride, bytes); -> "
+    "if (row < rows && row * bytes <= kBytesAhead) prefetch(first + row * stride, bytes);": HINT,
+    "reduce_columns.cu: const int vectors = min(g.tile, g.period - block.tile * g.tile); -> "
+    "const int vectors = (g.tile);": HINT,
+    "reduce_columns.cu: const int vectors = min(g.tile, g.period - block.tile * g.tile); -> "
+    "const int vectors = (g.period - block.tile * g.tile);": HINT,
     "reduce_rows.cu: if (g.lanes <= 32) -> if (g.lanes <= 1 + 32)": "lanes are powers of two",
     "resident_backward.cu: for (int number = 0; number < g.chunks; ++number) { -> "
     "for (int number = 0; number <= g.chunks; ++number) {": NO_CHUNK,

@@ -27,6 +27,7 @@ import cbam_cuda
 # The kernels that read tensors of x's size.
 PASSES = (
     "reduce_rows",
+    "reduce_packed_rows",
     "reduce_columns",
     "spatial_gate",
     "cross_sums",
@@ -232,8 +233,9 @@ def test_samples_come_to_the_chip_by_copies(sass, kind, architecture):
 
 
 BLOCKS = {
-    "reduce_rows": 3,
-    "reduce_columns": 2,
+    "reduce_rows": 4,
+    "reduce_packed_rows": 4,
+    "reduce_columns": 3,
     "spatial_gate": 3,
     "cross_sums": 2,
     "map_terms": 2,
@@ -244,7 +246,7 @@ BLOCKS = {
 def most_registers(kernel) -> int:
     """A thread's registers at most, by the blocks an SM holds of the kernel (__launch_bounds__)."""
     blocks = BLOCKS.get(kernel.kind, 1)
-    if kernel.kind == "spatial_gate" and kernel.words[1] == "packed":
+    if kernel.kind == "reduce_columns" and {"packed", "argmax"} <= set(kernel.words):
         blocks = 2
     return min(255, REGISTERS_OF_SM // (blocks * THREADS.get(kernel.kind, 256)) // 8 * 8)
 

@@ -45,8 +45,9 @@ def covers(parts: int, size: int, whole: int) -> bool:
 def check_reduction(g: dict, problem: dict, rows: int, cols: int) -> None:
     vector = 16 // BYTES[problem["dtype"]]
     if "lanes" in g:  # along rows
-        assert g["lanes"] in (8, 32, 256)
+        assert g["lanes"] in (1, 2, 4, 8, 16, 32, 256)
         assert g["tile"] % (256 // g["lanes"]) == 0
+        assert g["tile"] * cols * BYTES[problem["dtype"]] % 16 == 0 or g["lanes"] >= 8
         assert covers(g["tiles"], g["tile"], rows)
         assert covers(g["splits"], g["span"], cols)
         assert g["span"] % vector == 0

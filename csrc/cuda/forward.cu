@@ -75,10 +75,11 @@ class ForwardGroup {
 };
 
 void reduce(DType dtype, const Reduction& r, const Grid& grid, Stream stream) {
-  if (r.geometry.along_rows)
-    reduce_rows(dtype, r, grid, stream);
-  else
-    reduce_columns(dtype, r, grid, stream);
+  const ReductionGeometry& g = r.geometry;
+  const auto reduction = !g.along_rows                 ? reduce_columns
+                         : g.access == Access::kPacked ? reduce_packed_rows
+                                                       : reduce_rows;
+  reduction(dtype, r, grid, stream);
 }
 
 void run_streaming(const ForwardProblem& problem, const ForwardPlan& plan, void* memory,

@@ -18,8 +18,10 @@ namespace {
 constexpr int64_t kShortestRowPart = 4096;
 constexpr int64_t kLongestPart = 4096;
 constexpr int64_t kLongestUnscaledRowPart = 1 << 16;
-// Vectors side by side in a block that reduces down columns: 512 bytes of a row, or 256.
-constexpr int kMostAlong = 32, kFewestAlong = 16;
+// Vectors side by side in a block that reduces down columns: 1 KB of a row, or 256 bytes.
+constexpr int kMostAlong = 64, kFewestAlong = 16;
+// What short rows take of a block's shared memory, at most, and of that each thread.
+constexpr int64_t kPackedBytes = 32 * 1024, kPackedBytesOfThread = kPackedBytes / kThreads;
 
 // The cost of grouping: every launch waits for the one before (1.3 us on an H100 in a CUDA graph).
 // What passes leave in the cache shares it with what they write.
@@ -29,17 +31,49 @@ constexpr double kFirstBytesSeconds = 2e-6;  // of the first launch, until bytes
 // What a pass takes of the memory's bandwidth, at best.
 constexpr double kStreamedShare = 0.9;
 
+// Short rows that are no whole number of vectors, taken as one piece of memory.
+bool are_packed(const View& view, int vector, DType dtype) {
+  return view.vectors && view.row_stride == view.cols && view.cols % vector != 0 &&
+         view.cols * bytes_of(dtype) <= kPackedBytesOfThread * 32;
+}
+
+ReductionGeometry packed_rows(const View& view, int vector, DType dtype, int64_t samples,
+                              int64_t wanted) {
+  ReductionGeometry g{};
+  g.along_rows = true;
+  g.access = Access::kPacked;
+  g.row_group = 1;
+  g.splits = 1;
+  g.span = static_cast<int>(ceil_div(view.cols, vector) * vector);
+  const int64_t row = g.span * bytes_of(dtype);
+  const auto tile_rows = [&](int rows) {
+    g.tile = rows;
+    g.tiles = static_cast<int>(ceil_div(view.rows, rows));
+  };
+  g.lanes = 1;
+  while (g.lanes < 32 && g.lanes * kPackedBytesOfThread < row) g.lanes *= 2;
+  tile_rows(kThreads / g.lanes);
+  while (g.lanes < 32 && samples * g.tiles < wanted) tile_rows(kThreads / (g.lanes *= 2));
+  while (2 * g.tile * row <= kPackedBytes && samples * g.tiles >= 8 * wanted) tile_rows(2 * g.tile);
+  return g;
+}
+
 ReductionGeometry along_rows(const ForwardProblem& p, int64_t samples, bool scaled,
                              int64_t wanted) {
   const View view(p, p.strides, p.x);
   const int vector = elements_per_vector(p.dtype);
-  const int64_t vectors = view.cols / vector;
+  if (!scaled && are_packed(view, vector, p.dtype))
+    return packed_rows(view, vector, p.dtype, samples, wanted);
+  const int64_t vectors = view.cols / vector, rows = samples * view.rows;
   ReductionGeometry g{};
   g.along_rows = true;
+  g.access = Access::kVector;
   g.row_group = 1;
-  const bool few_rows = !scaled && samples * view.rows < wanted * (kThreads / 32);
+  const bool few_rows = !scaled && rows < wanted * (kThreads / 32);
   const int64_t enough_for_a_block = few_rows ? kThreads : 4 * kThreads;
-  g.lanes = vectors >= enough_for_a_block ? kThreads : vectors >= 64 ? 32 : 8;
+  // As few threads a row as fill the device: each has many loads, and merging is rare.
+  const bool many_rows = rows >= wanted * (kThreads / 8);
+  g.lanes = vectors >= enough_for_a_block ? kThreads : vectors >= 64 && !many_rows ? 32 : 8;
   const int at_once = kThreads / g.lanes;
   g.tile = at_once;
   if (scaled) {
@@ -53,28 +87,49 @@ ReductionGeometry along_rows(const ForwardProblem& p, int64_t samples, bool scal
   return g;
 }
 
-ReductionGeometry down_columns(const ForwardProblem& p, int64_t samples, bool scaled,
-                               int64_t wanted) {
+// Sets tiles of so many vectors and parts that fill the device evenly; how much of the device's
+// threads then have work.
+double set_columns(ReductionGeometry& g, int tile, int64_t rows, int64_t samples, int64_t shortest,
+                   int64_t at_once) {
+  g.tile = tile;
+  g.tiles = static_cast<int>(ceil_div(g.period, tile));
+  const int64_t fewest = ceil_div(rows, kLongestPart);
+  const int64_t parts =
+      even_pieces(samples * g.tiles, at_once, fewest, std::max(fewest, rows / shortest));
+  g.span = static_cast<int>(ceil_div(ceil_div(rows, parts), g.row_group) * g.row_group);
+  g.splits = static_cast<int>(ceil_div(rows, g.span));
+  const double covered = static_cast<double>(g.period) / (int64_t{1} * g.tiles * tile);
+  const double busy = static_cast<double>(kThreads / tile * tile) / kThreads;
+  return covered * busy * fullness(samples * g.blocks_per_sample(), at_once);
+}
+
+ReductionGeometry down_columns(const ForwardProblem& p, int64_t samples, int multiprocessors) {
+  constexpr double kGood = 0.85;  // wider tiles are worth more than the rest
   const View view(p, p.strides, p.x);
-  const ColumnAccess access(view, elements_per_vector(p.dtype));
+  const int vector = elements_per_vector(p.dtype);
+  const ColumnAccess access = ColumnAccess(view, vector).of_two_rows(vector);
   const int64_t shortest = pieces_of(p, samples).shortest_part;
+  const int64_t at_once = int64_t{kColumnBlocks} * multiprocessors;
   ReductionGeometry g{};
   g.access = access.access;
   g.period = access.period;
   g.row_group = access.row_group;
-  g.tile = g.access == Access::kPacked ? g.period : std::min(g.period, kMostAlong);
-  const auto set = [&] {
-    g.tiles = static_cast<int>(ceil_div(g.period, g.tile));
-    split(g, view.rows, samples * g.tiles, wanted, shortest, kLongestPart, g.row_group);
-  };
-  set();
-  // Parts of the maps are read again by many blocks, those of the pool by few.
-  const int64_t blocks = samples * g.tiles * (scaled ? 1 : g.splits);
-  if (blocks < wanted && g.tile == kMostAlong) {
-    g.tile = kFewestAlong;
-    set();
+  if (g.access == Access::kPacked || g.period <= kFewestAlong) {
+    set_columns(g, g.period, view.rows, samples, shortest, at_once);
+    return g;
   }
-  return g;
+  ReductionGeometry best{};
+  double best_share = 0;
+  for (int64_t tiles = ceil_div(g.period, kMostAlong); best_share < kGood; ++tiles) {
+    // Even: pieces of whole sectors.
+    const auto tile = static_cast<int>(ceil_div(ceil_div(g.period, tiles), 2) * 2);
+    if (best_share > 0 && tile < kFewestAlong) break;
+    const double share = set_columns(g, tile, view.rows, samples, shortest, at_once);
+    if (share <= best_share) continue;
+    best = g;
+    best_share = share;
+  }
+  return best;
 }
 
 Group groups_of(const ForwardProblem& p, const DeviceLimits& device) {
@@ -87,6 +142,9 @@ double streaming_seconds(const ForwardProblem& p, const DeviceLimits& device) {
 
 template <class A>
 int64_t reduction_bytes(const ReductionGeometry& g, bool scaled, DType dtype) {
+  if (g.along_rows && g.access == Access::kPacked)
+    return bytes_of(dtype) == 2 ? shared_bytes<PackedRowShared<Half>>(g)
+                                : shared_bytes<PackedRowShared<float>>(g);
   if (g.along_rows) return shared_bytes<RowShared<A>>(g, scaled);
   const int elements = g.access == Access::kScalar ? 1 : elements_per_vector(dtype);
   return shared_bytes<ColumnShared<A>>(g, scaled, elements);
@@ -173,8 +231,18 @@ ColumnAccess::ColumnAccess(const View& view, int vector) : period(static_cast<in
   row_group = static_cast<int>(vector / common);
 }
 
+ColumnAccess ColumnAccess::of_two_rows(int vector) const {
+  const int cols = period * vector / row_group;
+  if (access != Access::kPacked || cols + 1 >= vector) return *this;
+  ColumnAccess narrowed = *this;
+  narrowed.access = Access::kScalar;
+  narrowed.period = cols;
+  narrowed.row_group = 1;
+  return narrowed;
+}
+
 const Pieces& pieces_of(const ForwardProblem& p, int64_t samples) {
-  static constexpr Pieces kThrifty{256, 64, 128, 0.02}, kSmall{64, 8, 32, 1.0};
+  static constexpr Pieces kThrifty{256, 64, 64, 0.1}, kSmall{64, 8, 32, 4.0};
   constexpr int64_t kSmallBytes = 4 << 20;  // 1.3 us at 3 TB/s
   const int64_t bytes = samples * p.shape.channels * p.shape.pixels() * bytes_of(p.dtype);
   return bytes < kSmallBytes ? kSmall : kThrifty;
@@ -210,9 +278,9 @@ ForwardPlan plan_streaming(const ForwardProblem& p, const DeviceLimits& device,
   const int64_t samples = plan.group.samples;
   if (p.strides.channels_first()) {
     plan.pool = along_rows(p, samples, false, wanted);
-    plan.maps = down_columns(p, samples, true, wanted);
+    plan.maps = down_columns(p, samples, device.multiprocessors);
   } else {
-    plan.pool = down_columns(p, samples, false, wanted);
+    plan.pool = down_columns(p, samples, device.multiprocessors);
     plan.maps = along_rows(p, samples, true, wanted);
   }
   plan.maps.reverse = true;  // starts with what the pool read last

@@ -19,7 +19,11 @@ constexpr int64_t kNeverIfAvoidable = int64_t{1} << 48;
 
 std::vector<int64_t> extents(int64_t full) {
   std::vector<int64_t> found{full};
-  for (int64_t e = 1; e < full && e <= kMostPixels; e *= 2) found.push_back(e);
+  for (int64_t e = 1; e < full && e <= kMostPixels; e *= 2) {
+    found.push_back(e);
+    const int64_t even = ceil_div(full, ceil_div(full, e));  // the last box no smaller
+    if (even != e) found.push_back(even);
+  }
   return found;
 }
 

@@ -23,8 +23,8 @@ void set_chunk(ScaleGeometry& g, const ForwardProblem& p, int64_t samples, int m
   const int64_t most =
       std::max(fewest, std::min(s.channels / pieces.channels,
                                 static_cast<int64_t>(pieces.map_share * x_bytes / map_bytes)));
-  const int64_t chunks =
-      std::clamp(ceil_div(wanted_blocks(device), samples * g.boxes()), fewest, most);
+  const int64_t chunks = even_pieces(samples * g.boxes(),
+                                     int64_t{kScaleBlocks} * device.multiprocessors, fewest, most);
   const int64_t multiple = p.strides.channels_first() ? g.row_group
                            : g.access == Access::kVector
                                ? kChunkVectors * elements_per_vector(p.dtype)
@@ -41,8 +41,8 @@ ScaleGeometry plan_last_pass(const ForwardProblem& p, int64_t samples, int map_s
   const Shape& s = p.shape;
   const int vector = elements_per_vector(p.dtype);
   const bool first = p.strides.channels_first();
-  const ColumnAccess in(View(p, p.strides, p.x), vector);
-  const ColumnAccess out(View(p, p.out_strides, p.out), vector);
+  const auto in = ColumnAccess(View(p, p.strides, p.x), vector).of_two_rows(vector);
+  const auto out = ColumnAccess(View(p, p.out_strides, p.out), vector).of_two_rows(vector);
   const int64_t most_chunks = std::max<int64_t>(1, s.channels / pieces_of(p, samples).channels);
   ScaleGeometry g{};
   g.access = in.access == out.access ? in.access : Access::kScalar;

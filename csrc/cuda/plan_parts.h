@@ -35,6 +35,8 @@ struct ColumnAccess {
   int period, row_group = 1;
 
   ColumnAccess(const View& view, int vector);
+  // The same, but no packed vectors that touch more than two rows.
+  ColumnAccess of_two_rows(int vector) const;
   // Of one load.
   int elements(int vector) const { return access == Access::kScalar ? 1 : vector; }
 };
@@ -55,6 +57,24 @@ const Pieces& pieces_of(const ForwardProblem& p, int64_t samples);
 // Blocks of kThreads that fill a quarter of the device's threads: with four loads of 16 bytes in
 // flight for each, 32 KB a multiprocessor of an H100, where 23 KB saturate its memory.
 int64_t wanted_blocks(const DeviceLimits& device);
+
+// How full the waves are in which a device runs so many blocks, `at_once` of them at a time.
+inline double fullness(int64_t blocks, int64_t at_once) {
+  return static_cast<double>(blocks) / static_cast<double>(ceil_div(blocks, at_once) * at_once);
+}
+// A last wave of blocks that is so full costs nothing that smaller blocks would save.
+constexpr double kFullWaves = 0.9;
+
+// Into how many pieces each of `blocks` is to be cut, so that they fill the device in whole waves,
+// or nearly: the fewest where several do, those that come the closest where none does.
+inline int64_t even_pieces(int64_t blocks, int64_t at_once, int64_t fewest, int64_t most) {
+  int64_t best = fewest;
+  for (int64_t pieces = fewest + 1; pieces <= most; ++pieces) {
+    if (fullness(blocks * best, at_once) >= kFullWaves) break;
+    if (fullness(blocks * pieces, at_once) > fullness(blocks * best, at_once)) best = pieces;
+  }
+  return best;
+}
 
 // What a kernel's arrays take of shared memory.
 template <class Shared, class... Arguments>

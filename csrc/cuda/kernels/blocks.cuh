@@ -13,6 +13,17 @@ __device__ __forceinline__ int block_number(bool reverse) {
   return static_cast<int>(reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
 
+// What a block asks for before it needs it: of all blocks of an H100 12 MB, about 3 us of reading.
+constexpr int kBytesAhead = 32 * 1024;
+
+// Asks for the first of so many rows of x, `bytes` of each, so that the memory is busy while the
+// block prepares. Rows start and end on multiples of 16 bytes.
+template <class T>
+__device__ __forceinline__ void prefetch_rows(const T* first, int64_t stride, int rows, int bytes) {
+  const int row = threadIdx.x;
+  if (row < rows && row * bytes < kBytesAhead) prefetch(first + row * stride, bytes);
+}
+
 // A box of pixels, cut at the edges of the image, and how a map of it is staged: with a halo, rows
 // padded to whole runs. `number` counts boxes first, then samples.
 struct Box {
@@ -89,6 +100,30 @@ struct VectorColumns {
   __device__ __forceinline__ int row_of(int i) const {
     return kPacked ? static_cast<int>(rows >> (4 * i) & 15) : 0;
   }
+  __device__ __forceinline__ int column(int i) const { return first + i - row_of(i) * cols; }
+};
+
+// The same where rows are long enough for a vector of `count` elements to touch two at most.
+template <bool kPacked>
+struct VectorOfTwoRows {
+  int first, cols;
+  int first_row = 0, last_row = 0;
+  int in_first_row = 0;  // elements
+
+  __device__ __forceinline__ VectorOfTwoRows(int first_, int cols_, int count)
+      : first(first_), cols(cols_) {
+    if constexpr (kPacked) {
+      first_row = first / cols;
+      in_first_row = (first_row + 1) * cols - first;
+      last_row = in_first_row < count ? first_row + 1 : first_row;
+    }
+  }
+  // What belongs to element i, of what belongs to its two rows.
+  template <class V>
+  __device__ __forceinline__ V of_element(int i, V of_first, V of_last) const {
+    return !kPacked || i < in_first_row ? of_first : of_last;
+  }
+  __device__ __forceinline__ int row_of(int i) const { return of_element(i, first_row, last_row); }
   __device__ __forceinline__ int column(int i) const { return first + i - row_of(i) * cols; }
 };
 

@@ -70,7 +70,7 @@ struct ReductionGeometry {
   int tiles, tile;   // rows: rows of a block; columns: vectors side by side in a block
   int splits, span;  // elements of a row, or rows; a multiple of what one vector covers
   int lanes;         // rows: threads that share a row
-  Access access;     // columns
+  Access access;     // columns; rows: kPacked where a block takes them as one piece, else kVector
   int period;        // columns: vectors that cover row_group rows
   int row_group;     // columns: 1 unless access is kPacked
   bool reverse;      // last block first: starts with what the pass before left in the cache
@@ -85,9 +85,13 @@ struct Reduction {
   Parts out;
 };
 
-// reduce_rows.cu, reduce_columns.cu
+// reduce_rows.cu, reduce_packed_rows.cu, reduce_columns.cu
 void reduce_rows(DType dtype, const Reduction& r, const Grid& grid, Stream stream);
+void reduce_packed_rows(DType dtype, const Reduction& r, const Grid& grid, Stream stream);
 void reduce_columns(DType dtype, const Reduction& r, const Grid& grid, Stream stream);
+
+// Blocks of a reduction down columns that a multiprocessor runs at once, by their registers.
+constexpr int kColumnBlocks = 3;
 
 template <class A>
 struct RowShared {
@@ -101,6 +105,14 @@ struct RowShared {
         sum(carver.array<A>(kThreads / 32, "sum")),
         max(carver.array<A>(kThreads / 32, "max")),
         argmax(carver.array<int32_t>(kThreads / 32, "argmax")) {}
+};
+
+template <class T>
+struct PackedRowShared {
+  T* rows;  // [tile, cols]
+
+  CBAM_INLINE_MEMBER PackedRowShared(SharedCarver& carver, const ReductionGeometry& g)
+      : rows(carver.array<T>(int64_t{1} * g.tile * g.span, "rows")) {}
 };
 
 template <class A>
@@ -251,6 +263,9 @@ struct SpatialGate {
   void* saved_maps;         // x's dtype [samples, 2, pixels]
   int32_t* saved_argmax;    // [samples, pixels]; null where maps.argmax is that already
 };
+
+// Blocks of the last pass that a multiprocessor runs at once, by their registers.
+constexpr int kScaleBlocks = 3;
 
 void spatial_gate(DType dtype, const SpatialGate& p, const Grid& grid, Stream stream);
 

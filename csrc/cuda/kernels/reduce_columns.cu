@@ -19,26 +19,40 @@ namespace cbam::cuda {
 namespace {
 
 // What this thread's vector `v` of each row group gathers over `rows` rows: its elements keep their
-// columns, and the rows of those past the first are `row_of` further down.
+// columns, those of a packed vector's second row are one row further down.
 template <Access kAccess, bool kScaled, int kCount, bool kArgmax, class T>
 __device__ __forceinline__ void gather_columns(const Reduction& r, const T* x, int v, int first,
                                                int rows, int start, int step,
                                                const acc_t<T>* factor,
                                                Extremes<acc_t<T>, kArgmax> (&e)[kCount]) {
-  const VectorColumns<kAccess == Access::kPacked> columns(v * kCount, r.x.cols, kCount);
+  constexpr bool kPacked = kAccess == Access::kPacked;
+  const VectorOfTwoRows<kPacked> columns(v * kCount, r.x.cols, kCount);
+  const T* next = x + (first + start) * r.x.row_stride + int64_t{v} * kCount;
+  const int64_t stride = step * r.x.row_stride;
   for_batches(
       start, rows, step,
-      [&](int row) {
-        return load<kCount>(x + (first + row) * r.x.row_stride + int64_t{v} * kCount);
+      [&](int) {
+        const T* at = next;
+        next += stride;
+        return load<kCount>(at);
       },
       [&](int row, const Raw<T, kCount>& raw) {
         const auto pack = widen(raw);
+        const acc_t<T> by_first = kScaled ? factor[row + columns.first_row] : acc_t<T>(1);
+        const acc_t<T> by_last = kScaled ? factor[row + columns.last_row] : acc_t<T>(1);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-          const int own = row + columns.row_of(i);
-          e[i].add(kScaled ? pack.value[i] * factor[own] : pack.value[i], first + own);
+          // The choice takes predicates, which with positions there are too few of.
+          const acc_t<T> by = kPacked && kArgmax ? factor[row + columns.row_of(i)]
+                                                 : columns.of_element(i, by_first, by_last);
+          e[i].add(kScaled ? pack.value[i] * by : pack.value[i], first + row);
         }
       });
+  if constexpr (kArgmax) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (e[i].argmax != e[i].kNone) e[i].argmax += columns.row_of(i);
+  }
 }
 
 // Where the partial result of an element of a thread's vector stands: no two threads of a warp
@@ -68,7 +82,9 @@ __device__ __forceinline__ Extremes<A, kArgmax> merge_column(const ColumnShared<
 }
 
 template <class T, Access kAccess, bool kScaled, bool kArgmax>
-__global__ void __launch_bounds__(kThreads, 2) reduce_columns_kernel(const Reduction r) {
+__global__ void __launch_bounds__(kThreads,
+                                  kAccess == Access::kPacked && kArgmax ? 2 : kColumnBlocks)
+    reduce_columns_kernel(const Reduction r) {
   using A = acc_t<T>;
   constexpr int kCount = kAccess == Access::kScalar ? 1 : kVector<T>;
   const ReductionGeometry& g = r.geometry;
@@ -77,6 +93,12 @@ __global__ void __launch_bounds__(kThreads, 2) reduce_columns_kernel(const Reduc
   const int threads_below = kThreads / g.tile, elements = g.tile * kCount;
   SharedCarver carver(dynamic_shared_memory());
   const ColumnShared<A> shared(carver, g, kScaled, kCount);
+  const T* sample = static_cast<const T*>(r.x.data) + block.sample * r.x.sample_stride;
+  if constexpr (kAccess != Access::kScalar) {
+    const int vectors = min(g.tile, g.period - block.tile * g.tile);
+    prefetch_rows(sample + first * r.x.row_stride + block.tile * elements,
+                  g.row_group * r.x.row_stride, rows / g.row_group, vectors * kVectorBytes);
+  }
   if constexpr (kScaled) {
     const A* factor = static_cast<const A*>(r.factor) + block.sample * r.x.rows + first;
     for (int i = threadIdx.x; i < rows; i += kThreads) shared.factor[i] = factor[i];
@@ -87,7 +109,6 @@ __global__ void __launch_bounds__(kThreads, 2) reduce_columns_kernel(const Reduc
   if (y < threads_below) {
     Extremes<A, kArgmax> e[kCount];
     if (vector < g.period) {
-      const T* sample = static_cast<const T*>(r.x.data) + block.sample * r.x.sample_stride;
       gather_columns<kAccess, kScaled>(r, sample, vector, first, rows, y * g.row_group,
                                        threads_below * g.row_group, shared.factor, e);
     }

@@ -40,7 +40,7 @@ __device__ __forceinline__ void merge_block(const RowShared<A>& shared, Extremes
 }
 
 template <class T, bool kScaled, bool kArgmax>
-__global__ void __launch_bounds__(kThreads, 3) reduce_rows_kernel(const Reduction r) {
+__global__ void __launch_bounds__(kThreads, 4) reduce_rows_kernel(const Reduction r) {
   using A = acc_t<T>;
   const ReductionGeometry& g = r.geometry;
   const int rows_at_once = kThreads / g.lanes;

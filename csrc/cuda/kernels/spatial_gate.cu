@@ -32,6 +32,24 @@ struct ScaleBlock : Box {
   }
 };
 
+// Asks for the first of the block's rows of x.
+template <Access kAccess, bool kChannelsFirst, class T>
+__device__ __forceinline__ void prefetch_first(const SpatialGate& p, const ScaleBlock& block) {
+  if constexpr (kAccess != Access::kScalar) {
+    const int group = kAccess == Access::kPacked ? p.geometry.row_group : 1;
+    const int pixel = block.pixel(p.space, 0, 0, 0);
+    // Of a channel the rows of the image that follow each other without a gap.
+    const int lines = block.width == p.space.width ? block.height : 1;
+    const int run = kChannelsFirst ? group * lines * block.width : block.channels;
+    const T* first = static_cast<const T*>(p.x.data) + block.sample * p.x.sample_stride +
+                     (kChannelsFirst ? block.first_channel : pixel) * p.x.row_stride +
+                     (kChannelsFirst ? pixel : block.first_channel);
+    prefetch_rows(first, group * p.x.row_stride,
+                  kChannelsFirst ? block.channels / group : block.width,
+                  run * static_cast<int>(sizeof(T)));
+  }
+}
+
 // The maps of the box and its halo; kept for backward where asked for.
 template <class T, class A>
 __device__ __forceinline__ void stage_block(const SpatialGate& p, const ScaleBlock& block,
@@ -82,6 +100,38 @@ __device__ __forceinline__ void gate_pixels(const SpatialGate& p, const ScaleBlo
   });
 }
 
+// Where the rows of a thread's vector stand, asked for one after another: every step-th channel or,
+// packed, a channel by its number from the first on; a pixel of a box by its number in the image.
+template <Access kAccess, bool kChannelsFirst, class P>
+class RowWalk {
+ public:
+  static constexpr bool kSteps = kChannelsFirst && kAccess != Access::kPacked;
+
+  __device__ __forceinline__ RowWalk(P first, int col, int64_t stride, int step, const int* pixel)
+      : at_(kPacked ? first : first + col),
+        col_(col),
+        stride_(kSteps ? stride * step : stride),
+        pixel_(pixel) {}
+  __device__ __forceinline__ P next(int row) {
+    if constexpr (kSteps) {
+      const P at = at_;
+      at_ += stride_;
+      return at;
+    } else if constexpr (kPacked) {
+      return at_ + (row * static_cast<int>(stride_) + col_);  // no longer than kThreads vectors
+    } else {
+      return at_ + pixel_[row] * stride_;
+    }
+  }
+
+ private:
+  static constexpr bool kPacked = kAccess == Access::kPacked;
+  P at_;
+  int col_;
+  int64_t stride_;
+  const int* pixel_;
+};
+
 // The last pass. `threads_along` threads side by side take the vectors of a row of x's matrix, the
 // others rows below; the gates of a vector's columns stay in registers.
 template <Access kAccess, bool kChannelsFirst, class T, class A>
@@ -89,6 +139,8 @@ __device__ __forceinline__ void scale(const SpatialGate& p, const ScaleBlock& bl
                                       const ScaleShared<A>& shared) {
   constexpr int kCount = kAccess == Access::kScalar ? 1 : kVector<T>;
   constexpr bool kPacked = kAccess == Access::kPacked;
+  // The choice between two rows takes registers.
+  constexpr int kBatch = !kPacked ? 4 : kNarrowsSlowly<T> ? 2 : 3;
   const A* row_gate = kChannelsFirst ? shared.channel : shared.spatial;
   const A* col_gate = kChannelsFirst ? shared.spatial : shared.channel;
   const int rows = kChannelsFirst ? block.channels : block.pixels();
@@ -99,43 +151,49 @@ __device__ __forceinline__ void scale(const SpatialGate& p, const ScaleBlock& bl
   const int side = threadIdx.x % p.geometry.threads_along,
             below = threadIdx.x / p.geometry.threads_along;
   if (below >= threads_below) return;
-  const T* x = static_cast<const T*>(p.x.data) + block.sample * p.x.sample_stride;
-  T* out = static_cast<T*>(p.out) + block.sample * p.out_sample_stride;
+  const int start = below * group, step = threads_below * group;
+  using From = RowWalk<kAccess, kChannelsFirst, const T*>;
+  using To = RowWalk<kAccess, kChannelsFirst, T*>;
+  const int first_row = (kChannelsFirst ? block.first_channel : 0) + (From::kSteps ? start : 0);
+  const T* x = static_cast<const T*>(p.x.data) + block.sample * p.x.sample_stride +
+               first_row * p.x.row_stride;
+  T* out =
+      static_cast<T*>(p.out) + block.sample * p.out_sample_stride + first_row * p.out_row_stride;
   for (int v = side; v < vectors; v += p.geometry.threads_along) {
-    const VectorColumns<kPacked> columns(v * kCount, cols, kCount);
+    const VectorOfTwoRows<kPacked> columns(v * kCount, cols, kCount);
     A gate[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) gate[i] = col_gate[columns.column(i)];
     const int col = kPacked          ? v * kCount
                     : kChannelsFirst ? shared.pixel[v * kCount]
                                      : block.first_channel + v * kCount;
-    const auto start = [&](int row, int64_t stride) {
-      return (kChannelsFirst ? block.first_channel + row : shared.pixel[row]) * stride + col;
-    };
-    for_batches(
-        below * group, rows, threads_below * group,
-        [&](int row) { return load<kCount>(x + start(row, p.x.row_stride)); },
+    From from(x, col, p.x.row_stride, step, shared.pixel);
+    To to(out, col, p.out_row_stride, step, shared.pixel);
+    for_batches<kBatch>(
+        start, rows, step, [&](int row) { return load<kCount>(from.next(row)); },
         [&](int row, const Raw<T, kCount>& raw) {
           auto pack = widen(raw);
+          const A of_first = row_gate[row + columns.first_row];
+          const A of_last = row_gate[row + columns.last_row];
 #pragma unroll
           for (int i = 0; i < kCount; ++i) {
-            const A of_row = row_gate[row + columns.row_of(i)];
+            const A of_row = columns.of_element(i, of_first, of_last);
             // As the plain form does: first the channel's gate, then the pixel's.
             pack.value[i] = pack.value[i] * (kChannelsFirst ? of_row : gate[i]) *
                             (kChannelsFirst ? gate[i] : of_row);
           }
-          store(out + start(row, p.out_row_stride), pack);
+          store(to.next(row), pack);
         });
   }
 }
 
 template <class T, Access kAccess, bool kChannelsFirst>
-__global__ void __launch_bounds__(kThreads, kAccess == Access::kPacked ? 2 : 3)
-    spatial_gate_kernel(const SpatialGate p) {
+__global__ void __launch_bounds__(kThreads, kScaleBlocks) spatial_gate_kernel(const SpatialGate p) {
   using A = acc_t<T>;
   const ScaleBlock block(p);
   SharedCarver carver(dynamic_shared_memory());
   const ScaleShared<A> shared(carver, p.geometry, p.space);
+  prefetch_first<kAccess, kChannelsFirst, T>(p, block);
   stage_constants<T>(p, block, shared);
   stage_block<T>(p, block, shared.maps);
   __syncthreads();

@@ -29,6 +29,15 @@ __device__ __forceinline__ T narrow(acc_t<T> v) {
     return v;
 }
 
+// Whether narrow<T> takes many instructions, and their registers: bfloat16 before 8.0.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <class T>
+constexpr bool kNarrowsSlowly = std::is_same_v<T, BFloat16>;
+#else
+template <class T>
+constexpr bool kNarrowsSlowly = false;
+#endif
+
 template <class A>
 __device__ __forceinline__ A minus_infinity() {
   return static_cast<A>(-INFINITY);

@@ -97,6 +97,16 @@ __device__ __forceinline__ void prefetch([[maybe_unused]] const void* p) {
 #endif
 }
 
+// The same for so many bytes, a multiple of 16 from a multiple of 16 on, from compute
+// capability 9.0 on.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* p,
+                                         [[maybe_unused]] int bytes) {
+#if !defined(CBAM_EMULATED) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)),
+               "r"(bytes));
+#endif
+}
+
 // Marked as the first to leave the cache: nothing here reads what was written.
 template <class T, int kCount>
 __device__ __forceinline__ void store(T* p, const Pack<T, kCount>& pack) {
