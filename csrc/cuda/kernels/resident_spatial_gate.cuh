@@ -74,12 +74,13 @@ __device__ __forceinline__ void merge_maps(const ResidentForward& p,
     return e;
   };
   Extremes<A, kTraining> merged;
-  for_batches<kTraining ? 2 : 4>(0, g.team, 1, read, [&](int from, const Extremes<A, kTraining>& e) {
-    if (from == 0)
-      merged = e;  // as it is, NaN and all
-    else
-      merged.merge(e);
-  });
+  for_batches<kTraining ? 2 : 4>(0, g.team, 1, read,
+                                 [&](int from, const Extremes<A, kTraining>& e) {
+                                   if (from == 0)
+                                     merged = e;  // as it is, NaN and all
+                                   else
+                                     merged.merge(e);
+                                 });
   mean = merged.sum;
   max = merged.max;
   if constexpr (kTraining) {
@@ -107,6 +108,8 @@ __device__ __forceinline__ void gate_boxes(const ResidentForward& p,
     if (end < block.pixels()) return;
     __syncthreads();
     A* gates = m.exchange.gates + k * g.gates_each();
+    for (int i = box.pixels() + threadIdx.x; i < g.gates_each(); i += g.threads)
+      gates[i] = A(0);  // read with others in a vector
     const auto put = [&](int at, int pixel, A gate) {
       gates[at] = gate;
       if constexpr (kTraining)
