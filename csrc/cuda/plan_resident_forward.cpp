@@ -5,6 +5,8 @@ namespace cbam::cuda {
 namespace {
 
 constexpr int64_t kMostBands = 8;
+// Elements of a row that is no whole number of vectors, up to which a thread walks along it alone.
+constexpr int64_t kShortRow = 128;
 // Two walks over an element in shared memory, by a multiprocessor; estimated.
 constexpr double kElementSeconds = 22e-12;
 
@@ -39,17 +41,31 @@ class ForwardFitting : public Teams {
   bool fit(Geometry& g, int64_t limit) const {
     for (int64_t bands = 1; bands <= kMostBands; ++bands)
       for (int64_t each = 1; each <= 4; each *= 2) {
-        g.band = static_cast<int>(ceil_div(s_.pixels(), bands));
+        g.band = static_cast<int>(
+            std::min(s_.pixels(), ceil_div(ceil_div(s_.pixels(), bands), vector_) * vector_));
         set_boxes(g, each);
         // Between bands each box stays staged, and no scratch is there to share a column.
         if (bands > 1 && (g.boxes_each > 1 || g.band < g.threads)) continue;
-        g.groups = groups(g, int64_t{g.samples} * (first_ ? g.band : g.channels));
+        set_walks(g);
         SharedLayout layout;
         if (resident_shared_bytes(p_, g, layout) > limit) continue;
         g.exchange = g.cluster ? 0 : exchange_bytes(g);
         return true;
       }
     return false;
+  }
+
+  // How threads share rows and columns: no thread makes the maps of so many neighbours that more
+  // than a third of the threads have none.
+  void set_walks(Geometry& g) const {
+    if (first_ && s_.pixels() % (vector_ / 2) && s_.pixels() <= kShortRow) g.lanes = 1;
+    g.neighbours = 1;
+    for (int count : {vector_ / 2, vector_})
+      if (first_ && s_.pixels() % count == 0 && g.band % count == 0 &&
+          3 * int64_t{g.samples} * g.band >= 2 * int64_t{count} * g.threads)
+        g.neighbours = count;
+    g.groups =
+        g.neighbours > 1 ? 1 : groups(g, int64_t{g.samples} * (first_ ? g.band : g.channels));
   }
 
   int64_t exchange_bytes(const Geometry& g) const {

@@ -43,44 +43,45 @@ __device__ __forceinline__ void stage_conv_weights(const void* weights, const vo
   if (threadIdx.x == 0) to[count] = bias ? weight_at<T>(bias, dtype, 0) : A(0);
 }
 
-// kRun neighbours of a row of the box, from x on: every value of the maps is read once for all.
-template <class A>
+// kCount neighbours of a row of the box, from x on: every value of the maps is read once for all.
+template <int kCount, class A>
 __device__ __forceinline__ void correlate_run(const Box& box, const Space& s, const A* staged,
                                               const A* weight, int z, int y, int x,
-                                              A (&sum)[kRun]) {
+                                              A (&sum)[kCount]) {
   for (int m = 0; m < 2; ++m)
     for (int kz = 0; kz < s.kernel_depth; ++kz)
       for (int ky = 0; ky < s.kernel_height; ++ky) {
         const A* row = staged + m * box.staged + box.at(z + kz, y + ky, 0);
-        A window[kRun];
+        A window[kCount];
 #pragma unroll
-        for (int i = 0; i < kRun - 1; ++i) window[i] = row[x + i];
+        for (int i = 0; i < kCount - 1; ++i) window[i] = row[x + i];
 #pragma unroll 4
         for (int kx = 0; kx < s.kernel_width; ++kx) {
-          window[kRun - 1] = row[x + kx + kRun - 1];
+          window[kCount - 1] = row[x + kx + kCount - 1];
           const A w = *weight++;
 #pragma unroll
-          for (int i = 0; i < kRun; ++i) sum[i] += w * window[i];
+          for (int i = 0; i < kCount; ++i) sum[i] += w * window[i];
 #pragma unroll
-          for (int i = 0; i < kRun - 1; ++i) window[i] = window[i + 1];
+          for (int i = 0; i < kCount - 1; ++i) window[i] = window[i + 1];
         }
       }
 }
 
-// put(index within the box, pixel of the image, gate) for every pixel of the box.
-template <class A, class Put>
+// put(index within the box, pixel of the image, gate) for every pixel of the box, kCount neighbours
+// to a thread, at most kRun: fewer where there are threads for them.
+template <int kCount = kRun, class A, class Put>
 __device__ __forceinline__ void gate_box(const Box& box, const Space& s, const A* staged,
                                          const A* weight, Put put) {
   const A bias = weight[2 * s.taps()];
-  const int runs = (box.width + kRun - 1) / kRun;
+  const int runs = (box.width + kCount - 1) / kCount;
   for (int i = threadIdx.x; i < runs * box.height * box.depth; i += blockDim.x) {
-    const int x = i % runs * kRun, y = i / runs % box.height, z = i / runs / box.height;
-    A sum[kRun];
+    const int x = i % runs * kCount, y = i / runs % box.height, z = i / runs / box.height;
+    A sum[kCount];
 #pragma unroll
-    for (int k = 0; k < kRun; ++k) sum[k] = bias;
+    for (int k = 0; k < kCount; ++k) sum[k] = bias;
     correlate_run(box, s, staged, weight, z, y, x, sum);
 #pragma unroll
-    for (int k = 0; k < kRun; ++k)
+    for (int k = 0; k < kCount; ++k)
       if (x + k < box.width)
         put((z * box.height + y) * box.width + x + k, box.pixel(s, z, y, x + k), sigmoid(sum[k]));
   }

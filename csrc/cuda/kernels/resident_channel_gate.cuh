@@ -16,19 +16,25 @@ template <int kVectors, bool kChannelsFirst, class T>
 __device__ __forceinline__ void hidden_shares(const ResidentForward& p,
                                               const ResidentBlock<T, kChannelsFirst>& block,
                                               const ForwardMemory<T>& m) {
-  constexpr int kRows = 32 / kVectors;
+  constexpr int kRows = kVectors == 2 ? 4 : 1;
   const int row = threadIdx.x % 32 / kVectors, vector = threadIdx.x % kVectors;
-  for (int unit = threadIdx.x / 32 * kRows; unit < p.hidden;
-       unit += p.geometry.threads / 32 * kRows) {
-    const auto sum = warp_products<kRows, kVectors>(
-        block.channels, m.shared.pooled, p.geometry.channels, [&](int r, int k) {
-          const int64_t at = int64_t{unit + r} * p.channels + block.first_channel + k;
-          return unit + r < p.hidden ? weight_at<T>(p.weights.fc1_weight, p.weights.dtype, at)
-                                     : acc_t<T>(0);
-        });
-    if (unit + row < p.hidden) m.exchange.hidden[(unit + row) * kVectors + vector] = sum;
-  }
+  with_weights<T>(p.weights.fc1_weight, p.weights.dtype, [&](const auto* weights) {
+    for (int unit = threadIdx.x / 32 * kRows; unit < p.hidden;
+         unit += p.geometry.threads / 32 * kRows) {
+      const auto sum = warp_products<kRows, kVectors>(
+          weights + int64_t{unit} * p.channels + block.first_channel, p.channels, p.hidden - unit,
+          block.channels, m.shared.pooled, p.geometry.pooled_pitch());
+      if (row < kRows && unit + row < p.hidden)
+        m.exchange.hidden[(unit + row) * kVectors + vector] = sum;
+    }
+  });
 }
+
+// Of one block, in a unit of the hidden vectors of mean and max.
+template <class A>
+struct Shares {
+  A mean, max;
+};
 
 // The hidden vectors of mean and max, summed over the team and then over both.
 template <bool kTraining, bool kChannelsFirst, class T>
@@ -41,16 +47,19 @@ __device__ __forceinline__ void merge_hidden(const ResidentForward& p,
   for (int i = threadIdx.x; i < p.hidden * samples; i += p.geometry.threads) {
     const int unit = i / samples, sample = i % samples;
     const A* own = m.exchange.hidden + unit * vectors + 2 * sample;
-    A mean = A(0), max = A(0);
-    for (int from = 0; from < team.size; ++from) {
-      mean += team.read(own, from);
-      max += team.read(own + 1, from);
-    }
     const void* bias = p.weights.fc1_bias;
     const A b = bias ? weight_at<T>(bias, p.weights.dtype, unit) : A(0);
+    A mean = A(0), max = A(0);
+    for_batches<4>(
+        0, team.size, 1,
+        [&](int from) { return Shares<A>{team.read(own, from), team.read(own + 1, from)}; },
+        [&](int, const Shares<A>& shares) {
+          mean += shares.mean;
+          max += shares.max;
+        });
     mean = relu(mean + b);
     max = relu(max + b);
-    m.shared.both[sample * p.hidden + unit] = mean + max;
+    m.shared.both[i] = mean + max;
     if (kTraining && team.rank == 0 && sample < block.samples) {
       const int64_t n = block.first_sample() + sample;
       A* saved = static_cast<A*>(p.saved.hidden) + n * 2 * p.hidden + unit;
@@ -67,27 +76,25 @@ __device__ __forceinline__ void gate_channels(const ResidentForward& p,
                                               const ResidentBlock<T, kChannelsFirst>& block,
                                               const ForwardMemory<T>& m) {
   using A = acc_t<T>;
-  constexpr int kRows = 32 / kSamples;
+  constexpr int kRows = kSamples == 1 ? 4 : 2;
   const int row = threadIdx.x % 32 / kSamples, sample = threadIdx.x % kSamples;
-  for (int first = threadIdx.x / 32 * kRows; first < block.channels;
-       first += p.geometry.threads / 32 * kRows) {
-    const A sum =
-        warp_products<kRows, kSamples>(p.hidden, m.shared.both, p.hidden, [&](int r, int k) {
-          const int64_t at = int64_t{block.first_channel + first + r} * p.hidden + k;
-          return first + r < block.channels
-                     ? weight_at<T>(p.weights.fc2_weight, p.weights.dtype, at)
-                     : A(0);
-        });
-    const int c = first + row, channel = block.first_channel + c;
-    if (c >= block.channels || sample >= block.samples) continue;
-    const void* bias = p.weights.fc2_bias;
-    const A b = bias ? weight_at<T>(bias, p.weights.dtype, channel) : A(0);
-    const A gate = sigmoid(sum + A(2) * b);
-    m.shared.gate[sample * p.geometry.channels + c] = gate;
-    if constexpr (kTraining)
-      static_cast<A*>(
-          p.saved.channel_gate)[(block.first_sample() + sample) * p.channels + channel] = gate;
-  }
+  with_weights<T>(p.weights.fc2_weight, p.weights.dtype, [&](const auto* weights) {
+    for (int first = threadIdx.x / 32 * kRows; first < block.channels;
+         first += p.geometry.threads / 32 * kRows) {
+      const int c = first + row, channel = block.first_channel + c;
+      const void* bias = c < block.channels ? p.weights.fc2_bias : nullptr;
+      const A b = bias ? weight_at<T>(bias, p.weights.dtype, channel) : A(0);
+      const A sum = warp_products<kRows, kSamples>(
+          weights + int64_t{block.first_channel + first} * p.hidden, p.hidden,
+          block.channels - first, p.hidden, m.shared.both, kSamples);
+      if (row >= kRows || c >= block.channels || sample >= block.samples) continue;
+      const A gate = sigmoid(sum + A(2) * b);
+      m.shared.gate[sample * p.geometry.channels + c] = gate;
+      if constexpr (kTraining)
+        static_cast<A*>(
+            p.saved.channel_gate)[(block.first_sample() + sample) * p.channels + channel] = gate;
+    }
+  });
   __syncthreads();
 }
 

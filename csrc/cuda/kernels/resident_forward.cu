@@ -47,6 +47,27 @@ __device__ __forceinline__ void prepare(const ResidentForward& p, const ForwardM
   __syncthreads();
 }
 
+// put(sample, channel of the block, sum and maximum) where a channel's pixels are a row.
+template <bool kTraining, class T, class Ready, class Put>
+__device__ __forceinline__ void walk_rows(const ResidentForwardGeometry& g,
+                                          const ResidentBlock<T, true>& block, const T* tile,
+                                          Ready ready, Put put) {
+  constexpr int kCount = kVector<T>;
+  const int cols = block.cols();
+  const auto walk = [&](auto count) {
+    walk_along<count.value, false, kTraining>(g, block, tile, 0, block.channels, 0, nullptr, ready,
+                                              put);
+  };
+  if (cols % kCount == 0)
+    walk(std::integral_constant<int, kCount>());
+  else if (cols % (kCount / 2) == 0)
+    walk(std::integral_constant<int, kCount / 2>());
+  else if (g.lanes > 1)
+    walk(std::integral_constant<int, 1>());
+  else
+    walk_short_rows<kTraining>(g, block, tile, ready, put);
+}
+
 // Mean and maximum over space of the block's channels; zeros for samples that are not there.
 template <bool kTraining, bool kChannelsFirst, class T>
 __device__ __forceinline__ void pool(const ResidentForward& p,
@@ -57,8 +78,8 @@ __device__ __forceinline__ void pool(const ResidentForward& p,
   A* pooled = m.shared.pooled;
   const auto put = [&](int sample, int c, const Extremes<A, kTraining>& e) {
     const A mean = e.sum / static_cast<A>(block.pixels());
-    pooled[2 * sample * g.channels + c] = mean;
-    pooled[(2 * sample + 1) * g.channels + c] = e.max;
+    pooled[c * g.pooled_pitch() + 2 * sample] = mean;
+    pooled[c * g.pooled_pitch() + 2 * sample + 1] = e.max;
     if constexpr (kTraining) {
       const int64_t n = block.first_sample() + sample, channel = block.first_channel + c;
       A* saved = static_cast<A*>(p.saved.pooled) + n * 2 * p.channels + channel;
@@ -67,46 +88,22 @@ __device__ __forceinline__ void pool(const ResidentForward& p,
       p.saved.pixel_argmax[n * p.channels + channel] = e.argmax_or(0);
     }
   };
-  const auto ready = [&](int sample, int chunk) {
-    wait_for_chunk(g, m.shared.landed + sample * g.chunks + chunk, block.parity());
+  const auto ready = [&](int sample, int from, int to) {
+    for (int chunk = from / g.chunk; chunk <= to / g.chunk; ++chunk)
+      wait_for_chunk(g, m.shared.landed + sample * g.chunks + chunk, block.parity());
   };
   if constexpr (kChannelsFirst)
-    walk_rows<false, kTraining>(
-        g, block, m.shared.tile, 0, block.channels, 0, nullptr,
-        [&](int sample, int row) { ready(sample, row / g.chunk); }, put);
+    walk_rows<kTraining>(g, block, m.shared.tile, ready, put);
   else
-    walk_columns<false, kTraining>(g, block, m, 0, block.channels, 0, nullptr, ready, put);
-  for (int i = 2 * block.samples * g.channels + threadIdx.x; i < g.vectors() * g.channels;
-       i += g.threads)
-    pooled[i] = A(0);
+    walk_columns<false, kTraining>(g, block, m, 0, block.channels, 0, nullptr, g.chunk, ready, put);
+  for (int c = threadIdx.x; c < block.channels; c += g.threads)
+    for (int v = 2 * block.samples; v < g.vectors(); ++v) pooled[c * g.pooled_pitch() + v] = A(0);
   __syncthreads();
 }
 
-// Element i of a vector that starts at (row, col) of the slice, times its gates: first the
-// channel's, then the pixel's, as the plain form does. Where rows end with vectors, gates along the
-// row come in vectors as well.
-template <bool kChannelsFirst, bool kWhole, int kCount, class A>
-struct VectorGates {
-  A channel[kCount], pixel[kCount];
-
-  __device__ __forceinline__ VectorGates(const A* channels, const A* pixels, int row, int col,
-                                         int cols) {
-    const A* of_row = kChannelsFirst ? channels : pixels;
-    const A* of_col = kChannelsFirst ? pixels : channels;
-    A along[kCount];
-    if constexpr (kWhole) load_shared(of_col + col, true, along);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      (kChannelsFirst ? channel : pixel)[i] = of_row[row];
-      (kChannelsFirst ? pixel : channel)[i] = kWhole ? along[i] : of_col[col];
-      if (kWhole || ++col < cols) continue;
-      col = 0;
-      ++row;
-    }
-  }
-};
-
-// out of one chunk.
+// out of one chunk. A thread keeps to the columns of one vector, whose gates it holds; without
+// kWhole rows do not end with vectors, and a vector may span several of a group. An element is
+// multiplied by the channel's gate first, then by the pixel's, as the plain form does.
 template <bool kWhole, bool kChannelsFirst, class T>
 __device__ __forceinline__ void scale_chunk(const ResidentForward& p,
                                             const ResidentBlock<T, kChannelsFirst>& block,
@@ -120,18 +117,32 @@ __device__ __forceinline__ void scale_chunk(const ResidentForward& p,
   const T* tile = m.shared.tile + int64_t{sample} * g.rows * g.pitch;
   T* out = static_cast<T*>(p.out) + (block.first_sample() + sample) * p.out_sample_stride +
            block.first_channel * (kChannelsFirst ? p.out_row_stride : 1);
-  // Counted from the slice's first element, as if there were no gaps between rows.
-  const int begin = chunk.first * block.cols(), vectors = chunk.count * block.cols() / kCount;
-  for (int v = threadIdx.x; v < vectors; v += g.threads) {
-    const int at = begin + v * kCount, row = at / block.cols(), col = at - row * block.cols();
-    const T* from = tile + (kChannelsFirst ? at : row * g.pitch + col);
-    auto pack = widen(load_staged<kCount>(from));
-    const VectorGates<kChannelsFirst, kWhole, kCount, A> gates(channels, pixels, row, col,
-                                                               block.cols());
+  const A* of_row = kChannelsFirst ? channels : pixels;
+  const A* of_column = kChannelsFirst ? pixels : channels;
+  const int group = kWhole ? 1 : g.channel_group, vectors = group * block.cols() / kCount;
+  const int along = min(vectors, g.threads), below = g.threads / along;
+  const int side = threadIdx.x % along, first = chunk.first + threadIdx.x / along * group;
+  if (static_cast<int>(threadIdx.x) >= along * below) return;
+  for (int v = side; v < vectors; v += along) {
+    const VectorColumns<!kWhole> columns(v * kCount, block.cols(), kCount);
+    A own[kCount];
+    if constexpr (kWhole) load_shared(of_column + v * kCount, true, own);
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-      pack.value[i] = pack.value[i] * gates.channel[i] * gates.pixel[i];
-    store(kChannelsFirst ? out + at : out + row * p.out_row_stride + col, pack);
+      if constexpr (!kWhole) own[i] = of_column[columns.column(i)];
+    for_batches(
+        first, chunk.first + chunk.count, below * group,
+        [&](int row) { return load_staged<kCount>(tile + row * g.pitch + v * kCount); },
+        [&](int row, const Raw<T, kCount>& raw) {
+          auto pack = widen(raw);
+#pragma unroll
+          for (int i = 0; i < kCount; ++i) {
+            const A by = of_row[row + columns.row_of(i)];
+            pack.value[i] *= kChannelsFirst ? by : own[i];
+            pack.value[i] *= kChannelsFirst ? own[i] : by;
+          }
+          store(out + int64_t{row} * p.out_row_stride + v * kCount, pack);
+        });
   }
 }
 

@@ -9,10 +9,20 @@ namespace cbam::cuda {
 constexpr int kForwardThreads = 512;
 
 struct ResidentForwardGeometry : ResidentGeometry {
-  int band;  // pixels whose maps are exchanged at a time
+  int band;        // pixels whose maps are exchanged at a time
+  int neighbours;  // pixels whose maps a thread makes where channels come first: those of a vector,
+                   // of half of one, or a single one
 
   // The pooled vectors that the MLP's sums are made for.
   CBAM_INLINE_MEMBER int vectors() const { return 2 * mlp_samples(); }
+  // From the pooled values of a channel to those of the next: neither of 8 lanes that read a vector
+  // each meets another in a bank.
+  CBAM_INLINE_MEMBER int pooled_pitch() const { return samples == 1 ? 2 : vectors() + 4; }
+  // Elements of what is put out of a box's gates: whole vectors.
+  CBAM_INLINE_MEMBER int gates_each() const {
+    constexpr int kGates = kVectorBytes / static_cast<int>(sizeof(float));
+    return (boxes.pixels() + kGates - 1) / kGates * kGates;
+  }
 };
 
 // resident_forward.cu
@@ -32,7 +42,7 @@ struct ForwardExchange {
   A* hidden;        // [hidden, vectors]: this block's share of the first layer's sums
   A* maps;          // [2, samples, band]: mean and max over this block's channels
   int32_t* argmax;  // [samples, band]
-  A* gates;         // [boxes_each, pixels of a box]
+  A* gates;         // [boxes_each, pixels of a box in whole vectors]
 
   template <class Carver>
   CBAM_INLINE_MEMBER ForwardExchange(Carver& carver, const ResidentForwardGeometry& g, int units,
@@ -41,7 +51,7 @@ struct ForwardExchange {
         maps(carver.template array<A>(map_values(g, space), "maps")),
         argmax(
             carver.template array<int32_t>(training ? int64_t{g.samples} * g.band : 0, "argmax")),
-        gates(carver.template array<A>(int64_t{g.boxes_each} * g.boxes.pixels(), "gates")) {}
+        gates(carver.template array<A>(int64_t{g.boxes_each} * g.gates_each(), "gates")) {}
 
  private:
   // In a cluster the spatial gates follow in the same place, once the maps are gates.
@@ -58,8 +68,8 @@ template <class T, class A>
 struct ResidentForwardShared {
   T* tile;              // [samples, rows, pitch]
   CopyBarrier* landed;  // [samples, chunks]; none where copies go through registers
-  A* pooled;            // [vectors, channels]: mean and max of each sample in turn
-  A* both;              // [vectors / 2, hidden]: the sum of both hidden vectors
+  A* pooled;            // [channels, vectors]: mean and max of each sample in turn
+  A* both;              // [hidden, vectors / 2]: the sum of both hidden vectors
   A* gate;              // [samples, channels]
   A* weight;            // [2, taps], and the bias
   A* staged;            // [2, a box with its halo, rows padded]
@@ -72,7 +82,7 @@ struct ResidentForwardShared {
       : tile(carver.template array<T>(int64_t{g.samples} * g.rows * g.pitch, "tile")),
         landed(carver.template array<CopyBarrier>(
             g.copy == Copy::kPlain ? 0 : int64_t{g.samples} * g.chunks, "landed")),
-        pooled(carver.template array<A>(int64_t{g.vectors()} * g.channels, "pooled")),
+        pooled(carver.template array<A>(int64_t{g.pooled_pitch()} * g.channels, "pooled")),
         both(carver.template array<A>(int64_t{g.vectors()} / 2 * units, "both")),
         gate(carver.template array<A>(int64_t{g.samples} * g.channels, "gate")),
         weight(carver.template array<A>(int64_t{2} * space.taps() + 1, "weight")),

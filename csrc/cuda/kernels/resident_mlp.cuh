@@ -21,27 +21,59 @@ __device__ __forceinline__ void prefetch_weights(const Resident& p,
   }
 }
 
-// A warp's products of kRows rows of a matrix with kVectors vectors: lane i gets that of row
-// i / kVectors and vector i % kVectors.
-template <int kRows, int kVectors, class A, class Weight>
-__device__ __forceinline__ A warp_products(int count, const A* vectors, int pitch, Weight weight) {
-  constexpr int kAtOnce = kRows < 8 ? kRows : 8;  // weights under way
+// Weights that a lane has under way: they come from the second-level cache, hundreds of cycles
+// away.
+constexpr int kWeightsUnderWay = 8;
+
+// A warp's products of kRows rows of `count` weights, `stride` apart, with kVectors vectors, whose
+// elements k stand side by side, `pitch` behind those before: lane i and every (kRows *
+// kVectors)-th get that of row i / kVectors and vector i % kVectors. Of rows behind the `rows`-th
+// the last one takes the place.
+template <int kRows, int kVectors, class A, class W>
+__device__ __forceinline__ A warp_products(const W* weights, int64_t stride, int rows, int count,
+                                           const A* vectors, int pitch) {
+  constexpr int kAtOnce = kWeightsUnderWay / kRows, kValues = kVectors < 4 ? kVectors : 4;
+  const W* row[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) row[r] = weights + min(r, rows - 1) * stride;
   A sum[kRows * kVectors] = {};
-  for (int k = threadIdx.x % 32; k < count; k += 32) {
+#pragma unroll 1
+  for (int first = threadIdx.x % 32; first < count; first += 32 * kAtOnce) {
+    W weight[kAtOnce][kRows];
 #pragma unroll
-    for (int first = 0; first < kRows; first += kAtOnce) {
-      A of_row[kAtOnce];
+    for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
-      for (int r = 0; r < kAtOnce; ++r) of_row[r] = weight(first + r, k);
+      for (int r = 0; r < kRows; ++r)
+        weight[i][r] = row[r][first + 32 * i < count ? first + 32 * i : first];
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        const A value = vectors[v * pitch + k];
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int k = first + 32 * i;
+      if (k >= count) break;
 #pragma unroll
-        for (int r = 0; r < kAtOnce; ++r) sum[(first + r) * kVectors + v] += of_row[r] * value;
+      for (int v = 0; v < kVectors; v += kValues) {
+        A value[kValues];
+        load_shared(vectors + k * pitch + v, true, value);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+          for (int j = 0; j < kValues; ++j)
+            sum[r * kVectors + v + j] += A(widen(weight[i][r])) * value[j];
       }
     }
   }
   return sums_of_warp(sum);
+}
+
+// Calls body(weights) with a pointer to their type: x's own, or that of sums.
+template <class T, class Body>
+__device__ __forceinline__ void with_weights(const void* weights, DType dtype, Body body) {
+  const auto* wide = static_cast<const acc_t<T>*>(weights);
+  if constexpr (std::is_same_v<acc_t<T>, T>)
+    body(wide);
+  else if (dtype == DType::kFloat32)
+    body(wide);
+  else
+    body(static_cast<const T*>(weights));
 }
 
 // For every column j of a matrix: out[v][j] = sum over k of weight(k, j) * vectors[k][v]. Threads

@@ -20,19 +20,41 @@ __device__ __forceinline__ void put_out_maps(const ResidentForward& p,
                                              const ForwardMemory<T>& m, int first, int end) {
   using A = acc_t<T>;
   const ResidentForwardGeometry& g = p.geometry;
-  const auto put = [&](int sample, int pixel, const Extremes<A, kTraining>& e) {
+  const auto put_neighbours = [&](int sample, int pixel, const auto& e) {
+    constexpr int kCount = sizeof e / sizeof *e;
+    A sum[kCount], max[kCount];
+    int32_t argmax[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      sum[i] = e[i].sum / static_cast<A>(p.channels);
+      max[i] = e[i].max;
+      argmax[i] = e[i].argmax_or(block.first_channel);
+    }
     const int at = sample * g.band + pixel - first;
-    m.exchange.maps[at] = e.sum / static_cast<A>(p.channels);
-    m.exchange.maps[g.samples * g.band + at] = e.max;
-    if constexpr (kTraining) m.exchange.argmax[at] = e.argmax_or(block.first_channel);
+    store_shared(m.exchange.maps + at, sum);
+    store_shared(m.exchange.maps + g.samples * g.band + at, max);
+    if constexpr (kTraining) store_shared(m.exchange.argmax + at, argmax);
   };
-  const auto ready = [](int, int) {};  // the pool has waited
-  if constexpr (kChannelsFirst)
-    walk_columns<true, kTraining>(g, block, m, first, end, block.first_channel, m.shared.gate,
-                                  ready, put);
+  const auto put = [&](int sample, int pixel, const Extremes<A, kTraining>& e) {
+    const Extremes<A, kTraining> alone[] = {e};
+    put_neighbours(sample, pixel, alone);
+  };
+  const auto ready = [](int, int, int) {};  // the pool has waited
+  const auto walk = [&](auto count) {
+    walk_neighbours<count.value, true, kTraining>(
+        g, block, m.shared.tile, first, end, block.first_channel, m.shared.gate, put_neighbours);
+  };
+  constexpr int kCount = kVector<T>;
+  if constexpr (!kChannelsFirst)
+    walk_along<kCount, true, kTraining>(g, block, m.shared.tile, first, end, block.first_channel,
+                                        m.shared.gate, ready, put);
+  else if (g.neighbours == kCount)
+    walk(std::integral_constant<int, kCount>());
+  else if (g.neighbours == kCount / 2)
+    walk(std::integral_constant<int, kCount / 2>());
   else
-    walk_rows<true, kTraining>(g, block, m.shared.tile, first, end, block.first_channel,
-                               m.shared.gate, ready, put);
+    walk_columns<true, kTraining>(g, block, m, first, end, block.first_channel, m.shared.gate,
+                                  block.rows(), ready, put);
 }
 
 // A pixel's maps, merged over the team; kept for backward where the pixel is one of this block's.
@@ -51,8 +73,14 @@ __device__ __forceinline__ void merge_maps(const ResidentForward& p,
     if constexpr (kTraining) e.argmax = block.team.read(m.exchange.argmax + at, from);
     return e;
   };
-  auto merged = read(0);
-  for (int from = 1; from < g.team; ++from) merged.merge(read(from));
+  Extremes<A, kTraining> merged;
+  for_batches<kTraining ? 2 : 4>(0, g.team, 1, read,
+                                 [&](int from, const Extremes<A, kTraining>& e) {
+                                   if (from == 0)
+                                     merged = e;  // as it is, NaN and all
+                                   else
+                                     merged.merge(e);
+                                 });
   mean = merged.sum;
   max = merged.max;
   if constexpr (kTraining) {
@@ -79,13 +107,19 @@ __device__ __forceinline__ void gate_boxes(const ResidentForward& p,
                });
     if (end < block.pixels()) return;
     __syncthreads();
-    A* gates = m.exchange.gates + k * g.boxes.pixels();
-    gate_box(box, p.space, m.shared.staged, m.shared.weight, [&](int at, int pixel, A gate) {
+    A* gates = m.exchange.gates + k * g.gates_each();
+    for (int i = box.pixels() + threadIdx.x; i < g.gates_each(); i += g.threads)
+      gates[i] = A(0);  // read with others in a vector
+    const auto put = [&](int at, int pixel, A gate) {
       gates[at] = gate;
       if constexpr (kTraining)
         static_cast<A*>(
             p.saved.spatial_gate)[(block.first_sample() + sample) * block.pixels() + pixel] = gate;
-    });
+    };
+    if (box.pixels() <= g.threads)
+      gate_box<1>(box, p.space, m.shared.staged, m.shared.weight, put);
+    else
+      gate_box<kRun>(box, p.space, m.shared.staged, m.shared.weight, put);
     __syncthreads();
   });
 }
@@ -97,22 +131,26 @@ __device__ __forceinline__ void collect_gates(const ResidentForward& p,
                                               const ForwardMemory<T>& m) {
   const ResidentForwardGeometry& g = p.geometry;
   using A = acc_t<T>;
-  const auto boxes = static_cast<int>(block.samples * g.boxes.boxes());
-  for (int i = threadIdx.x; i < g.boxes.pixels(); i += g.threads)
-    for_batches(
-        0, boxes, 1,
-        [&](int number) {
-          const Box box(g.boxes, p.space, number);
-          const A* gates = m.exchange.gates + number / g.team * g.boxes.pixels();
-          return i < box.pixels() ? block.team.read(gates + i, number % g.team) : A(0);
-        },
-        [&](int number, A gate) {
-          const Box box(g.boxes, p.space, number);
-          const int x = i % box.width, y = i / box.width % box.height,
-                    z = i / box.width / box.height;
-          if (i < box.pixels())
-            m.spatial[box.sample * block.pixels() + box.pixel(p.space, z, y, x)] = gate;
-        });
+  constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(A));
+  const int vectors = g.gates_each() / kCount;
+  const auto total = static_cast<int>(block.samples * g.boxes.boxes()) * vectors;
+  for_batches<1>(
+      threadIdx.x, total, g.threads,
+      [&](int i) {
+        const int number = i / vectors, first = i % vectors * kCount;
+        const A* gates = m.exchange.gates + number / g.team * g.gates_each() + first;
+        return block.team.read(reinterpret_cast<const uint4*>(gates), number % g.team);
+      },
+      [&](int i, const uint4& words) {
+        Raw<A, kCount> raw;
+        raw.words = words;
+        const Box box(g.boxes, p.space, i / vectors);
+        const int first = i % vectors * kCount;
+        A* to = m.spatial + box.sample * block.pixels() + box.pixel(p.space, 0, 0, 0) + first;
+#pragma unroll
+        for (int k = 0; k < kCount; ++k)
+          if (first + k < box.pixels()) to[k] = raw.element[k];
+      });
   __syncthreads();
 }
 

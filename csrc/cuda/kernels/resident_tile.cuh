@@ -4,6 +4,7 @@
 
 #include "../primitives/async_copy.cuh"
 #include "../primitives/team.cuh"
+#include "../primitives/vector_io.cuh"
 #include "blocks.cuh"
 #include "resident.h"
 
