@@ -40,7 +40,7 @@ RESIDENT = ("resident_forward", "resident_backward")  # and those that hold them
 THREADS = {
     "gate_layer": 128,
     "resident_forward": 512,
-    "resident_backward": 384,
+    "resident_backward": 512,
 }  # of a block; 256 for the other kernels
 
 UNDER_WAY = 3  # 16-byte loads of a thread at a time, at least

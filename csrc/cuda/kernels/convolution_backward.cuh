@@ -17,13 +17,14 @@ __device__ __forceinline__ void for_staged_pixels(const Box& box, const Space& s
 }
 
 // Both maps at index i of what is staged: `maps` is x's dtype [2, pixels] of the box's sample, `to`
-// is [2, staged], and zero outside the image.
+// is [2, staged] and zero outside the image, as is what lies behind.
 template <class T, class A>
 __device__ __forceinline__ void stage_saved_maps(const Box& box, const Space& s, const T* maps,
                                                  int i, int pixel, A* to) {
   const bool exists = pixel >= 0;
   to[i] = exists ? A(widen(maps[pixel])) : A(0);
   to[box.staged + i] = exists ? A(widen(maps[s.pixels() + pixel])) : A(0);
+  if (i < kTapsTogether - 1) to[2 * box.staged + i] = A(0);
 }
 
 // Both maps' gradients of one pixel of the box: the kernel, turned around, over dz.

@@ -28,32 +28,36 @@ struct GateFactors {
 };
 
 // This block's share of d_spatial.
-template <bool kChannelsFirst, class T>
+template <bool kWhole, bool kChannelsFirst, class T>
 __device__ __forceinline__ void put_out_spatial_shares(const ResidentBackward& p,
                                                        Loads<T, kChannelsFirst>& loads,
                                                        const BackwardMemory<T>& m) {
   using A = acc_t<T>;
   const ResidentBackwardGeometry& g = p.geometry;
   const int pixels = loads.block.pixels();
+  const A* gates = m.shared.of_channels.gate();
   // Where they go through global memory, they are made in what is free until pixels are collected.
   A* shares = g.cluster ? m.exchange.d_spatial : m.shared.of_pixels.gate();
   walk_both(loads, 0, [&](const RowsOfBoth<T, kChannelsFirst>& of) {
     if constexpr (kChannelsFirst)
-      sum_columns(
-          of,
-          [&](int sample, int row, int, A x, A dout) {
-            return x * dout * m.shared.gate[sample * g.channels + row];
-          },
-          [&](int sample, int pixel, A sum) {
-            A& share = shares[sample * pixels + pixel];
-            share = of.first == 0 ? sum : share + sum;
-          });
+      with_columns_together<kWhole, T>(pixels, [&](auto count) {
+        sum_columns<count.value>(
+            of,
+            [&](int sample, int channel) {
+              return [gate = gates[sample * g.channels + channel]](int, A x, A dout) {
+                return x * dout * gate;
+              };
+            },
+            [&](int sample, int pixel, A sum) {
+              A& share = shares[sample * pixels + pixel];
+              share = of.first == 0 ? sum : share + sum;
+            });
+      });
     else
       sum_rows<kColumnsTogether<T>>(
           of,
           [&](int sample, int channel) {
-            return GateFactors<kColumnsTogether<T>, A>(m.shared.gate + sample * g.channels +
-                                                       channel);
+            return GateFactors<kColumnsTogether<T>, A>(gates + sample * g.channels + channel);
           },
           [&](int sample, int pixel, A sum) { shares[sample * pixels + pixel] = sum; });
   });
@@ -139,17 +143,32 @@ template <bool kChannelsFirst, class T>
 __device__ __forceinline__ void collect_pixels(const ResidentBackward& p,
                                                const ResidentBlock<T, kChannelsFirst>& block,
                                                const BackwardMemory<T>& m) {
+  using A = acc_t<T>;
+  struct OfPixel {
+    A gate, first, second;
+    int32_t index;
+  };
+  constexpr int kUnderWay = 2;
   const ResidentBackwardGeometry& g = p.geometry;
   const Owners owner_of(p.space, g.boxes, g.team);
-  const StagedTerms<acc_t<T>>&theirs = m.exchange.terms, &own = m.shared.of_pixels;
-  for (int i = threadIdx.x; i < block.samples * block.pixels(); i += g.threads) {
-    const int owner = owner_of(i);
-    if (g.cluster && owner == block.team.rank) continue;  // they stand where they are put out
-    own.gate()[i] = block.team.read(theirs.gate() + i, owner);
-    own.first()[i] = block.team.read(theirs.first() + i, owner);
-    own.second()[i] = block.team.read(theirs.second() + i, owner);
-    own.index()[i] = block.team.read(theirs.index() + i, owner);
-  }
+  const StagedTerms<A>&theirs = m.exchange.terms, &own = m.shared.of_pixels;
+  for_batches<kUnderWay>(
+      threadIdx.x, block.samples * block.pixels(), g.threads,
+      [&](int i) {
+        const int owner = owner_of(i);
+        return OfPixel{block.team.read(theirs.gate() + i, owner),
+                       block.team.read(theirs.first() + i, owner),
+                       block.team.read(theirs.second() + i, owner),
+                       block.team.read(theirs.index() + i, owner)};
+      },
+      [&](int i, const OfPixel& of_pixel) {
+        // In a cluster a block's own stand where it put them out, and others read them there.
+        if (g.cluster && owner_of(i) == block.team.rank) return;
+        own.gate()[i] = of_pixel.gate;
+        own.first()[i] = of_pixel.first;
+        own.second()[i] = of_pixel.second;
+        own.index()[i] = of_pixel.index;
+      });
   __syncthreads();
 }
 
