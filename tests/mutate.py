@@ -106,7 +106,21 @@ REDUNDANT = {
     ),
     "resident_mlp.cuh: for (int first = 0; first < columns; first += along) { -> "
     "for (int first = 0; first <= columns; first += along) {": GUARDED,
-    "resident_mlp.cuh: if (j < columns && part < parts) -> if (j < columns && part <= parts)": (
+    "resident_mlp.cuh: const int along = min(threads, (columns + 15) / 16 * 16), "
+    "parts = min(threads / along, rows); -> "
+    "const int along = min(threads, (columns + 15) / 16 * 16), parts = (threads / along);": (
+        "parts without rows are zero"
+    ),
+    "resident_parts.cuh: constexpr int kAside = kSums < kMostAside ? kSums : kMostAside; -> "
+    "constexpr int kAside = kSums <= kMostAside ? kSums : kMostAside;": (
+        "the smaller of two: equals are the same"
+    ),
+    "resident_sums.cuh: if (group < g.groups) gather(i, group, sum); -> "
+    "if (group <= g.groups) gather(i, group, sum);": (
+        "threads that are left over sum what nobody adds"
+    ),
+    "resident_mlp.cuh: const bool works = side < count && part < parts; -> "
+    "const bool works = side < count && part <= parts;": (
         "threads that are left over sum what nobody adds"
     ),
     "resident_channel_gate.cuh: for (int unit = threadIdx.x / 32 * kRows; unit < p.hidden; -> "
@@ -133,11 +147,6 @@ REDUNDANT = {
     "map_terms.cu: if (block.cols <= kThreads) return; -> "
     "if (block.cols <= 1 + kThreads) return;": (
         "tiles wider than a block are whole vectors: none is one column wider"
-    ),
-    "convolution_backward.cuh: "
-    "for (int first = warp * kTapsTogether; first < taps; first += warps * kTapsTogether) { -> "
-    "for (int first = warp * kTapsTogether; first <= taps; first += warps * kTapsTogether) {": (
-        "taps are odd, as every size of a kernel is: first never equals them"
     ),
     "weight_gradients.cu: "
     "for (int64_t first_k = 0; first_k < p.a.count; first_k += kDepth) { -> "

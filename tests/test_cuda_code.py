@@ -43,7 +43,7 @@ THREADS = {
     "hidden_layer_backward": 128,
     "vector_sums": 512,
     "resident_forward": 512,
-    "resident_backward": 384,
+    "resident_backward": 512,
 }  # of a block; 256 for the other kernels
 
 UNDER_WAY = 3  # 16-byte loads of a thread at a time, at least

@@ -16,7 +16,7 @@ from cbam_cuda.plan import plan
 RESNET = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
 
 
-THREADS = {False: 512, True: 384}  # of the blocks on a multiprocessor; by whether it is a backward
+THREADS = {False: 512, True: 512}  # of the blocks on a multiprocessor; by whether it is a backward
 
 
 def resident_plans(device: str, count: int, backward: bool):

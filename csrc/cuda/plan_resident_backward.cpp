@@ -28,7 +28,7 @@ class BackwardFitting : public Teams {
   std::optional<Geometry> geometry(const Candidate& c) const {
     Geometry g{};
     if (!set_slice(g, c)) return std::nullopt;
-    g.groups = groups(g, int64_t{g.samples} * (first_ ? s_.pixels() : g.channels));
+    g.groups = groups(g, int64_t{g.samples} * ceil_div(g.pitch, columns_together(g)));
     set_access(g);
     g.x_slots = g.samples * g.chunks;
     if (fit(g, limit(c))) return g;
@@ -61,16 +61,21 @@ class BackwardFitting : public Teams {
   }
 
  private:
+  // As threads read columns to sum them: several at once where rows are whole groups of them.
+  int columns_together(const Geometry& g) const {
+    const auto together = static_cast<int>(kBytesTogether / bytes_of(p_.dtype));
+    return g.pitch % together == 0 ? together : 1;
+  }
+
   // Rows of channels are whole vectors, those of pixels perhaps only several together.
   void set_access(Geometry& g) const {
     const int64_t cols = g.pitch, common = std::gcd(cols, int64_t{vector_});
     g.row_group = static_cast<int>(vector_ / common);
     g.access = g.row_group == 1 ? Access::kVector : Access::kPacked;
     // A thread for every vector, where there are so many: it keeps what belongs to its columns for
-    // all rows.
+    // all rows. Else as few passes along the rows as will do: a chunk has few rows to share.
     const int64_t vectors = cols / common;
-    g.threads_along =
-        vectors <= g.threads ? static_cast<int>(vectors) : threads_along(vectors, g.threads);
+    g.threads_along = static_cast<int>(ceil_div(vectors, ceil_div(vectors, g.threads)));
   }
 
   // Sets the boxes; whether all fits into `limit` bytes.

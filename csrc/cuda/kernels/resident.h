@@ -10,6 +10,9 @@ namespace cbam::cuda {
 // Samples of a visit, at most: they share one reading of the MLP's weights.
 constexpr int kMostVisited = 8;
 
+// Sums of a thread that are added up with those of others at a time.
+constexpr int kMostAside = 2;
+
 // How x, and dout in a backward, come to shared memory.
 enum class Copy {
   kPlain,  // through registers

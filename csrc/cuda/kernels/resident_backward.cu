@@ -3,7 +3,7 @@
 // with the stages: resident_spatial_gate_backward.cuh, resident_channel_gate_backward.cuh,
 // input_gradient.cuh.
 //
-// grid    teams * team blocks of 192 or 384 threads, as clusters of `team` blocks or all at once; a
+// grid    teams * team blocks of 256 or 512 threads, as clusters of `team` blocks or all at once; a
 //         team visits `samples` samples, then those `teams` visits further on, which begin to
 //         arrive while it writes dx
 // shared  the slice of dout, that of x or a few chunks of it; what belongs to all pixels; dz of the
@@ -15,8 +15,8 @@
 //         which others are asked for.
 #include "../dispatch.cuh"
 #include "../launch.cuh"
-#include "input_gradient.cuh"
 #include "resident_channel_gate_backward.cuh"
+#include "resident_input_gradient.cuh"
 #include "resident_spatial_gate_backward.cuh"
 
 namespace cbam::cuda {
@@ -48,22 +48,27 @@ __device__ __forceinline__ void prepare(const ResidentBackward& p, const Backwar
   __syncthreads();
 }
 
-// The gates of the block's own channels, as the forward saved them.
+// What the forward saved of the block's own channels: their gates, and where their maxima are.
 template <bool kChannelsFirst, class T>
-__device__ __forceinline__ void stage_gates(const ResidentBackward& p,
-                                            const ResidentBlock<T, kChannelsFirst>& block,
-                                            const BackwardMemory<T>& m) {
+__device__ __forceinline__ void stage_channels(const ResidentBackward& p,
+                                               const ResidentBlock<T, kChannelsFirst>& block,
+                                               const BackwardMemory<T>& m) {
   using A = acc_t<T>;
-  const A* gate = static_cast<const A*>(p.saved.channel_gate) + block.first_sample() * p.channels +
-                  block.first_channel;
+  const int64_t first = block.first_sample() * p.channels + block.first_channel;
+  const A* gate = static_cast<const A*>(p.saved.channel_gate) + first;
+  const int32_t* argmax = p.saved.pixel_argmax + first;
+  const StagedTerms<A>& terms = m.shared.of_channels;
   for_own_channels(block, block.samples, [&](int sample, int c) {
-    m.shared.gate[sample * p.geometry.channels + c] = gate[int64_t{sample} * p.channels + c];
+    const int64_t from = int64_t{sample} * p.channels + c;
+    const int to = sample * p.geometry.channels + c;
+    terms.gate()[to] = gate[from];
+    terms.index()[to] = argmax[from];
   });
   __syncthreads();
 }
 
 // dx of one sample; drained(chunk) once nobody reads a chunk of dout any more.
-template <Access kAccess, bool kChannelsFirst, class T, class Drained>
+template <bool kPacked, bool kChannelsFirst, class T, class Drained>
 __device__ __forceinline__ void write_sample(const ResidentBackward& p,
                                              const ResidentBlock<T, kChannelsFirst>& block,
                                              const BackwardMemory<T>& m, int sample,
@@ -74,17 +79,22 @@ __device__ __forceinline__ void write_sample(const ResidentBackward& p,
   const T* dout = m.shared.dout + int64_t{sample} * g.rows * g.pitch;
   T* dx = static_cast<T*>(p.dx) + (block.first_sample() + sample) * p.dx_sample_stride +
           block.first_channel * (kChannelsFirst ? p.dx_row_stride : 1);
-  InputGradientThread<T, kAccess, kChannelsFirst> thread(
-      {kChannelsFirst ? channels : pixels, kChannelsFirst ? pixels : channels,
-       kChannelsFirst ? block.first_channel : 0, kChannelsFirst ? 0 : block.first_channel,
-       block.cols(), g.row_group, g.threads_along});
+  const GradientSlice<acc_t<T>> slice{kChannelsFirst ? channels : pixels,
+                                      kChannelsFirst ? pixels : channels,
+                                      kChannelsFirst ? block.first_channel : 0,
+                                      kChannelsFirst ? 0 : block.first_channel,
+                                      block.cols(),
+                                      g.pitch,
+                                      g.row_group,
+                                      g.threads_along};
+  SliceGradient<T, kPacked, kChannelsFirst> gradient(slice);
   for (int number = 0; number < g.chunks; ++number) {
     const Chunk chunk(g, block.rows(), number);
-    if (p.dx)
-      thread.template write<1>(
-          chunk.first, chunk.first + chunk.count,
-          [&](int row, int col) { return load_staged<kVector<T>>(dout + row * g.pitch + col); }, dx,
-          p.dx_row_stride);
+    const int end = chunk.first + chunk.count;
+    if (p.dx && kPacked && block.cols() < kVector<T>)
+      write_short_rows(slice, chunk.first, end, dout, dx, p.dx_row_stride);
+    else if (p.dx)
+      gradient.write(chunk.first, end, dout, dx, p.dx_row_stride);
     __syncthreads();
     drained(number);
   }
@@ -111,8 +121,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   prefetch_weights(p, block);
   for (int round = 0; round < rounds_of(p, g); ++round) {
     block.start(round);
-    stage_gates(p, block, m);
-    put_out_spatial_shares(p, loads, m);
+    stage_channels(p, block, m);
+    put_out_spatial_shares<kAccess == Access::kVector>(p, loads, m);
     block.team.barrier();
     put_out_pixels(p, block, m);
     block.team.barrier();
@@ -123,7 +133,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     channel_gate_backward(p, block, m);
     const int following = block.samples_in(round + 1);
     for (int sample = 0; sample < block.samples; ++sample)
-      write_sample<kAccess>(p, block, m, sample, [&](int number) {
+      write_sample<kAccess == Access::kPacked>(p, block, m, sample, [&](int number) {
         if (sample < following) load_dout(round + 1, sample, number);
       });
     if (p.d_conv) write_conv_shares(p, block, m);

@@ -6,8 +6,9 @@
 
 namespace cbam::cuda {
 
-// Threads of the blocks on a multiprocessor, with 168 registers each.
-constexpr int kBackwardThreads = 384;
+// Threads of the blocks on a multiprocessor, with 128 registers each: one for each of the 392
+// vectors of 16 bytes in a row of 56x56 in 16 bits, five for those of 28x28.
+constexpr int kBackwardThreads = 512;
 // Rows whose sums a thread makes together, and bytes of each that it reads at once: what belongs
 // to the columns is read once for the rows. More would not fit into registers.
 constexpr int kRowsTogether = 4, kBytesTogether = 8;
@@ -16,10 +17,10 @@ struct ResidentBackwardGeometry : ResidentGeometry {
   // Chunks of x that a block has room for: all of a visit's, or a few that come and go, so that x
   // is read twice. dout stays in any case.
   int x_slots;
-  // How columns are read while dx is written: as in TileGeometry.
-  Access access;
-  int row_group;
-  int threads_along;
+  // How threads share vectors while dx is written.
+  Access access;      // kVector or kPacked
+  int row_group;      // 1 unless access is kPacked
+  int threads_along;  // threads side by side along a group of rows
 
   CBAM_INLINE_MEMBER bool holds_x() const { return x_slots == samples * chunks; }
 };
@@ -71,17 +72,15 @@ struct ResidentBackwardShared {
   T* x;                        // [x_slots, chunk, pitch]
   CopyBarrier* dout_landed;    // [samples, chunks]; none where copies go through registers
   CopyBarrier* x_landed;       // [x_slots]
-  A* gate;                     // [samples, channels]
   A* d_channel;                // [samples, channels]
   A* dm;                       // [channels, mlp_samples]
   A* d_hidden;                 // [hidden, 2 * mlp_samples]: of mean and of max of each sample
-  A* d_pooled;                 // [2 * mlp_samples, channels]
   StagedTerms<A> of_channels;  // [samples, channels]
   StagedTerms<A> of_pixels;    // [samples, pixels]
   A* weight;                   // [2, taps]
   A* dz;                       // [boxes_each, box with its halo, rows padded]
-  A* map;                      // [box with its halo]
-  A* sum;                      // [threads]: where several share a row or a column
+  A* maps;                     // [boxes_each, both maps of the same]
+  A* sum;                      // [kMostAside, threads]: where several share a row or a column
 
   template <class Carver>
   CBAM_INLINE_MEMBER ResidentBackwardShared(Carver& carver, const ResidentBackwardGeometry& g,
@@ -92,17 +91,15 @@ struct ResidentBackwardShared {
             g.copy == Copy::kPlain ? 0 : int64_t{g.samples} * g.chunks, "dout landed")),
         x_landed(
             carver.template array<CopyBarrier>(g.copy == Copy::kPlain ? 0 : g.x_slots, "x landed")),
-        gate(carver.template array<A>(int64_t{g.samples} * g.channels, "gate")),
         d_channel(carver.template array<A>(int64_t{g.samples} * g.channels, "d_channel")),
         dm(carver.template array<A>(int64_t{g.channels} * g.mlp_samples(), "dm")),
         d_hidden(carver.template array<A>(int64_t{units} * 2 * g.mlp_samples(), "d_hidden")),
-        d_pooled(carver.template array<A>(int64_t{g.channels} * 2 * g.mlp_samples(), "d_pooled")),
         of_channels(carver, int64_t{g.samples} * g.channels),
         of_pixels(carver, int64_t{g.samples} * space.pixels()),
         weight(carver.template array<A>(int64_t{2} * space.taps(), "weight")),
         dz(carver.template array<A>(int64_t{g.boxes_each} * g.boxes.staged(space), "dz")),
-        map(carver.template array<A>(g.boxes.staged(space), "map")),
-        sum(carver.template array<A>(g.threads, "sum")) {}
+        maps(carver.template array<A>(g.boxes_each * staged_maps(g.boxes, space), "maps")),
+        sum(carver.template array<A>(int64_t{kMostAside} * g.threads, "sum")) {}
 };
 
 }  // namespace cbam::cuda

@@ -17,21 +17,23 @@ namespace cbam::cuda {
 // What the kCount pixels of a vector have for x * dy of a channel.
 template <int kCount, class A>
 struct PixelFactors {
-  A gate[kCount], first[kCount], second[kCount];
+  A gate[kCount], first[kCount], both[kCount];
   int32_t index[kCount];
   int first_channel;  // of the block
 
-  __device__ __forceinline__ PixelFactors(const StagedTerms<A>& terms, bool aligned,
-                                          int first_channel_)
+  __device__ __forceinline__ PixelFactors(const StagedTerms<A>& terms, int first_channel_)
       : first_channel(first_channel_) {
-    load_shared(terms.gate(), aligned, gate);
-    load_shared(terms.first(), aligned, first);
-    load_shared(terms.second(), aligned, second);
-    load_shared(terms.index(), aligned, index);
+    A second[kCount];
+    load_shared(terms.gate(), true, gate);
+    load_shared(terms.first(), true, first);
+    load_shared(terms.second(), true, second);
+    load_shared(terms.index(), true, index);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) both[i] = first[i] + second[i];
   }
   __device__ __forceinline__ A operator()(int channel, int i, A x, A dout) const {
-    const A of_maximum = index[i] == first_channel + channel ? second[i] : A(0);
-    return x * (dout * gate[i] + (first[i] + of_maximum));
+    const A of_maps = index[i] == first_channel + channel ? both[i] : first[i];
+    return x * (dout * gate[i] + of_maps);
   }
 };
 
@@ -41,26 +43,27 @@ __device__ __forceinline__ void sum_over_pixels(const ResidentBackward& p,
                                                 Loads<T, kChannelsFirst>& loads,
                                                 const BackwardMemory<T>& m) {
   using A = acc_t<T>;
-  constexpr int kCount = kWhole ? kColumnsTogether<T> : 1;
   const ResidentBackwardGeometry& g = p.geometry;
   const int pixels = loads.block.pixels(), first_channel = loads.block.first_channel;
+  const auto of_pixel = [&](int sample, int pixel) {
+    return m.shared.of_pixels.from(int64_t{sample} * pixels + pixel);
+  };
   walk_both(loads, 1, [&](const RowsOfBoth<T, kChannelsFirst>& of) {
     if constexpr (kChannelsFirst)
-      sum_rows<kCount>(
+      with_columns_together<kWhole, T>(pixels, [&](auto count) {
+        sum_rows<count.value>(
+            of,
+            [&](int sample, int pixel) {
+              return PixelFactors<count.value, A>(of_pixel(sample, pixel), first_channel);
+            },
+            [&](int sample, int c, A sum) { m.shared.d_channel[sample * g.channels + c] = sum; });
+      });
+    else
+      sum_columns<kColumnsTogether<T>>(
           of,
           [&](int sample, int pixel) {
-            const auto terms = m.shared.of_pixels.from(int64_t{sample} * pixels + pixel);
-            return PixelFactors<kCount, A>(terms, kWhole, first_channel);
-          },
-          [&](int sample, int c, A sum) { m.shared.d_channel[sample * g.channels + c] = sum; });
-    else
-      sum_columns(
-          of,
-          [&](int sample, int pixel, int c, A x, A dout) {
-            const int at = sample * pixels + pixel;
-            const StagedTerms<A>& terms = m.shared.of_pixels;
-            const A more = terms.index()[at] == first_channel + c ? terms.second()[at] : A(0);
-            return x * (dout * terms.gate()[at] + (terms.first()[at] + more));
+            const PixelFactors<1, A> factors(of_pixel(sample, pixel), first_channel);
+            return [factors](int c, A x, A dout) { return factors(c, 0, x, dout); };
           },
           [&](int sample, int c, A sum) {
             A& total = m.shared.d_channel[sample * g.channels + c];
@@ -84,7 +87,7 @@ __device__ __forceinline__ void stage_dm(const ResidentBackward& p,
       const int64_t n = block.first_sample() + sample,
                     at = n * p.channels + block.first_channel + c;
       const A d = m.shared.d_channel[sample * g.channels + c] + (more ? more[at] : A(0));
-      dm = d * sigmoid_derivative<A>(m.shared.gate[sample * g.channels + c]);
+      dm = d * sigmoid_derivative<A>(m.shared.of_channels.gate()[sample * g.channels + c]);
       if (p.dm) static_cast<A*>(p.dm)[at] = dm;
     }
     m.shared.dm[c * samples + sample] = dm;
@@ -104,13 +107,12 @@ __device__ __forceinline__ void merge_d_hidden(const ResidentBackward& p,
     const int unit = i % p.hidden, sample = i / p.hidden;
     A of_mean = A(0), of_max = A(0);
     if (sample < block.samples) {
-      A total = A(0);
-      for (int from = 0; from < team.size; ++from)
-        total += team.read(m.exchange.hidden + sample * p.hidden + unit, from);
       const int64_t at = (block.first_sample() + sample) * 2 * p.hidden + unit;
       const A* hidden = static_cast<const A*>(p.saved.hidden) + at;
-      if (relu_passes(hidden[0])) of_mean = total;
-      if (relu_passes(hidden[p.hidden])) of_max = total;
+      const bool mean_passes = relu_passes(hidden[0]), max_passes = relu_passes(hidden[p.hidden]);
+      const A total = sum_over_team(team, m.exchange.hidden + sample * p.hidden + unit);
+      if (mean_passes) of_mean = total;
+      if (max_passes) of_max = total;
       if (p.d_hidden && team.rank == 0) {
         A* out = static_cast<A*>(p.d_hidden) + at;
         out[0] = of_mean;
@@ -124,49 +126,40 @@ __device__ __forceinline__ void merge_d_hidden(const ResidentBackward& p,
   __syncthreads();
 }
 
-// What belongs to the block's own channels while dx is written.
-template <bool kChannelsFirst, class T>
-__device__ __forceinline__ void stage_channels(const ResidentBackward& p,
-                                               const ResidentBlock<T, kChannelsFirst>& block,
-                                               const BackwardMemory<T>& m) {
-  using A = acc_t<T>;
-  const ResidentBackwardGeometry& g = p.geometry;
-  const StagedTerms<A>& terms = m.shared.of_channels;
-  for_own_channels(block, block.samples, [&](int sample, int c) {
-    const int at = sample * g.channels + c;
-    const A* d_pooled = m.shared.d_pooled + 2 * sample * block.channels + c;
-    terms.gate()[at] = m.shared.gate[at];
-    terms.first()[at] = d_pooled[0] / static_cast<A>(block.pixels());
-    terms.second()[at] = d_pooled[block.channels];
-    terms.index()[at] =
-        p.saved
-            .pixel_argmax[(block.first_sample() + sample) * p.channels + block.first_channel + c];
-  });
-  __syncthreads();
-}
-
-// From dm to d_pooled, with one barrier of the team between.
+// From dm to d_pooled, which is what reaches dx through the pools, with one barrier of the team
+// between.
 template <int kSamples, bool kChannelsFirst, class T>
 __device__ __forceinline__ void mlp_backward(const ResidentBackward& p,
                                              const ResidentBlock<T, kChannelsFirst>& block,
                                              const BackwardMemory<T>& m) {
+  using A = acc_t<T>;
   const Weights& w = p.weights;
   if (block.samples > 0)
-    column_products<kSamples>(block.channels, p.hidden, m.shared.dm, m.shared.sum,
-                              m.exchange.hidden, [&](int c, int unit) {
-                                const int64_t at =
-                                    int64_t{block.first_channel + c} * p.hidden + unit;
-                                return weight_at<T>(w.fc2_weight, w.dtype, at);
-                              });
+    column_products<kSamples>(
+        block.channels, p.hidden, m.shared.dm, m.shared.sum,
+        [&](int c, int unit) {
+          const int64_t at = int64_t{block.first_channel + c} * p.hidden + unit;
+          return weight_at<T>(w.fc2_weight, w.dtype, at);
+        },
+        [&](int sample, int unit, A sum) { m.exchange.hidden[sample * p.hidden + unit] = sum; });
   block.team.barrier();
   if (block.samples == 0) return;
   merge_d_hidden(p, block, m);
-  column_products<2 * kSamples>(p.hidden, block.channels, m.shared.d_hidden, m.shared.sum,
-                                m.shared.d_pooled, [&](int unit, int c) {
-                                  const int64_t at =
-                                      int64_t{unit} * p.channels + block.first_channel + c;
-                                  return weight_at<T>(w.fc1_weight, w.dtype, at);
-                                });
+  const StagedTerms<A>& terms = m.shared.of_channels;
+  column_products<2 * kSamples>(
+      p.hidden, block.channels, m.shared.d_hidden, m.shared.sum,
+      [&](int unit, int c) {
+        const int64_t at = int64_t{unit} * p.channels + block.first_channel + c;
+        return weight_at<T>(w.fc1_weight, w.dtype, at);
+      },
+      [&](int vector, int c, A sum) {
+        const int sample = vector / 2, at = sample * p.geometry.channels + c;
+        if (sample >= block.samples) return;
+        if (vector % 2 == 0)
+          terms.first()[at] = sum / static_cast<A>(block.pixels());
+        else
+          terms.second()[at] = sum;
+      });
 }
 
 template <bool kChannelsFirst, class T>
@@ -178,7 +171,6 @@ __device__ __forceinline__ void channel_gate_backward(const ResidentBackward& p,
     mlp_backward<1>(p, block, m);
   else
     mlp_backward<kMostVisited>(p, block, m);
-  stage_channels(p, block, m);
 }
 
 }  // namespace cbam::cuda

@@ -2,6 +2,8 @@
 // a matrix, and down its columns.
 #pragma once
 
+#include "../primitives/vector_io.cuh"
+#include "resident_parts.cuh"
 #include "resident_tile.cuh"
 
 namespace cbam::cuda {
@@ -76,38 +78,31 @@ __device__ __forceinline__ void with_weights(const void* weights, DType dtype, B
     body(static_cast<const T*>(weights));
 }
 
-// For every column j of a matrix: out[v][j] = sum over k of weight(k, j) * vectors[k][v]. Threads
-// side by side take columns, which lie side by side in memory, and those below them share the rows;
-// their parts are added in their order. `aside` is [threads]; `out` may be read when this returns.
-template <int kVectors, class A, class Weight>
+// For every column j of a matrix: put(v, j, sum over k of weight(k, j) * vectors[k][v]). Threads
+// side by side take columns, which lie side by side in memory, and those below them share the rows.
+// What is put may be read when this returns; `aside` is as for add_parts.
+template <int kVectors, class A, class Weight, class Put>
 __device__ __forceinline__ void column_products(int rows, int columns, const A* vectors, A* aside,
-                                                A* out, Weight weight) {
+                                                Weight weight, Put put) {
+  constexpr int kUnderWay = 8;  // weights, which come from the cache at best
   const int threads = static_cast<int>(blockDim.x);
-  const int along = min(threads, (columns + 31) / 32 * 32), parts = threads / along;
+  const int along = min(threads, (columns + 15) / 16 * 16), parts = min(threads / along, rows);
   const int side = threadIdx.x % along, part = threadIdx.x / along;
   for (int first = 0; first < columns; first += along) {
-    const int j = first + side;
+    const int count = min(along, columns - first);
+    const bool works = side < count && part < parts;
     A sum[kVectors] = {};
-    if (j < columns && part < parts)
-      for_batches(
-          part, rows, parts, [&](int k) { return weight(k, j); },
+    if (works)
+      for_batches<kUnderWay>(
+          part, rows, parts, [&](int k) { return weight(k, first + side); },
           [&](int k, A w) {
             A value[kVectors];
             load_shared(vectors + k * kVectors, true, value);
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) sum[v] += w * value[v];
           });
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      aside[threadIdx.x] = sum[v];
-      __syncthreads();
-      if (part == 0 && j < columns) {
-        A total = A(0);
-        for (int i = 0; i < parts; ++i) total += aside[i * along + side];
-        out[v * columns + j] = total;
-      }
-      __syncthreads();
-    }
+    add_parts(sum, works, part, parts, side, count, aside,
+              [&](int v, int j, A total) { put(v, first + j, total); });
   }
 }
 

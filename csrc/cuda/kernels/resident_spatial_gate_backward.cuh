@@ -28,32 +28,36 @@ struct GateFactors {
 };
 
 // This block's share of d_spatial.
-template <bool kChannelsFirst, class T>
+template <bool kWhole, bool kChannelsFirst, class T>
 __device__ __forceinline__ void put_out_spatial_shares(const ResidentBackward& p,
                                                        Loads<T, kChannelsFirst>& loads,
                                                        const BackwardMemory<T>& m) {
   using A = acc_t<T>;
   const ResidentBackwardGeometry& g = p.geometry;
   const int pixels = loads.block.pixels();
+  const A* gates = m.shared.of_channels.gate();
   // Where they go through global memory, they are made in what is free until pixels are collected.
   A* shares = g.cluster ? m.exchange.d_spatial : m.shared.of_pixels.gate();
   walk_both(loads, 0, [&](const RowsOfBoth<T, kChannelsFirst>& of) {
     if constexpr (kChannelsFirst)
-      sum_columns(
-          of,
-          [&](int sample, int row, int, A x, A dout) {
-            return x * dout * m.shared.gate[sample * g.channels + row];
-          },
-          [&](int sample, int pixel, A sum) {
-            A& share = shares[sample * pixels + pixel];
-            share = of.first == 0 ? sum : share + sum;
-          });
+      with_columns_together<kWhole, T>(pixels, [&](auto count) {
+        sum_columns<count.value>(
+            of,
+            [&](int sample, int channel) {
+              return [gate = gates[sample * g.channels + channel]](int, A x, A dout) {
+                return x * dout * gate;
+              };
+            },
+            [&](int sample, int pixel, A sum) {
+              A& share = shares[sample * pixels + pixel];
+              share = of.first == 0 ? sum : share + sum;
+            });
+      });
     else
       sum_rows<kColumnsTogether<T>>(
           of,
           [&](int sample, int channel) {
-            return GateFactors<kColumnsTogether<T>, A>(m.shared.gate + sample * g.channels +
-                                                       channel);
+            return GateFactors<kColumnsTogether<T>, A>(gates + sample * g.channels + channel);
           },
           [&](int sample, int pixel, A sum) { shares[sample * pixels + pixel] = sum; });
   });
@@ -62,34 +66,43 @@ __device__ __forceinline__ void put_out_spatial_shares(const ResidentBackward& p
     m.exchange.d_spatial[i] = shares[i];
 }
 
-// What belongs to the pixels of this block's boxes.
+// What belongs to the pixels of this block's boxes; dz and the maps stay for the convolution's
+// gradients.
 template <bool kChannelsFirst, class T>
 __device__ __forceinline__ void put_out_pixels(const ResidentBackward& p,
                                                const ResidentBlock<T, kChannelsFirst>& block,
                                                const BackwardMemory<T>& m) {
   using A = acc_t<T>;
   const ResidentBackwardGeometry& g = p.geometry;
-  const int64_t staged = g.boxes.staged(p.space);
   for_own_boxes(block, [&](int k, int, const Box& box) {
     const int64_t of_visit = box.sample * block.pixels();
     const int64_t of_batch = (block.first_sample() + box.sample) * block.pixels();
     const A* gate = static_cast<const A*>(p.saved.spatial_gate) + of_batch;
     const A* more = static_cast<const A*>(p.d_spatial_gate);
-    A* dz = m.shared.dz + k * staged;
-    stage_pixels(box, p.space, dz, [&](int pixel) {
-      A d = A(0);
-      for (int from = 0; from < g.team; ++from)
-        d += block.team.read(m.exchange.d_spatial + of_visit + pixel, from);
-      if (more) d += more[of_batch + pixel];
-      return d * sigmoid_derivative<A>(gate[pixel]);
+    const T* saved_maps = static_cast<const T*>(p.saved.maps) + 2 * of_batch;
+    A* dz = m.shared.dz + k * g.boxes.staged(p.space);
+    A* maps = m.shared.maps + k * staged_maps(g.boxes, p.space);
+    const StagedTerms<A> terms = m.exchange.terms.from(of_visit);
+    for_staged_pixels(box, p.space, [&](int i, const StagedPixel& staged) {
+      const int pixel = staged.pixel;
+      if (p.d_conv) stage_saved_maps(box, p.space, saved_maps, i, pixel, maps);
+      A of_pixel = A(0);
+      if (pixel >= 0) {
+        const A open = gate[pixel];
+        if (staged.inside) {
+          terms.gate()[pixel] = open;
+          terms.index()[pixel] = p.saved.channel_argmax[of_batch + pixel];
+        }
+        A d = sum_over_team(block.team, m.exchange.d_spatial + of_visit + pixel);
+        if (more) d += more[of_batch + pixel];
+        of_pixel = d * sigmoid_derivative<A>(open);
+      }
+      dz[i] = of_pixel;
     });
     __syncthreads();
-    const StagedTerms<A> terms = m.exchange.terms.from(of_visit);
     map_gradients(box, p.space, dz, m.shared.weight, [&](int pixel, A mean, A max) {
-      terms.gate()[pixel] = gate[pixel];
       terms.first()[pixel] = mean / static_cast<A>(p.channels);
       terms.second()[pixel] = max;
-      terms.index()[pixel] = p.saved.channel_argmax[of_batch + pixel];
     });
   });
 }
@@ -130,35 +143,48 @@ template <bool kChannelsFirst, class T>
 __device__ __forceinline__ void collect_pixels(const ResidentBackward& p,
                                                const ResidentBlock<T, kChannelsFirst>& block,
                                                const BackwardMemory<T>& m) {
+  using A = acc_t<T>;
+  struct OfPixel {
+    A gate, first, second;
+    int32_t index;
+  };
+  constexpr int kUnderWay = 2;
   const ResidentBackwardGeometry& g = p.geometry;
   const Owners owner_of(p.space, g.boxes, g.team);
-  const StagedTerms<acc_t<T>>&theirs = m.exchange.terms, &own = m.shared.of_pixels;
-  for (int i = threadIdx.x; i < block.samples * block.pixels(); i += g.threads) {
-    const int owner = owner_of(i);
-    if (g.cluster && owner == block.team.rank) continue;  // they stand where they are put out
-    own.gate()[i] = block.team.read(theirs.gate() + i, owner);
-    own.first()[i] = block.team.read(theirs.first() + i, owner);
-    own.second()[i] = block.team.read(theirs.second() + i, owner);
-    own.index()[i] = block.team.read(theirs.index() + i, owner);
-  }
+  const StagedTerms<A>&theirs = m.exchange.terms, &own = m.shared.of_pixels;
+  for_batches<kUnderWay>(
+      threadIdx.x, block.samples * block.pixels(), g.threads,
+      [&](int i) {
+        const int owner = owner_of(i);
+        return OfPixel{block.team.read(theirs.gate() + i, owner),
+                       block.team.read(theirs.first() + i, owner),
+                       block.team.read(theirs.second() + i, owner),
+                       block.team.read(theirs.index() + i, owner)};
+      },
+      [&](int i, const OfPixel& of_pixel) {
+        // In a cluster a block's own stand where it put them out, and others read them there.
+        if (g.cluster && owner_of(i) == block.team.rank) return;
+        own.gate()[i] = of_pixel.gate;
+        own.first()[i] = of_pixel.first;
+        own.second()[i] = of_pixel.second;
+        own.index()[i] = of_pixel.index;
+      });
   __syncthreads();
 }
 
-// This block's boxes' shares of the convolution's gradients, from dz as put_out_pixels left it.
+// This block's boxes' shares of the convolution's gradients, from what put_out_pixels left.
 template <bool kChannelsFirst, class T>
 __device__ __forceinline__ void write_conv_shares(const ResidentBackward& p,
                                                   const ResidentBlock<T, kChannelsFirst>& block,
                                                   const BackwardMemory<T>& m) {
   using A = acc_t<T>;
-  const ResidentBackwardGeometry& g = p.geometry;
-  const int64_t boxes = g.boxes.boxes(), staged = g.boxes.staged(p.space);
+  const BoxGeometry& boxes = p.geometry.boxes;
   const int count = 2 * p.space.taps() + 1;
+  A* shares = static_cast<A*>(p.d_conv) + block.first_sample() * boxes.boxes() * count;
   for_own_boxes(block, [&](int k, int number, const Box& box) {
-    const int64_t n = block.first_sample() + box.sample;
-    all_weight_gradients(
-        box, p.space, m.shared.dz + k * staged,
-        static_cast<const T*>(p.saved.maps) + n * 2 * block.pixels(), m.shared.map,
-        static_cast<A*>(p.d_conv) + (block.first_sample() * boxes + number) * count);
+    weight_gradients(box, p.space, m.shared.dz + k * boxes.staged(p.space),
+                     m.shared.maps + k * staged_maps(boxes, p.space),
+                     shares + int64_t{number} * count);
   });
 }
 

@@ -2,7 +2,9 @@
 // backward holds, and how x comes and goes where there is no room for all of it.
 #pragma once
 
+#include "../primitives/vector_io.cuh"
 #include "resident_backward.h"
+#include "resident_parts.cuh"
 #include "resident_tile.cuh"
 
 namespace cbam::cuda {
@@ -14,6 +16,15 @@ struct BackwardMemory {
   ResidentBackwardShared<T, A> shared;
   BackwardExchange<A> exchange;
 };
+
+// What the blocks of a team have put out where this one has `own`, added in the order of ranks.
+template <class A>
+__device__ __forceinline__ A sum_over_team(const Team& team, const A* own) {
+  A sum = A(0);
+  for_batches<8>(
+      0, team.size, 1, [&](int from) { return team.read(own, from); }, [&](int, A a) { sum += a; });
+  return sum;
+}
 
 // The chunks of x in the order in which they are loaded: those of a visit once, or where they do
 // not all stay, twice. Chunk n goes to slot n % slots.
@@ -108,9 +119,19 @@ __device__ __forceinline__ void walk_both(Loads<T, kChannelsFirst>& loads, int w
   }
 }
 
-// Columns that a thread reads at once.
+// Columns that a thread reads at once, where rows are whole groups of them.
 template <class T>
 constexpr int kColumnsTogether = kBytesTogether / static_cast<int>(sizeof(T));
+
+// Calls body with how many columns threads read at once, as a constant. Rows of whole vectors are
+// whole groups; others may be.
+template <bool kWhole, class T, class Body>
+__device__ __forceinline__ void with_columns_together(int cols, Body body) {
+  if (kWhole || cols % kColumnsTogether<T> == 0)
+    body(std::integral_constant<int, kColumnsTogether<T>>{});
+  else
+    body(std::integral_constant<int, 1>{});
+}
 
 // put(sample, row, sum over the row's columns of value(row, i, x, dout)) for these rows of every
 // sample, where value is made for the kCount columns of each vector: columns(sample, first column).
@@ -172,19 +193,20 @@ __device__ __forceinline__ void sum_rows(const RowsOfBoth<T, kChannelsFirst>& of
   }
 }
 
-// put(sample, column, sum over these rows of value(sample, row, x, dout)) for every column of every
-// sample.
-template <bool kChannelsFirst, class T, class Value, class Put>
-__device__ __forceinline__ void sum_columns(const RowsOfBoth<T, kChannelsFirst>& of, Value value,
+// put(sample, column, sum over these rows of value(column, x, dout)) for every column of every
+// sample, where value is made for each row: rows(sample, row). A thread takes kCount columns.
+template <int kCount, bool kChannelsFirst, class T, class Rows, class Put>
+__device__ __forceinline__ void sum_columns(const RowsOfBoth<T, kChannelsFirst>& of, Rows rows,
                                             Put put) {
   using A = acc_t<T>;
   const Loads<T, kChannelsFirst>& loads = of.loads;
   const ResidentBackwardGeometry& g = loads.p.geometry;
-  const auto gather = [&](int sample, int col, int group) {
+  const int vectors = loads.block.cols() / kCount, total = loads.block.samples * vectors;
+  const auto gather = [&](int i, int group, A(&sum)[kCount]) {
+    const int sample = i / vectors, col = i % vectors * kCount;
     const T* x = of.x(sample, of.first) + col;
     const T* dout = of.dout(sample, of.first) + col;
     const int step = of.landed ? of.end - of.first : g.chunk;
-    A sum = A(0);
     int row = of.first + group;
     for (int first = of.first; row < of.end; first += step) {
       const int end = min(of.end, first + step);
@@ -192,13 +214,30 @@ __device__ __forceinline__ void sum_columns(const RowsOfBoth<T, kChannelsFirst>&
 #pragma unroll 4
       for (; row < end; row += g.groups) {
         const int at = (row - of.first) * g.pitch;
-        sum += value(sample, row, col, widen(x[at]), widen(dout[at]));
+        const auto value = rows(sample, row);
+        const auto of_x = widen(load_staged<kCount>(x + at));
+        const auto of_dout = widen(load_staged<kCount>(dout + at));
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) sum[k] += value(col + k, of_x.value[k], of_dout.value[k]);
       }
     }
-    return sum;
   };
-  walk_columns(g, loads.block.samples, 0, loads.block.cols(),
-               ColumnScratch<A>{loads.m.shared.sum, nullptr, nullptr}, gather, put);
+  const auto put_vector = [&](int k, int i, A sum) {
+    put(i / vectors, i % vectors * kCount + k, sum);
+  };
+  if (g.groups == 1) {
+    for (int i = threadIdx.x; i < total; i += g.threads) {
+      A sum[kCount] = {};
+      gather(i, 0, sum);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) put_vector(k, i, sum[k]);
+    }
+    return;
+  }
+  const int group = threadIdx.x / total, i = threadIdx.x % total;
+  A sum[kCount] = {};
+  if (group < g.groups) gather(i, group, sum);
+  add_parts(sum, group < g.groups, group, g.groups, i, total, loads.m.shared.sum, put_vector);
 }
 
 }  // namespace cbam::cuda
