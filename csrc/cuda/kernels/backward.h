@@ -116,16 +116,25 @@ struct Stencil {
 };
 void stencil(DType dtype, const Stencil& p, const Grid& grid, Stream stream);
 
+// Taps in a row of the convolution's kernel whose gradients a warp sums together: a value of dz is
+// read once for them, in both maps.
+constexpr int kTapsTogether = 4;
+
+// Elements that both maps of a box take while these gradients are summed.
+CBAM_INLINE int64_t staged_maps(const BoxGeometry& g, const Space& space) {
+  return 2 * g.staged(space) + kTapsTogether - 1;
+}
+
 template <class A>
 struct StencilShared {
-  A* dz;   // [box with its halo, rows padded]
-  A* map;  // the same, one map at a time; empty where the convolution's gradients are not asked for
+  A* dz;      // [box with its halo, rows padded]
+  A* maps;    // [2] of the same; empty where the convolution's gradients are not asked for
   A* weight;  // [2, taps]
 
   CBAM_INLINE_MEMBER StencilShared(SharedCarver& carver, const BoxGeometry& g, const Space& space,
                                    bool conv)
       : dz(carver.array<A>(g.staged(space), "dz")),
-        map(carver.array<A>(conv ? g.staged(space) : 0, "map")),
+        maps(carver.array<A>(conv ? staged_maps(g, space) : 0, "maps")),
         weight(carver.array<A>(int64_t{2} * space.taps(), "weight")) {}
 };
 

@@ -5,18 +5,25 @@
 //   d_weight[m][k] = sum_s dz[s] * maps[m][s + k]      d_bias = sum_s dz[s]
 #pragma once
 
+#include "backward.h"
 #include "blocks.cuh"
 
 namespace cbam::cuda {
 
-// value_at(pixel) of the box and its halo, zeros outside the image.
-template <class A, class ValueAt>
-__device__ __forceinline__ void stage_pixels(const Box& box, const Space& s, A* staged,
-                                             ValueAt value_at) {
-  for (int i = threadIdx.x; i < box.staged; i += blockDim.x) {
-    const int pixel = StagedPixel(box, s, i).pixel;
-    staged[i] = pixel >= 0 ? value_at(pixel) : A(0);
-  }
+// put(i, StagedPixel) for every index i of what is staged of the box and its halo.
+template <class Put>
+__device__ __forceinline__ void for_staged_pixels(const Box& box, const Space& s, Put put) {
+  for (int i = threadIdx.x; i < box.staged; i += blockDim.x) put(i, StagedPixel(box, s, i));
+}
+
+// Both maps at index i of what is staged: `maps` is x's dtype [2, pixels] of the box's sample, `to`
+// is [2, staged], and zero outside the image.
+template <class T, class A>
+__device__ __forceinline__ void stage_saved_maps(const Box& box, const Space& s, const T* maps,
+                                                 int i, int pixel, A* to) {
+  const bool exists = pixel >= 0;
+  to[i] = exists ? A(widen(maps[pixel])) : A(0);
+  to[box.staged + i] = exists ? A(widen(maps[s.pixels() + pixel])) : A(0);
 }
 
 // Both maps' gradients of one pixel of the box: the kernel, turned around, over dz.
@@ -84,54 +91,50 @@ class LanePlaces {
   int step_x_, step_y_, step_z_, x_, y_, z_;
 };
 
-// Taps whose gradients a warp sums together: dz is read once for them.
-constexpr int kTapsTogether = 4;
-
-// The box's share of the gradients of map m's taps, some taps to each warp; with the first map's
-// also that of the bias, by the last warp. `out` is [2 * taps + 1], the bias last.
+// The box's share of the bias's gradient, by a warp.
 template <class A>
-__device__ __forceinline__ void weight_gradients(const Box& box, const Space& s, const A* dz,
-                                                 const A* map, int m, A* out) {
-  const int taps = s.taps(), lane = threadIdx.x % 32, warp = threadIdx.x / 32,
-            warps = static_cast<int>(blockDim.x) / 32;
-  const A* centre = dz + box.at(s.kernel_depth / 2, s.kernel_height / 2, s.kernel_width / 2);
-  for (int first = warp * kTapsTogether; first < taps; first += warps * kTapsTogether) {
-    const A* shifted[kTapsTogether];
-#pragma unroll
-    for (int k = 0; k < kTapsTogether; ++k) {
-      const int tap = min(first + k, taps - 1);
-      shifted[k] = map + box.at(tap / s.kernel_width / s.kernel_height,
-                                tap / s.kernel_width % s.kernel_height, tap % s.kernel_width);
-    }
-    A sum[kTapsTogether] = {};
-    for (LanePlaces place(box); place.inside(); place.next()) {
-      const int at = place.at();
-#pragma unroll
-      for (int k = 0; k < kTapsTogether; ++k) sum[k] += centre[at] * shifted[k][at];
-    }
-    sum_lanes(sum, 32);
-#pragma unroll
-    for (int k = 0; k < kTapsTogether; ++k)
-      if (lane == 0 && first + k < taps) out[m * taps + first + k] = sum[k];
-  }
-  if (m > 0 || warp + 1 < warps) return;
-  A sum[1] = {};
-  for (LanePlaces place(box); place.inside(); place.next()) sum[0] += centre[place.at()];
-  sum_lanes(sum, 32);
-  if (lane == 0) out[2 * taps] = sum[0];
+__device__ __forceinline__ void bias_gradient(const Box& box, const A* centre, A* out) {
+  A sum = A(0);
+  for (LanePlaces place(box); place.inside(); place.next()) sum += centre[place.at()];
+  sum = sum_of_warp(sum);
+  if (threadIdx.x % 32 == 0) *out = sum;
 }
 
-// All of them: maps is x's dtype [2, pixels] of the box's sample, `staged` has room for one map of
-// the box with its halo.
-template <class T, class A>
-__device__ __forceinline__ void all_weight_gradients(const Box& box, const Space& s, const A* dz,
-                                                     const T* maps, A* staged, A* out) {
-  for (int m = 0; m < 2; ++m) {
-    const T* map = maps + int64_t{m} * s.pixels();
-    stage_pixels(box, s, staged, [&](int pixel) { return A(widen(map[pixel])); });
-    __syncthreads();
-    weight_gradients(box, s, dz, staged, m, out);
-    __syncthreads();
+// The box's share of all gradients, a few taps of both maps or the bias to each warp. `maps` is
+// [2, staged], as staged_maps() has room for it: where a row of the kernel ends, what lies behind
+// is read and dropped. `out` is [2 * taps + 1], the bias last.
+template <class A>
+__device__ __forceinline__ void weight_gradients(const Box& box, const Space& s, const A* dz,
+                                                 const A* maps, A* out) {
+  const int taps = s.taps(), lane = threadIdx.x % 32, warps = static_cast<int>(blockDim.x) / 32;
+  const int runs = (s.kernel_width + kTapsTogether - 1) / kTapsTogether;
+  const int shares = runs * s.kernel_height * s.kernel_depth;
+  const A* centre = dz + box.at(s.kernel_depth / 2, s.kernel_height / 2, s.kernel_width / 2);
+  for (int share = threadIdx.x / 32; share <= shares; share += warps) {
+    if (share == shares) {
+      bias_gradient(box, centre, out + 2 * taps);
+      continue;
+    }
+    const int row = share / runs, first = share % runs * kTapsTogether;
+    const A* shifted = maps + box.at(row / s.kernel_height, row % s.kernel_height, first);
+    A sum[2 * kTapsTogether] = {};
+#pragma unroll 2
+    for (LanePlaces place(box); place.inside(); place.next()) {
+      const int at = place.at();
+      const A d = centre[at];
+      const A *mean = shifted + at, *max = mean + box.staged;
+#pragma unroll
+      for (int k = 0; k < kTapsTogether; ++k) {
+        sum[k] += d * mean[k];
+        sum[kTapsTogether + k] += d * max[k];
+      }
+    }
+    A total = sums_of_warp(sum);  // of a group of as many lanes, one for each
+#pragma unroll
+    for (int distance = 2 * kTapsTogether; distance < 32; distance *= 2)
+      total += __shfl_xor_sync(0xffffffffu, total, distance);
+    const int map = lane / kTapsTogether, tap = first + lane % kTapsTogether;
+    if (map < 2 && tap < s.kernel_width) out[map * taps + row * s.kernel_width + tap] = total;
   }
 }
 

@@ -80,7 +80,7 @@ struct ResidentBackwardShared {
   StagedTerms<A> of_pixels;    // [samples, pixels]
   A* weight;                   // [2, taps]
   A* dz;                       // [boxes_each, box with its halo, rows padded]
-  A* map;                      // [box with its halo]
+  A* maps;                     // [boxes_each, both maps of the same]
   A* sum;                      // [threads]: where several share a row or a column
 
   template <class Carver>
@@ -101,7 +101,7 @@ struct ResidentBackwardShared {
         of_pixels(carver, int64_t{g.samples} * space.pixels()),
         weight(carver.template array<A>(int64_t{2} * space.taps(), "weight")),
         dz(carver.template array<A>(int64_t{g.boxes_each} * g.boxes.staged(space), "dz")),
-        map(carver.template array<A>(g.boxes.staged(space), "map")),
+        maps(carver.template array<A>(g.boxes_each * staged_maps(g.boxes, space), "maps")),
         sum(carver.template array<A>(g.threads, "sum")) {}
 };
 

@@ -62,34 +62,43 @@ __device__ __forceinline__ void put_out_spatial_shares(const ResidentBackward& p
     m.exchange.d_spatial[i] = shares[i];
 }
 
-// What belongs to the pixels of this block's boxes.
+// What belongs to the pixels of this block's boxes; dz and the maps stay for the convolution's
+// gradients.
 template <bool kChannelsFirst, class T>
 __device__ __forceinline__ void put_out_pixels(const ResidentBackward& p,
                                                const ResidentBlock<T, kChannelsFirst>& block,
                                                const BackwardMemory<T>& m) {
   using A = acc_t<T>;
   const ResidentBackwardGeometry& g = p.geometry;
-  const int64_t staged = g.boxes.staged(p.space);
   for_own_boxes(block, [&](int k, int, const Box& box) {
     const int64_t of_visit = box.sample * block.pixels();
     const int64_t of_batch = (block.first_sample() + box.sample) * block.pixels();
     const A* gate = static_cast<const A*>(p.saved.spatial_gate) + of_batch;
     const A* more = static_cast<const A*>(p.d_spatial_gate);
-    A* dz = m.shared.dz + k * staged;
-    stage_pixels(box, p.space, dz, [&](int pixel) {
-      A d = A(0);
-      for (int from = 0; from < g.team; ++from)
-        d += block.team.read(m.exchange.d_spatial + of_visit + pixel, from);
-      if (more) d += more[of_batch + pixel];
-      return d * sigmoid_derivative<A>(gate[pixel]);
+    const T* saved_maps = static_cast<const T*>(p.saved.maps) + 2 * of_batch;
+    A* dz = m.shared.dz + k * g.boxes.staged(p.space);
+    A* maps = m.shared.maps + k * staged_maps(g.boxes, p.space);
+    const StagedTerms<A> terms = m.exchange.terms.from(of_visit);
+    for_staged_pixels(box, p.space, [&](int i, const StagedPixel& staged) {
+      const int pixel = staged.pixel;
+      if (p.d_conv) stage_saved_maps(box, p.space, saved_maps, i, pixel, maps);
+      A of_pixel = A(0);
+      if (pixel >= 0) {
+        const A open = gate[pixel];
+        if (staged.inside) {
+          terms.gate()[pixel] = open;
+          terms.index()[pixel] = p.saved.channel_argmax[of_batch + pixel];
+        }
+        A d = sum_over_team(block.team, m.exchange.d_spatial + of_visit + pixel);
+        if (more) d += more[of_batch + pixel];
+        of_pixel = d * sigmoid_derivative<A>(open);
+      }
+      dz[i] = of_pixel;
     });
     __syncthreads();
-    const StagedTerms<A> terms = m.exchange.terms.from(of_visit);
     map_gradients(box, p.space, dz, m.shared.weight, [&](int pixel, A mean, A max) {
-      terms.gate()[pixel] = gate[pixel];
       terms.first()[pixel] = mean / static_cast<A>(p.channels);
       terms.second()[pixel] = max;
-      terms.index()[pixel] = p.saved.channel_argmax[of_batch + pixel];
     });
   });
 }
@@ -144,21 +153,19 @@ __device__ __forceinline__ void collect_pixels(const ResidentBackward& p,
   __syncthreads();
 }
 
-// This block's boxes' shares of the convolution's gradients, from dz as put_out_pixels left it.
+// This block's boxes' shares of the convolution's gradients, from what put_out_pixels left.
 template <bool kChannelsFirst, class T>
 __device__ __forceinline__ void write_conv_shares(const ResidentBackward& p,
                                                   const ResidentBlock<T, kChannelsFirst>& block,
                                                   const BackwardMemory<T>& m) {
   using A = acc_t<T>;
-  const ResidentBackwardGeometry& g = p.geometry;
-  const int64_t boxes = g.boxes.boxes(), staged = g.boxes.staged(p.space);
+  const BoxGeometry& boxes = p.geometry.boxes;
   const int count = 2 * p.space.taps() + 1;
+  A* shares = static_cast<A*>(p.d_conv) + block.first_sample() * boxes.boxes() * count;
   for_own_boxes(block, [&](int k, int number, const Box& box) {
-    const int64_t n = block.first_sample() + box.sample;
-    all_weight_gradients(
-        box, p.space, m.shared.dz + k * staged,
-        static_cast<const T*>(p.saved.maps) + n * 2 * block.pixels(), m.shared.map,
-        static_cast<A*>(p.d_conv) + (block.first_sample() * boxes + number) * count);
+    weight_gradients(box, p.space, m.shared.dz + k * boxes.staged(p.space),
+                     m.shared.maps + k * staged_maps(boxes, p.space),
+                     shares + int64_t{number} * count);
   });
 }
 

@@ -15,6 +15,15 @@ struct BackwardMemory {
   BackwardExchange<A> exchange;
 };
 
+// What the blocks of a team have put out where this one has `own`, added in the order of ranks.
+template <class A>
+__device__ __forceinline__ A sum_over_team(const Team& team, const A* own) {
+  A sum = A(0);
+  for_batches<8>(
+      0, team.size, 1, [&](int from) { return team.read(own, from); }, [&](int, A a) { sum += a; });
+  return sum;
+}
+
 // The chunks of x in the order in which they are loaded: those of a visit once, or where they do
 // not all stay, twice. Chunk n goes to slot n % slots.
 template <class T, bool kChannelsFirst>

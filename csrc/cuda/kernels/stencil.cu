@@ -5,7 +5,7 @@
 //   d_conv[m][k] = sum_s dz[s] * maps[m][s + k]      d_bias = sum_s dz[s]
 //
 // grid    samples * boxes blocks of 256 threads; a block takes a box of pixels
-// shared  dz of the box and its halo; with d_conv one map at a time of the same; the weights
+// shared  dz of the box and its halo; with d_conv both maps of the same; the weights
 // bytes   reads the parts of d_spatial, the gate and with d_conv the maps, halo included; writes
 //         d_maps, and 2 * taps + 1 sums a block
 #include "../dispatch.cuh"
@@ -25,10 +25,17 @@ __global__ void __launch_bounds__(kThreads, 2) stencil_kernel(const Stencil p) {
   const StencilShared<A> shared(carver, p.geometry, p.space, p.d_conv != nullptr);
   const A* gate = static_cast<const A*>(p.spatial_gate) + box.sample * pixels;
   const A* more = static_cast<const A*>(p.d_spatial_gate);
-  stage_pixels(box, p.space, shared.dz, [&](int pixel) {
-    const A d = total_of<A>(p.d_spatial, box.sample, pixels, pixel) +
-                (more ? __ldg(more + box.sample * pixels + pixel) : A(0));
-    return d * sigmoid_derivative<A>(gate[pixel]);
+  const T* maps = static_cast<const T*>(p.maps) + box.sample * 2 * pixels;
+  for_staged_pixels(box, p.space, [&](int i, const StagedPixel& staged) {
+    const int pixel = staged.pixel;
+    A dz = A(0);
+    if (pixel >= 0) {
+      const A d = total_of<A>(p.d_spatial, box.sample, pixels, pixel) +
+                  (more ? __ldg(more + box.sample * pixels + pixel) : A(0));
+      dz = d * sigmoid_derivative<A>(gate[pixel]);
+    }
+    shared.dz[i] = dz;
+    if (p.d_conv) stage_saved_maps(box, p.space, maps, i, pixel, shared.maps);
   });
   for (int i = threadIdx.x; i < 2 * taps; i += kThreads)
     shared.weight[i] = weight_at<T>(p.conv_weight, p.weight_dtype, i);
@@ -39,9 +46,8 @@ __global__ void __launch_bounds__(kThreads, 2) stencil_kernel(const Stencil p) {
     d_maps[pixels + pixel] = max;
   });
   if (p.d_conv)
-    all_weight_gradients(box, p.space, shared.dz,
-                         static_cast<const T*>(p.maps) + box.sample * 2 * pixels, shared.map,
-                         static_cast<A*>(p.d_conv) + int64_t{blockIdx.x} * (2 * taps + 1));
+    weight_gradients(box, p.space, shared.dz, shared.maps,
+                     static_cast<A*>(p.d_conv) + int64_t{blockIdx.x} * (2 * taps + 1));
 }
 
 }  // namespace
