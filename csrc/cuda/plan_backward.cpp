@@ -1,13 +1,13 @@
 #include <algorithm>
+#include <numeric>
 
 #include "plan_choice.h"
 
 namespace cbam::cuda {
 namespace {
 
-// Values of a tile staged at a time, 16 KB in float32: several blocks share a multiprocessor.
-constexpr int64_t kStagedValues = 4096;
-constexpr int kMostChunk = 128;
+// Bytes that memory gives together, on such a multiple: tiles of sums share none.
+constexpr int kSectorBytes = 32;
 // Columns of a block of the last pass, and rows: what belongs to them stands in shared memory.
 constexpr int64_t kInputColumns = 1024, kFewestInputColumns = 128, kInputRows = 1024;
 constexpr int64_t kLongestSpan = 4096;
@@ -47,17 +47,37 @@ void set_tiles(TileGeometry& g, const ColumnAccess& access, int64_t cols, int64_
   g.tiles = static_cast<int>(ceil_div(cols, g.tile));
 }
 
+// How sums read rows: a lane has up to two vectors of a packed group, so that its rows are no
+// shorter than a vector; and rows of few vectors are packed as well, where nothing lies between
+// them and a kernel for that exists.
+ColumnAccess sums_access(ColumnAccess access, const View& view, bool gapless, int vector) {
+  const int64_t multiple = vector / std::gcd(view.cols, int64_t{vector});
+  const int64_t period = view.cols * multiple / vector;
+  const bool few = access.access == Access::kVector && gapless && 2 * period <= 32;
+  if (access.access != Access::kPacked && !few) return access;
+  if (view.cols < vector || period > kMostPackedVectors) {
+    set_scalar(access, view);
+    return access;
+  }
+  int64_t groups = kMostPackedVectors / period;
+  while (view.rows % (multiple * groups)) --groups;
+  access.access = Access::kPacked;
+  access.period = static_cast<int>(period * groups);
+  access.row_group = static_cast<int>(multiple * groups);
+  return access;
+}
+
 // Sums over tiles of one tensor or of two.
-TileGeometry plan_sums(const BackwardProblem& p, const View& view, ColumnAccess access, int columns,
+TileGeometry plan_sums(const BackwardProblem& p, const View& view, const ColumnAccess& access,
                        int64_t samples, const DeviceLimits& device) {
   const int vector = elements_per_vector(p.dtype);
-  if (access.access == Access::kPacked && view.cols > kTileColumns) set_scalar(access, view);
+  const bool packed = access.access == Access::kPacked;
   TileGeometry g{};
-  if (access.access == Access::kScalar) columns = std::min(columns, kThreads);
-  set_tiles(g, access, view.cols, columns, vector);
-  g.threads_along = g.access == Access::kPacked ? kThreads : g.tile / access.elements(vector);
-  const int64_t chunk = std::min<int64_t>(kMostChunk, kStagedValues / g.tile);
-  g.chunk = static_cast<int>(std::max<int64_t>(1, chunk / g.row_group) * g.row_group);
+  set_tiles(g, access, view.cols, kTileColumns, kSectorBytes / static_cast<int>(bytes_of(p.dtype)));
+  g.chunk = packed ? kPartGroups * g.row_group : kPartRows;
+  while (g.chunk << (g.row_lanes_log + 1) <= 32) ++g.row_lanes_log;
+  g.warp_parts = std::max(packed ? 2 * kPartGroups * access.period : kPartRows * kPartPitch,
+                          packed ? access.period * vector : kTileColumns);
   split(g, view.rows, samples * g.tiles, wanted_blocks(device), pieces_of(p, samples).channels,
         kLongestSpan, g.row_group);
   return g;
@@ -104,11 +124,11 @@ BackwardGrids grids_of(const BackwardPlan& plan, const BackwardProblem& p, int64
   const MlpBackwardGeometry& mlp = plan.mlp;
   const int64_t limit = plan.shared_limit;
   return {
-      {samples * plan.cross.blocks_per_sample(), kThreads, shared_bytes<TileShared<A>>(plan.cross),
+      {samples * plan.cross.blocks_per_sample(), kThreads, shared_bytes<CrossShared<A>>(plan.cross),
        limit},
       {samples * plan.stencil.boxes(), kThreads, stencil_bytes<A>(plan.stencil, p), limit},
-      {samples * plan.terms.blocks_per_sample(), kThreads, shared_bytes<TileShared<A>>(plan.terms),
-       limit},
+      {samples * plan.terms.blocks_per_sample(), kThreads,
+       shared_bytes<TermsShared<A>>(plan.terms, p.strides.channels_first()), limit},
       {ceil_div(samples, mlp.gate_samples) * gate_tiles(mlp, s), kGateBackwardThreads<A>,
        walk_shared_bytes<A, GateBackwardShared>(mlp.gate_samples), limit},
       {ceil_div(samples, mlp.hidden_samples) * hidden_tiles(mlp, s), kHiddenBackwardThreads,
@@ -131,10 +151,15 @@ void plan_streaming(BackwardPlan& plan, const BackwardProblem& p, const DeviceLi
   const View x(p, p.strides, p.x), dout(p, p.dout_strides, p.dout);
   plan.group = groups_of(p, device);
   const int64_t samples = plan.group.samples;
-  plan.cross = plan_sums(p, x, common_access(x, dout, vector), kTileColumns, samples, device);
+  const bool gapless = x.row_stride == x.cols;
+  plan.cross = plan_sums(p, x,
+                         sums_access(common_access(x, dout, vector), x,
+                                     gapless && dout.row_stride == dout.cols, vector),
+                         samples, device);
   plan.stencil = plan_stencil(p, samples, device);
-  plan.terms = plan_sums(p, x, ColumnAccess(x, vector),
-                         x.channels_first ? kTileColumns : kTermChannels, samples, device);
+  plan.terms =
+      plan_sums(p, x, sums_access(ColumnAccess(x, vector), x, gapless && x.channels_first, vector),
+                samples, device);
   plan.terms.reverse = true;  // starts with what the first pass read last
   plan.mlp = plan_mlp(p, samples, device);
   if (p.gradients.x)

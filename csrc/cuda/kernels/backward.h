@@ -15,42 +15,61 @@
 
 namespace cbam::cuda {
 
-// Which part of a sample's matrix a block sums over: `tile` columns of `span` rows, `chunk` of
-// which are staged in shared memory at a time.
+// Which part of a sample's matrix a block takes: `tile` columns of `span` rows.
 struct TileGeometry {
   Access access;
-  int row_group;  // 1 unless access is kPacked
+  int row_group;  // rows that a vector's place repeats after; 1 unless access is kPacked
   int tiles, tile;
   int splits, span;
-  int chunk;          // not for the last pass
-  int threads_along;  // threads side by side along a row of the tile
+  int chunk;          // sums: rows of a warp whose parts stand in shared memory at a time
+  int row_lanes_log;  // sums: the logarithm of the lanes that add the parts of one row
+  int warp_parts;     // sums: values of a warp in shared memory, parts of rows or sums of columns
+  int threads_along;  // last pass: threads side by side along a row of the tile
   bool reverse;
 
   CBAM_INLINE_MEMBER int64_t blocks_per_sample() const { return int64_t{tiles} * splits; }
+  // Elements of a row group of the tile.
+  CBAM_INLINE_MEMBER int group_columns() const { return row_group * tile; }
 };
 
-// Columns of a tile, at most: a lane keeps what belongs to its columns in registers.
+// Columns of a tile of sums, at most: a lane keeps what belongs to its columns in registers.
 constexpr int kTileColumns = 256;
-// The same for channels that are columns of the map terms, which take up to two of them to a
-// thread: every tile reads what belongs to all pixels again.
-constexpr int kTermChannels = 2 * kThreads;
+// Vectors of a lane where rows are packed, and so of a row group, at most.
+constexpr int kPackedVectors = 2, kMostPackedVectors = 32 * kPackedVectors;
+// Rows whose parts a warp holds at a time, one part from each lane, padded against bank conflicts;
+// or groups of packed rows, two parts from each vector.
+constexpr int kPartRows = 12, kPartPitch = 33, kPartGroups = 6;
 
 template <class A>
-struct TileShared {
-  A* staged;              // [chunk, tile]
-  A* row_factor;          // [chunk]
-  A* row_extra;           // [chunk]; this and the next where pixels are rows of the map terms
-  int32_t* row_index;     // [chunk]
-  A* column_sums;         // [threads]
-  int32_t* column_index;  // [columns]
+struct CrossShared {
+  A* row_factor;  // [span]
+  A* col_factor;  // [columns of a row group]
+  A* parts;       // [warps, warp_parts]
 
-  CBAM_INLINE_MEMBER TileShared(SharedCarver& carver, const TileGeometry& g)
-      : staged(carver.array<A>(int64_t{g.chunk} * g.tile, "staged")),
-        row_factor(carver.array<A>(g.chunk, "row_factor")),
-        row_extra(carver.array<A>(g.chunk, "row_extra")),
-        row_index(carver.array<int32_t>(g.chunk, "row_index")),
-        column_sums(carver.array<A>(kThreads, "column_sums")),
-        column_index(carver.array<int32_t>(kTileColumns, "column_index")) {}
+  CBAM_INLINE_MEMBER CrossShared(SharedCarver& carver, const TileGeometry& g)
+      : row_factor(carver.array<A>(g.span, "row_factor")),
+        col_factor(carver.array<A>(g.group_columns(), "col_factor")),
+        parts(carver.array<A>(kThreads / 32 * g.warp_parts, "parts")) {}
+};
+
+// What map terms hold for pixels: what all channels get, what the channel of the maximum gets
+// instead, and its number.
+template <class A>
+struct TermsShared {
+  A* mean;           // [columns of a row group, or span]: pixels
+  A* both;           // the same
+  int32_t* channel;  // the same
+  A* parts;          // [warps, warp_parts]
+
+  CBAM_INLINE_MEMBER TermsShared(SharedCarver& carver, const TileGeometry& g, bool channels_first)
+      : TermsShared(carver, g, int64_t{channels_first ? g.group_columns() : g.span}) {}
+
+ private:
+  CBAM_INLINE_MEMBER TermsShared(SharedCarver& carver, const TileGeometry& g, int64_t pixels)
+      : mean(carver.array<A>(pixels, "mean")),
+        both(carver.array<A>(pixels, "both")),
+        channel(carver.array<int32_t>(pixels, "channel")),
+        parts(carver.array<A>(kThreads / 32 * g.warp_parts, "parts")) {}
 };
 
 // Sums in parts, to be added in their order: acc [samples, parts, count].

@@ -130,10 +130,7 @@ __device__ __forceinline__ void weight_gradients(const Box& box, const Space& s,
         sum[kTapsTogether + k] += d * max[k];
       }
     }
-    A total = sums_of_warp(sum);  // of a group of as many lanes, one for each
-#pragma unroll
-    for (int distance = 2 * kTapsTogether; distance < 32; distance *= 2)
-      total += __shfl_xor_sync(0xffffffffu, total, distance);
+    const A total = sums_of_warp(sum);
     const int map = lane / kTapsTogether, tap = first + lane % kTapsTogether;
     if (map < 2 && tap < s.kernel_width) out[map * taps + row * s.kernel_width + tap] = total;
   }

@@ -4,10 +4,10 @@
 //
 // d_mean here is the gradient of the mean map divided by the number of channels.
 //
-// grid    samples * splits * tiles blocks of 256 threads; a block takes `tile` columns, `span` rows
-//
-// shared  `chunk` rows of x, what belongs to its pixels
-//
+// grid    samples * splits * tiles blocks of 256 threads; a block takes `tile` columns, `span`
+// rows,
+//         each warp a run of these
+// shared  what belongs to its pixels; the parts of `chunk` rows, or the columns, of a warp
 // bytes   reads x once, 2 * acc + 4 for each pixel of a block; writes acc for each channel and part
 #include "../dispatch.cuh"
 #include "../launch.cuh"
@@ -16,122 +16,130 @@
 namespace cbam::cuda {
 namespace {
 
-// Brings x's chunk of rows to shared memory.
-template <Access kAccess, int kCount, class T, class A>
-__device__ __forceinline__ void stage_chunk(const TileGeometry& g, const T* x, int64_t row_stride,
-                                            int rows, int cols, A* staged) {
-  const TileLoop<kAccess, kCount> loop(g, rows, cols);
-  for_batches(
-      loop.first, loop.end, loop.step,
-      [&](int i) { return load<kCount>(x + loop.element(i, row_stride)); },
-      [&](int i, const Raw<T, kCount>& raw) {
-        store_shared(staged + loop.staged(i, cols), widen(raw).value);
-      });
-}
-
-// What this block's pixels contribute with.
-template <class A>
-struct PixelTerms {
-  const A* mean;
-  const A* max;
-  const int32_t* channel;
-
-  __device__ __forceinline__ PixelTerms(const MapTerms& p, int64_t sample, int first) {
-    const int64_t pixels = p.channels_first ? p.x.cols : p.x.rows;
-    mean = static_cast<const A*>(p.d_maps) + sample * 2 * pixels + first;
-    max = mean + pixels;
-    channel = p.channel_argmax + sample * pixels + first;
-  }
+template <class T, Access kAccess>
+struct LoadedRow {
+  using Lane = LaneVectors<T, kAccess>;
+  typename Lane::Loaded x[Lane::kVectors];
 };
 
+// What belongs to the block's pixels, read once a block; `groups` times, each of which counts
+// channels from a row of its own.
+template <class A>
+__device__ __forceinline__ void stage_pixel_terms(const MapTerms& p, int64_t sample, int first,
+                                                  int pixels, int groups, int first_channel,
+                                                  const TermsShared<A>& shared) {
+  const int64_t all = p.channels_first ? p.x.cols : p.x.rows;
+  const A* mean = static_cast<const A*>(p.d_maps) + sample * 2 * all + first;
+  const int32_t* channel = p.channel_argmax + sample * all + first;
+  for (int s = threadIdx.x; s < pixels; s += kThreads) {
+    const A own = mean[s], both = own + mean[all + s];
+    const int32_t from_first = channel[s] - first_channel;
+    for (int k = 0; k < groups; ++k) {
+      shared.mean[k * pixels + s] = own;
+      shared.both[k * pixels + s] = both;
+      shared.channel[k * pixels + s] = from_first - k;
+    }
+  }
+  __syncthreads();
+}
+
 // Channels are rows: a lane keeps what belongs to its pixels in registers.
-template <Access kAccess, int kCount, class T, class A>
+template <class T, Access kAccess, class A>
 __device__ __forceinline__ void sum_channel_rows(const MapTerms& p, const TileBlock& block,
-                                                 const T* x, const TileShared<A>& shared) {
+                                                 const T* x, const TermsShared<A>& shared) {
+  using Lane = LaneVectors<T, kAccess>;
+  using Row = LoadedRow<T, kAccess>;
+  constexpr int kBatch = Lane::kRowsUnderWay;
   const TileGeometry& g = p.geometry;
-  const PixelTerms<A> terms(p, block.sample, block.first_col);
+  stage_pixel_terms(p, block.sample, block.first_col, block.cols, g.row_group, block.first_row,
+                    shared);
   A* sums = static_cast<A*>(p.channels.values) +
             (block.sample * p.channels.parts + block.tile) * p.x.rows + block.first_row;
-  A mean[kTileColumns / 32], max[kTileColumns / 32];
-  int channel[kTileColumns / 32];
-  // Through shared memory, so that each pixel's terms are read once a block.
-  const auto spread = [&](auto* from, auto* staged, auto& to) {
-    for (int j = threadIdx.x; j < block.cols; j += kThreads) staged[j] = from[j];
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kTileColumns / 32; ++k) {
-      const int j = threadIdx.x % 32 + 32 * k;
-      to[k] = j < block.cols ? staged[j] : 0;
-    }
-    __syncthreads();
-  };
-  spread(terms.mean, shared.column_sums, mean);
-  spread(terms.max, shared.column_sums, max);
-  spread(terms.channel, shared.column_index, channel);
-  for (int done = 0; done < block.rows; done += g.chunk) {
-    const int rows = min(g.chunk, block.rows - done);
-    stage_chunk<kAccess, kCount>(g, x + done * p.x.row_stride, p.x.row_stride, rows, block.cols,
-                                 shared.staged);
-    __syncthreads();
-    sum_rows(
-        shared.staged, rows, block.cols,
-        [&](int row, int k) {
-          return channel[k] == block.first_row + done + row ? mean[k] + max[k] : mean[k];
+  A* parts = shared.parts + threadIdx.x / 32 * g.warp_parts;
+  const Lane lane(g, block.cols);
+  A mean[Lane::kVectors][Lane::kCount], both[Lane::kVectors][Lane::kCount];
+  int32_t channel[Lane::kVectors][Lane::kCount];
+  lane.of_columns(shared.mean, mean);
+  lane.of_columns(shared.both, both);
+  lane.of_columns(shared.channel, channel);
+  const WarpRows own(g, block.rows, kBatch);
+  const int row_group = Lane::kPacked ? g.row_group : 1;
+  for (int done = own.first; done < own.end; done += g.chunk) {
+    const int end = min(done + g.chunk, own.end);
+    for_batches<kBatch>(
+        0, lane.has(0) ? (end - done) / row_group : 0, 1,
+        [&](int group) {
+          Row row;
+          lane.load_row(x + (done + group * row_group) * p.x.row_stride, row.x);
+          return row;
         },
-        [&](int row, A sum) { sums[done + row] = sum; });
-    __syncthreads();
+        [&](int group, const Row& row) {
+          const int number = done + group * row_group;
+          RowParts<Lane, A> of_row;
+#pragma unroll
+          for (int j = 0; j < Lane::kVectors; ++j) {
+            if (j > 0 && !lane.has(j)) break;
+            const auto values = widen(row.x[j]);
+#pragma unroll
+            for (int i = 0; i < Lane::kCount; ++i)
+              of_row.add(lane, j, i, values.value[i],
+                         channel[j][i] == number ? both[j][i] : mean[j][i]);
+          }
+          of_row.put(lane, parts, group);
+        });
+    sum_parts<Lane>(g, parts, end - done, block.cols,
+                    [&](int row, A total) { sums[done + row] = total; });
   }
 }
 
-// Channels are columns, up to two to a thread: what belongs to the pixels comes with their rows.
-template <Access kAccess, int kCount, class T, class A>
+// Channels are columns: what belongs to a pixel comes with its row.
+template <class T, Access kAccess, class A>
 __device__ __forceinline__ void sum_channel_columns(const MapTerms& p, const TileBlock& block,
-                                                    const T* x, const TileShared<A>& shared) {
+                                                    const T* x, const TermsShared<A>& shared) {
+  using Lane = LaneVectors<T, kAccess>;
+  using Row = LoadedRow<T, kAccess>;
+  constexpr int kBatch = Lane::kRowsUnderWay;
   const TileGeometry& g = p.geometry;
-  const PixelTerms<A> terms(p, block.sample, block.first_row);
-  const TileColumn own[] = {TileColumn(block.cols), TileColumn(block.cols, kThreads)};
-  A sum[2] = {};
-  for (int done = 0; done < block.rows; done += g.chunk) {
-    const int rows = min(g.chunk, block.rows - done);
-    stage_chunk<kAccess, kCount>(g, x + done * p.x.row_stride, p.x.row_stride, rows, block.cols,
-                                 shared.staged);
-    for (int r = threadIdx.x; r < rows; r += kThreads) {
-      shared.row_factor[r] = terms.mean[done + r];
-      shared.row_extra[r] = terms.max[done + r];
-      shared.row_index[r] = terms.channel[done + r];
-    }
-    __syncthreads();
+  stage_pixel_terms(p, block.sample, block.first_row, block.rows, 1, block.first_col, shared);
+  const Lane lane(g, block.cols);
+  A sum[Lane::kVectors][Lane::kCount] = {};
+  const WarpRows own(g, block.rows, kBatch);
+  for_batches<kBatch>(
+      own.first, lane.has(0) ? own.end : own.first, 1,
+      [&](int number) {
+        Row row;
+        lane.load_row(x + number * p.x.row_stride, row.x);
+        return row;
+      },
+      [&](int number, const Row& row) {
+        const A mean = shared.mean[number], both = shared.both[number];
+        const int32_t channel = shared.channel[number];
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      sum_column(
-          shared.staged, rows, block.cols, own[i],
-          [&](int row) {
-            const bool is_max = shared.row_index[row] == block.first_col + own[i].column;
-            return is_max ? shared.row_factor[row] + shared.row_extra[row] : shared.row_factor[row];
-          },
-          sum[i]);
-    __syncthreads();
-  }
+        for (int j = 0; j < Lane::kVectors; ++j) {
+          if (j > 0 && !lane.has(j)) break;
+          const auto values = widen(row.x[j]);
+#pragma unroll
+          for (int i = 0; i < Lane::kCount; ++i)
+            sum[j][i] += values.value[i] * (channel == lane.element(j) + i ? both : mean);
+        }
+      });
   A* sums = static_cast<A*>(p.channels.values) +
             (block.sample * p.channels.parts + block.split) * p.x.cols + block.first_col;
-  write_columns(shared.column_sums, own[0], sum[0], sums);
-  if (block.cols <= kThreads) return;
-  // Each thread had a column of its own, and reads nothing that others overwrite now.
-  write_columns(shared.column_sums, own[1], sum[1], sums);
+  write_columns(g, lane, block.cols, sum, shared.parts, sums);
 }
 
 template <class T, Access kAccess, bool kChannelsFirst>
-__global__ void __launch_bounds__(kThreads, 2) map_terms_kernel(const MapTerms p) {
-  constexpr int kCount = kAccess == Access::kScalar ? 1 : kVector<T>;
+__global__ void __launch_bounds__(kThreads, LaneVectors<T, kAccess>::kBlocks)
+    map_terms_kernel(const MapTerms p) {
   const TileBlock block(p.geometry, p.x);
   SharedCarver carver(dynamic_shared_memory());
-  const TileShared<acc_t<T>> shared(carver, p.geometry);
+  const TermsShared<acc_t<T>> shared(carver, p.geometry, kChannelsFirst);
   const T* x = static_cast<const T*>(p.x.data) + block.sample * p.x.sample_stride +
                block.first_row * p.x.row_stride + block.first_col;
   if constexpr (kChannelsFirst)
-    sum_channel_rows<kAccess, kCount>(p, block, x, shared);
+    sum_channel_rows<T, kAccess>(p, block, x, shared);
   else
-    sum_channel_columns<kAccess, kCount>(p, block, x, shared);
+    sum_channel_columns<T, kAccess>(p, block, x, shared);
 }
 
 }  // namespace

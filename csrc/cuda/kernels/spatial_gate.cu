@@ -58,12 +58,12 @@ __device__ __forceinline__ void stage_block(const SpatialGate& p, const ScaleBlo
   const auto maps_at = [&](int pixel, bool inside, A& mean, A& max) {
     const bool saves = inside && block.saves;
     if (saves && p.saved_argmax) {
-      const auto e = merge_parts<true, A>(p.maps, block.sample, pixels, pixel);
+      const auto e = merge_parts<true, A, 6>(p.maps, block.sample, pixels, pixel);
       p.saved_argmax[block.sample * pixels + pixel] = e.argmax;
       mean = e.sum;
       max = e.max;
     } else {
-      const auto e = merge_parts<false, A>(p.maps, block.sample, pixels, pixel);
+      const auto e = merge_parts<false, A, 6>(p.maps, block.sample, pixels, pixel);
       mean = e.sum;
       max = e.max;
     }

@@ -1,6 +1,9 @@
-// A tile of a sample's matrix in shared memory, some rows at a time, and the sums over its rows and
-// its columns. Staging makes every access to x one of 16 bytes wherever rows end, and lets one
-// reading serve both sums.
+// Sums over the rows and the columns of a tile of a sample's matrix. A warp takes whole rows of the
+// tile, several of them under way at a time, and waits for no other until its block ends; a lane
+// keeps its columns for all rows. A row's parts, one from each lane, meet in shared memory.
+//
+// Packed rows: what is a row elsewhere is a group of rows there, one run of vectors without a gap,
+// each of which touches up to two rows.
 #pragma once
 
 #include "../primitives/reduce.cuh"
@@ -28,85 +31,145 @@ struct TileBlock {
   }
 };
 
-// Where this thread's vectors of a chunk of `rows` rows stand: index -> element of the tensor and
-// of the staged tile. Packed rows are one run of vectors; else a thread keeps its columns.
-template <Access kAccess, int kCount>
-struct TileLoop {
-  int first, end, step, column;
+// Rows [first, end) of the block are this warp's, in whole groups.
+struct WarpRows {
+  int first, end;
 
-  __device__ __forceinline__ TileLoop(const TileGeometry& g, int rows, int cols) {
-    if constexpr (kAccess == Access::kPacked) {
-      first = threadIdx.x;
-      end = rows * cols / kCount;
-      step = kThreads;
-      column = 0;
-    } else {
-      column = threadIdx.x % g.threads_along * kCount;
-      first = threadIdx.x / g.threads_along;
-      step = kThreads / g.threads_along;
-      end = column < cols && first < step ? rows : 0;
-    }
-  }
-  __device__ __forceinline__ int64_t element(int index, int64_t row_stride) const {
-    if constexpr (kAccess == Access::kPacked)
-      return int64_t{index} * kCount;
-    else
-      return index * row_stride + column;
-  }
-  __device__ __forceinline__ int staged(int index, int cols) const {
-    return kAccess == Access::kPacked ? index * kCount : index * cols + column;
+  __device__ __forceinline__ WarpRows(const TileGeometry& g, int rows, int batch) {
+    const int together = batch * g.row_group, warps = kThreads / 32;
+    const int share = (rows + together * warps - 1) / (together * warps) * together;
+    first = min(static_cast<int>(threadIdx.x) / 32 * share, rows);
+    end = min(first + share, rows);
   }
 };
 
-// For each row of the chunk: put(row, sum over columns of staged * factor(row, k)), one warp a row;
-// k counts a lane's columns and is known to the compiler.
-template <class A, class Factor, class Put>
-__device__ __forceinline__ void sum_rows(const A* staged, int rows, int cols, Factor factor,
-                                         Put put) {
-  const int lane = threadIdx.x % 32;
-  for (int row = threadIdx.x / 32; row < rows; row += kThreads / 32) {
-    A sum = A(0);
+// The vectors of a row that are this lane's, every 32nd.
+template <class T, Access kAccess>
+struct LaneVectors {
+  static constexpr bool kPacked = kAccess == Access::kPacked;
+  static constexpr int kCount = kAccess == Access::kScalar ? 1 : kVector<T>;
+  static constexpr int kVectors = kPacked ? kPackedVectors : kTileColumns / 32 / kCount;
+  // Of one tensor and of two: up to eight loads, or what leaves registers for a third block.
+  static constexpr int kRowsUnderWay = kVectors == 1 ? 6 : kPacked ? 3 : 2;
+  static constexpr int kRowsOfTwo = kVectors == 1 ? 3 : kVectors == 2 ? 2 : 1;
+  static_assert(kPartRows % kRowsUnderWay == 0 && kPartRows % kRowsOfTwo == 0 &&
+                kPartGroups % kRowsUnderWay == 0 && kPartGroups % kRowsOfTwo == 0);
+  // Blocks of a multiprocessor that find registers: packed vectors and doubles take more.
+  static constexpr int kBlocks = kPacked || sizeof(T) == 8 ? 2 : 3;
+  using Loaded = Raw<T, kCount>;
+
+  int vectors;  // of a row
+  // Packed: how many rows further down a vector begins, and its elements before the next row's.
+  int row[kVectors], split[kVectors];
+
+  __device__ __forceinline__ LaneVectors(const TileGeometry& g, int cols)
+      : vectors(g.row_group * cols / kCount) {
+    if constexpr (kPacked)
 #pragma unroll
-    for (int k = 0; k < kTileColumns / 32; ++k) {
-      const int j = lane + 32 * k;
-      if (j < cols) sum += staged[row * cols + j] * factor(row, k);
-    }
-    sum = sum_of_warp(sum);
-    if (lane == 0) put(row, sum);
+      for (int j = 0; j < kVectors; ++j) {
+        row[j] = min(element(j) / cols, g.row_group - 1);
+        split[j] = (row[j] + 1) * cols - element(j);
+      }
   }
-}
+  __device__ __forceinline__ static int element(int j) {
+    return (static_cast<int>(threadIdx.x) % 32 + 32 * j) * kCount;
+  }
+  __device__ __forceinline__ bool has(int j) const { return element(j) < vectors * kCount; }
+  // Whether element i of vector j belongs to the row below the one it begins in.
+  __device__ __forceinline__ bool below(int j, int i) const { return kPacked && i >= split[j]; }
 
-static_assert(kTileColumns <= kThreads, "a thread for each column");
-
-// The column of this thread and its share of the rows, where threads take columns from `from` on.
-struct TileColumn {
-  int from, cols, column, first, step;
-
-  __device__ __forceinline__ explicit TileColumn(int tile, int from_ = 0)
-      : from(from_), cols(max(1, min(kThreads, tile - from_))) {
-    column = from + threadIdx.x % cols;
-    first = from < tile ? threadIdx.x / cols : INT_MAX;
-    step = kThreads / cols;
+  // A lane that has no vector at all takes no part.
+  __device__ __forceinline__ void load_row(const T* at, Loaded (&raw)[kVectors]) const {
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j)
+      if (j == 0 || has(j)) raw[j] = load<kCount>(at + element(j));
+  }
+  // A value for each of the lane's columns, from shared memory; 0 for those it has not.
+  template <class V>
+  __device__ __forceinline__ void of_columns(const V* from, V (&to)[kVectors][kCount]) const {
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) to[j][i] = V(0);
+      if (has(j)) load_shared(from + element(j), true, to[j]);
+    }
   }
 };
 
-// Adds the chunk's share to this thread's sum over its column.
-template <class A, class Factor>
-__device__ __forceinline__ void sum_column(const A* staged, int rows, int cols,
-                                           const TileColumn& own, Factor factor, A& sum) {
-  for (int row = own.first; row < rows; row += own.step)
-    sum += staged[row * cols + own.column] * factor(row);
+// What a lane's vectors add to the sums of their rows.
+template <class Lane, class A>
+struct RowParts {
+  A first[Lane::kVectors] = {}, below[Lane::kVectors] = {};
+
+  __device__ __forceinline__ void add(const Lane& lane, int j, int i, A value, A factor) {
+    if (lane.below(j, i))
+      below[j] += value * factor;
+    else
+      first[Lane::kPacked ? j : 0] += value * factor;
+  }
+  // `group` counts rows of the chunk, or groups of packed ones.
+  __device__ __forceinline__ void put(const Lane& lane, A* parts, int group) const {
+    if constexpr (Lane::kPacked) {
+#pragma unroll
+      for (int j = 0; j < Lane::kVectors; ++j) {
+        const A both[] = {first[j], below[j]};
+        const int vector = lane.element(j) / Lane::kCount;
+        if (lane.has(j)) store_shared(parts + 2 * (group * lane.vectors + vector), both);
+      }
+    } else {
+      parts[group * kPartPitch + threadIdx.x % 32] = first[0];
+    }
+  }
+};
+
+// Where the parts of a row of the chunk begin; those of the row before end there.
+template <class Lane>
+__device__ __forceinline__ int first_part(int row, int cols) {
+  if constexpr (!Lane::kPacked) return row * kPartPitch;
+  const unsigned element = row * cols;
+  return static_cast<int>(element / Lane::kCount * 2 + (element % Lane::kCount != 0));
 }
 
-// Adds the sums of the threads that share a column and writes one value a column.
-template <class A>
-__device__ __forceinline__ void write_columns(A* shared, const TileColumn& own, A sum, A* out) {
-  shared[threadIdx.x] = sum;
+// put(row, sum) for each row of this warp's chunk; all of its lanes have put their parts.
+template <class Lane, class A, class Put>
+__device__ __forceinline__ void sum_parts(const TileGeometry& g, const A* parts, int rows, int cols,
+                                          Put put) {
+  __syncwarp();
+  const int lanes = 1 << g.row_lanes_log, lane = threadIdx.x % 32, within = lane & (lanes - 1);
+  for (int done = 0; done < rows; done += 32 >> g.row_lanes_log) {
+    const int row = done + (lane >> g.row_lanes_log);
+    A sum[1] = {};
+    if (row < rows) {
+      const int first = first_part<Lane>(row, cols);
+      const int end =
+          Lane::kPacked ? first_part<Lane>(row + 1, cols) : first + min(cols / Lane::kCount, 32);
+      const int each = (end - first + lanes - 1) >> g.row_lanes_log;
+      const int own = first + within * each;
+#pragma unroll 4
+      for (int i = own; i < min(own + each, end); ++i) sum[0] += parts[i];
+    }
+    sum_lanes(sum, lanes);
+    if (within == 0 && row < rows) put(row, sum[0]);
+  }
+  __syncwarp();
+}
+
+// Adds what the lanes of all warps have of each column and writes one value a column; `parts` is
+// the whole block's, of which the warps have read all they put.
+template <class Lane, class A>
+__device__ __forceinline__ void write_columns(const TileGeometry& g, const Lane& lane, int cols,
+                                              const A (&sum)[Lane::kVectors][Lane::kCount],
+                                              A* parts, A* out) {
+  A* own = parts + threadIdx.x / 32 * g.warp_parts;
+#pragma unroll
+  for (int j = 0; j < Lane::kVectors; ++j)
+    if (lane.has(j)) store_shared(own + lane.element(j), sum[j]);
   __syncthreads();
-  if (own.first == 0) {
+  for (int c = threadIdx.x; c < cols; c += kThreads) {
     A total = A(0);
-    for (int i = 0; i < own.step; ++i) total += shared[i * own.cols + threadIdx.x];
-    out[own.column] = total;
+    for (int warp = 0; warp < kThreads / 32; ++warp)
+      for (int k = 0; k < g.row_group; ++k) total += parts[warp * g.warp_parts + k * cols + c];
+    out[c] = total;
   }
 }
 

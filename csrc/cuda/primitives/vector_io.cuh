@@ -144,14 +144,15 @@ __device__ __forceinline__ void load_shared(const A* p, bool aligned, A (&value)
 // kCount neighbours to shared memory, on a multiple of what they take together.
 template <int kCount, class A>
 __device__ __forceinline__ void store_shared(A* p, const A (&value)[kCount]) {
-  constexpr int kEach = kVectorBytes / static_cast<int>(sizeof(A));
+  constexpr int kVectors = kVectorBytes / static_cast<int>(sizeof(A));
+  constexpr int kEach = kCount == 2 && kVectors == 4 ? 2 : kVectors;
   if constexpr (kCount % kEach == 0) {
 #pragma unroll
     for (int i = 0; i < kCount; i += kEach) {
       Raw<A, kEach> raw;
 #pragma unroll
       for (int k = 0; k < kEach; ++k) raw.element[k] = value[i + k];
-      *reinterpret_cast<uint4*>(p + i) = raw.words;
+      *reinterpret_cast<decltype(raw.words)*>(p + i) = raw.words;
     }
   } else {
 #pragma unroll
