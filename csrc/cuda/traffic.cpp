@@ -261,7 +261,7 @@ Traffic of_resident(const BackwardPlan& plan, const BackwardProblem& p, const Si
       n.samples * g.team * 2 * n.hidden * n.acc +
       n.samples * staged *
           (n.acc + (p.d_spatial_gate ? n.acc : 0) + (conv ? 2 * bytes_of(p.dtype) : 0)) +
-      n.samples * n.pixels * (n.acc + 4);
+      n.samples * n.pixels * 4;
   if (mlp) t.small_written += n.samples * (n.channels + 2 * n.hidden) * n.acc;
   if (conv) t.small_written += boxes * (2 * p.shape.taps() + 1) * n.acc;
   return t;

@@ -78,18 +78,17 @@ class SliceGradient {
     for (int v = side_; v < vectors_; v += slice_.along) {
       // Once for all rows where there is a thread for every vector.
       if (vectors_ > slice_.along) own_ = Terms(slice_, v);
-      for_batches<kRowsUnderWay>(
-          begin + below_ * slice_.row_group, end, step_ * slice_.row_group,
-          [&](int row) { return load_staged<kCount>(dout + row * slice_.pitch + v * kCount); },
-          [&](int row, const Raw<T, kCount>& raw) {
-            store(dx + row * dx_stride + v * kCount, gradient(row, raw));
-          });
+      const int step = step_ * slice_.row_group;
+#pragma unroll 1  // other warps cover what a row waits for, and registers are few
+      for (int row = begin + below_ * slice_.row_group; row < end; row += step) {
+        const auto raw = load_staged<kCount>(dout + row * slice_.pitch + v * kCount);
+        store(dx + row * dx_stride + v * kCount, gradient(row, raw));
+      }
     }
   }
 
  private:
   static constexpr int kCount = kVector<T>;
-  static constexpr int kRowsUnderWay = kPacked ? 1 : 2;
   using Terms = VectorTerms<kCount, kPacked, A>;
 
   // The vector of the group that starts with `row`.

@@ -143,32 +143,17 @@ template <bool kChannelsFirst, class T>
 __device__ __forceinline__ void collect_pixels(const ResidentBackward& p,
                                                const ResidentBlock<T, kChannelsFirst>& block,
                                                const BackwardMemory<T>& m) {
-  using A = acc_t<T>;
-  struct OfPixel {
-    A gate, first, second;
-    int32_t index;
-  };
-  constexpr int kUnderWay = 2;
   const ResidentBackwardGeometry& g = p.geometry;
   const Owners owner_of(p.space, g.boxes, g.team);
-  const StagedTerms<A>&theirs = m.exchange.terms, &own = m.shared.of_pixels;
-  for_batches<kUnderWay>(
-      threadIdx.x, block.samples * block.pixels(), g.threads,
-      [&](int i) {
-        const int owner = owner_of(i);
-        return OfPixel{block.team.read(theirs.gate() + i, owner),
-                       block.team.read(theirs.first() + i, owner),
-                       block.team.read(theirs.second() + i, owner),
-                       block.team.read(theirs.index() + i, owner)};
-      },
-      [&](int i, const OfPixel& of_pixel) {
-        // In a cluster a block's own stand where it put them out, and others read them there.
-        if (g.cluster && owner_of(i) == block.team.rank) return;
-        own.gate()[i] = of_pixel.gate;
-        own.first()[i] = of_pixel.first;
-        own.second()[i] = of_pixel.second;
-        own.index()[i] = of_pixel.index;
-      });
+  const StagedTerms<acc_t<T>>&theirs = m.exchange.terms, &own = m.shared.of_pixels;
+  for (int i = threadIdx.x; i < block.samples * block.pixels(); i += g.threads) {
+    const int owner = owner_of(i);
+    if (g.cluster && owner == block.team.rank) continue;  // they stand where they are put out
+    own.gate()[i] = block.team.read(theirs.gate() + i, owner);
+    own.first()[i] = block.team.read(theirs.first() + i, owner);
+    own.second()[i] = block.team.read(theirs.second() + i, owner);
+    own.index()[i] = block.team.read(theirs.index() + i, owner);
+  }
   __syncthreads();
 }
 
