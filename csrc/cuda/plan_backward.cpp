@@ -69,15 +69,15 @@ ColumnAccess sums_access(ColumnAccess access, const View& view, bool gapless, in
 
 // Sums over tiles of one tensor or of two.
 TileGeometry plan_sums(const BackwardProblem& p, const View& view, const ColumnAccess& access,
-                       int64_t samples, const DeviceLimits& device) {
+                       int columns, int64_t samples, const DeviceLimits& device) {
   const int vector = elements_per_vector(p.dtype);
   const bool packed = access.access == Access::kPacked;
   TileGeometry g{};
-  set_tiles(g, access, view.cols, kTileColumns, kSectorBytes / static_cast<int>(bytes_of(p.dtype)));
+  set_tiles(g, access, view.cols, columns, kSectorBytes / static_cast<int>(bytes_of(p.dtype)));
   g.chunk = packed ? kPartGroups * g.row_group : kPartRows;
   while (g.chunk << (g.row_lanes_log + 1) <= 32) ++g.row_lanes_log;
   g.warp_parts = std::max(packed ? 2 * kPartGroups * access.period : kPartRows * kPartPitch,
-                          packed ? access.period * vector : kTileColumns);
+                          packed ? access.period * vector : columns);
   split(g, view.rows, samples * g.tiles, wanted_blocks(device), pieces_of(p, samples).channels,
         kLongestSpan, g.row_group);
   return g;
@@ -86,7 +86,9 @@ TileGeometry plan_sums(const BackwardProblem& p, const View& view, const ColumnA
 TileGeometry plan_input(const BackwardProblem& p, const View& dout, const View& dx, int64_t samples,
                         const DeviceLimits& device) {
   const int vector = elements_per_vector(p.dtype);
-  const ColumnAccess access = common_access(dout, dx, vector);
+  ColumnAccess access = common_access(dout, dx, vector);
+  // A packed vector touches two rows at most.
+  if (access.access == Access::kPacked && dout.cols < vector) set_scalar(access, dout);
   TileGeometry g{};
   int64_t most = kInputColumns;
   // As in split(), nearly enough blocks are not cut in two.
@@ -155,11 +157,11 @@ void plan_streaming(BackwardPlan& plan, const BackwardProblem& p, const DeviceLi
   plan.cross = plan_sums(p, x,
                          sums_access(common_access(x, dout, vector), x,
                                      gapless && dout.row_stride == dout.cols, vector),
-                         samples, device);
+                         kTileColumns, samples, device);
   plan.stencil = plan_stencil(p, samples, device);
   plan.terms =
       plan_sums(p, x, sums_access(ColumnAccess(x, vector), x, gapless && x.channels_first, vector),
-                samples, device);
+                x.channels_first ? kTileColumns : kTermChannels, samples, device);
   plan.terms.reverse = true;  // starts with what the first pass read last
   plan.mlp = plan_mlp(p, samples, device);
   if (p.gradients.x)

@@ -34,6 +34,9 @@ struct TileGeometry {
 
 // Columns of a tile of sums, at most: a lane keeps what belongs to its columns in registers.
 constexpr int kTileColumns = 256;
+// The same for channels that are columns of the map terms, which have no more than their sums:
+// every tile reads what belongs to all pixels again.
+constexpr int kTermChannels = 512;
 // Vectors of a lane where rows are packed, and so of a row group, at most.
 constexpr int kPackedVectors = 2, kMostPackedVectors = 32 * kPackedVectors;
 // Rows whose parts a warp holds at a time, one part from each lane, padded against bank conflicts;
@@ -237,13 +240,20 @@ class StagedTerms {
   A* values_;
 };
 
+// The same of one row of the last pass, in one piece.
+template <class A>
+struct alignas(16) RowTerms {
+  A gate, first, second;
+  int32_t index;
+};
+
 template <class A>
 struct InputGradientShared {
-  StagedTerms<A> rows;     // [span]
+  RowTerms<A>* rows;       // [span]
   StagedTerms<A> columns;  // [tile]
 
   CBAM_INLINE_MEMBER InputGradientShared(SharedCarver& carver, const TileGeometry& g)
-      : rows(carver, g.span), columns(carver, g.tile) {}
+      : rows(carver.array<RowTerms<A>>(g.span, "rows")), columns(carver, g.tile) {}
 };
 
 // weight_gradients.cu: sums over the batch.

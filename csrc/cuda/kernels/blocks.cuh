@@ -63,11 +63,13 @@ struct StagedPixel {
   int pixel;
   bool inside;
 
-  __device__ __forceinline__ StagedPixel(const Box& box, const Space& s, int i) {
+  __device__ __forceinline__ StagedPixel(const Box& box, const Space& s, int i)
+      : StagedPixel(box, s, i % box.staged_row, i / box.staged_row % box.staged_height,
+                    i / box.staged_row / box.staged_height) {}
+  // By its place, which counts from the halo's first.
+  __device__ __forceinline__ StagedPixel(const Box& box, const Space& s, int x, int y, int z) {
     const int halo_x = s.kernel_width / 2;
-    const int bx = i % box.staged_row - halo_x,
-              by = i / box.staged_row % box.staged_height - s.kernel_height / 2,
-              bz = i / box.staged_row / box.staged_height - s.kernel_depth / 2;
+    const int bx = x - halo_x, by = y - s.kernel_height / 2, bz = z - s.kernel_depth / 2;
     const int px = box.x + bx, py = box.y + by, pz = box.z + bz;
     const bool exists = pz >= 0 && pz < s.depth && py >= 0 && py < s.height && px >= 0 &&
                         px < s.width && bx < box.width + halo_x;

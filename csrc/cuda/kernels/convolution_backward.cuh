@@ -10,10 +10,45 @@
 
 namespace cbam::cuda {
 
+// Every `step`th place of a box of this width and height, counted along rows, from `start` on:
+// without a division for each.
+class Places {
+ public:
+  int x, y, z;
+
+  __device__ __forceinline__ Places(int width, int height, int start, int step)
+      : x(start % width),
+        y(start / width % height),
+        z(start / width / height),
+        width_(width),
+        height_(height),
+        step_x_(step % width),
+        step_y_(step / width % height),
+        step_z_(step / width / height) {}
+  __device__ __forceinline__ void next() {
+    x += step_x_;
+    y += step_y_;
+    z += step_z_;
+    if (x >= width_) {
+      x -= width_;
+      ++y;
+    }
+    if (y >= height_) {
+      y -= height_;
+      ++z;
+    }
+  }
+
+ private:
+  int width_, height_, step_x_, step_y_, step_z_;
+};
+
 // put(i, StagedPixel) for every index i of what is staged of the box and its halo.
 template <class Put>
 __device__ __forceinline__ void for_staged_pixels(const Box& box, const Space& s, Put put) {
-  for (int i = threadIdx.x; i < box.staged; i += blockDim.x) put(i, StagedPixel(box, s, i));
+  Places place(box.staged_row, box.staged_height, threadIdx.x, blockDim.x);
+  for (int i = threadIdx.x; i < box.staged; i += blockDim.x, place.next())
+    put(i, StagedPixel(box, s, place.x, place.y, place.z));
 }
 
 // Both maps at index i of what is staged: `maps` is x's dtype [2, pixels] of the box's sample, `to`
@@ -27,20 +62,31 @@ __device__ __forceinline__ void stage_saved_maps(const Box& box, const Space& s,
   if (i < kTapsTogether - 1) to[2 * box.staged + i] = A(0);
 }
 
-// Both maps' gradients of one pixel of the box: the kernel, turned around, over dz.
+// Both maps' gradients of kRun neighbours of a row of the box, from x on: the kernel, turned
+// around, over dz, every value of which is read once for all.
 template <class A>
-__device__ __forceinline__ void correlate_pixel(const Box& box, const Space& s, const A* dz,
-                                                const A* weights, int z, int y, int x, A& mean,
-                                                A& max) {
+__device__ __forceinline__ void correlate_back(const Box& box, const Space& s, const A* dz,
+                                               const A* weights, int z, int y, int x,
+                                               A (&mean)[kRun], A (&max)[kRun]) {
   const int taps = s.taps();
   const A* weight = weights + taps - 1;
   for (int kz = 0; kz < s.kernel_depth; ++kz)
     for (int ky = 0; ky < s.kernel_height; ++ky) {
       const A* row = dz + box.at(z + kz, y + ky, x);
+      A window[kRun];
+#pragma unroll
+      for (int i = 0; i < kRun - 1; ++i) window[i] = row[i];
 #pragma unroll 4
       for (int kx = 0; kx < s.kernel_width; ++kx, --weight) {
-        mean += row[kx] * weight[0];
-        max += row[kx] * weight[taps];
+        window[kRun - 1] = row[kx + kRun - 1];
+        const A of_mean = weight[0], of_max = weight[taps];
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          mean[i] += window[i] * of_mean;
+          max[i] += window[i] * of_max;
+        }
+#pragma unroll
+        for (int i = 0; i < kRun - 1; ++i) window[i] = window[i + 1];
       }
     }
 }
@@ -49,47 +95,29 @@ __device__ __forceinline__ void correlate_pixel(const Box& box, const Space& s, 
 template <class A, class Put>
 __device__ __forceinline__ void map_gradients(const Box& box, const Space& s, const A* dz,
                                               const A* weights, Put put) {
-  for (int q = threadIdx.x; q < box.pixels(); q += blockDim.x) {
-    const int x = q % box.width, y = q / box.width % box.height, z = q / box.width / box.height;
-    A mean = A(0), max = A(0);
-    correlate_pixel(box, s, dz, weights, z, y, x, mean, max);
-    put(box.pixel(s, z, y, x), mean, max);
+  const int runs = (box.width + kRun - 1) / kRun;
+  for (int i = threadIdx.x; i < runs * box.height * box.depth; i += blockDim.x) {
+    const int x = i % runs * kRun, y = i / runs % box.height, z = i / runs / box.height;
+    A mean[kRun] = {}, max[kRun] = {};
+    correlate_back(box, s, dz, weights, z, y, x, mean, max);
+#pragma unroll
+    for (int k = 0; k < kRun; ++k)
+      if (x + k < box.width) put(box.pixel(s, z, y, x + k), mean[k], max[k]);
   }
 }
 
-// Places of a box that a lane takes, every 32nd, as staged() counts them: without a division for
-// each.
+// The places of a box that a lane takes, every 32nd.
 class LanePlaces {
  public:
   __device__ __forceinline__ explicit LanePlaces(const Box& box)
-      : box_(box),
-        step_x_(32 % box.width),
-        step_y_(32 / box.width % box.height),
-        step_z_(32 / box.width / box.height) {
-    const int lane = threadIdx.x % 32;
-    x_ = lane % box.width;
-    y_ = lane / box.width % box.height;
-    z_ = lane / box.width / box.height;
-  }
-  __device__ __forceinline__ bool inside() const { return z_ < box_.depth; }
-  __device__ __forceinline__ int at() const { return box_.at(z_, y_, x_); }
-  __device__ __forceinline__ void next() {
-    x_ += step_x_;
-    y_ += step_y_;
-    z_ += step_z_;
-    if (x_ >= box_.width) {
-      x_ -= box_.width;
-      ++y_;
-    }
-    if (y_ >= box_.height) {
-      y_ -= box_.height;
-      ++z_;
-    }
-  }
+      : box_(box), place_(box.width, box.height, threadIdx.x % 32, 32) {}
+  __device__ __forceinline__ bool inside() const { return place_.z < box_.depth; }
+  __device__ __forceinline__ int at() const { return box_.at(place_.z, place_.y, place_.x); }
+  __device__ __forceinline__ void next() { place_.next(); }
 
  private:
   const Box& box_;
-  int step_x_, step_y_, step_z_, x_, y_, z_;
+  Places place_;
 };
 
 // The box's share of the bias's gradient, by a warp.

@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kThreads, LaneVectors<T, kAccess>::kBlocks)
   const int row_group = Lane::kPacked ? g.row_group : 1;
   for (int done = own.first; done < own.end; done += g.chunk) {
     const int end = min(done + g.chunk, own.end);
-    for_batches<kBatch>(
-        0, lane.has(0) ? (end - done) / row_group : 0, 1,
+    for_rows<kBatch>(
+        lane.has(0) ? (end - done) / row_group : 0,
         [&](int group) {
           const int row = done + group * row_group;
           RowOfBoth<T, kAccess> raw;

@@ -16,9 +16,8 @@
 namespace cbam::cuda {
 namespace {
 
-template <class T, Access kAccess>
+template <class Lane>
 struct LoadedRow {
-  using Lane = LaneVectors<T, kAccess>;
   typename Lane::Loaded x[Lane::kVectors];
 };
 
@@ -48,7 +47,7 @@ template <class T, Access kAccess, class A>
 __device__ __forceinline__ void sum_channel_rows(const MapTerms& p, const TileBlock& block,
                                                  const T* x, const TermsShared<A>& shared) {
   using Lane = LaneVectors<T, kAccess>;
-  using Row = LoadedRow<T, kAccess>;
+  using Row = LoadedRow<Lane>;
   constexpr int kBatch = Lane::kRowsUnderWay;
   const TileGeometry& g = p.geometry;
   stage_pixel_terms(p, block.sample, block.first_col, block.cols, g.row_group, block.first_row,
@@ -66,8 +65,8 @@ __device__ __forceinline__ void sum_channel_rows(const MapTerms& p, const TileBl
   const int row_group = Lane::kPacked ? g.row_group : 1;
   for (int done = own.first; done < own.end; done += g.chunk) {
     const int end = min(done + g.chunk, own.end);
-    for_batches<kBatch>(
-        0, lane.has(0) ? (end - done) / row_group : 0, 1,
+    for_rows<kBatch>(
+        lane.has(0) ? (end - done) / row_group : 0,
         [&](int group) {
           Row row;
           lane.load_row(x + (done + group * row_group) * p.x.row_stride, row.x);
@@ -96,24 +95,25 @@ __device__ __forceinline__ void sum_channel_rows(const MapTerms& p, const TileBl
 template <class T, Access kAccess, class A>
 __device__ __forceinline__ void sum_channel_columns(const MapTerms& p, const TileBlock& block,
                                                     const T* x, const TermsShared<A>& shared) {
-  using Lane = LaneVectors<T, kAccess>;
-  using Row = LoadedRow<T, kAccess>;
-  constexpr int kBatch = Lane::kRowsUnderWay;
+  using Lane = LaneVectors<T, kAccess, kTermChannels>;
+  using Row = LoadedRow<Lane>;
+  constexpr int kBatch = Lane::kVectors < 12 ? 12 / Lane::kVectors : 1;
   const TileGeometry& g = p.geometry;
   stage_pixel_terms(p, block.sample, block.first_row, block.rows, 1, block.first_col, shared);
   const Lane lane(g, block.cols);
   A sum[Lane::kVectors][Lane::kCount] = {};
   const WarpRows own(g, block.rows, kBatch);
-  for_batches<kBatch>(
-      own.first, lane.has(0) ? own.end : own.first, 1,
+  for_rows<kBatch>(
+      lane.has(0) ? own.end - own.first : 0,
       [&](int number) {
         Row row;
-        lane.load_row(x + number * p.x.row_stride, row.x);
+        lane.load_row(x + (own.first + number) * p.x.row_stride, row.x);
         return row;
       },
       [&](int number, const Row& row) {
-        const A mean = shared.mean[number], both = shared.both[number];
-        const int32_t channel = shared.channel[number];
+        const int at = own.first + number;
+        const A mean = shared.mean[at], both = shared.both[at];
+        const int32_t channel = shared.channel[at];
 #pragma unroll
         for (int j = 0; j < Lane::kVectors; ++j) {
           if (j > 0 && !lane.has(j)) break;
@@ -129,7 +129,8 @@ __device__ __forceinline__ void sum_channel_columns(const MapTerms& p, const Til
 }
 
 template <class T, Access kAccess, bool kChannelsFirst>
-__global__ void __launch_bounds__(kThreads, LaneVectors<T, kAccess>::kBlocks)
+__global__ void __launch_bounds__(
+    kThreads, LaneVectors<T, kAccess, kChannelsFirst ? kTileColumns : kTermChannels>::kBlocks)
     map_terms_kernel(const MapTerms p) {
   const TileBlock block(p.geometry, p.x);
   SharedCarver carver(dynamic_shared_memory());

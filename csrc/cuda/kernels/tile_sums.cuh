@@ -43,19 +43,19 @@ struct WarpRows {
   }
 };
 
-// The vectors of a row that are this lane's, every 32nd.
-template <class T, Access kAccess>
+// The vectors of a row of up to kColumns that are this lane's, every 32nd.
+template <class T, Access kAccess, int kColumns = kTileColumns>
 struct LaneVectors {
   static constexpr bool kPacked = kAccess == Access::kPacked;
   static constexpr int kCount = kAccess == Access::kScalar ? 1 : kVector<T>;
-  static constexpr int kVectors = kPacked ? kPackedVectors : kTileColumns / 32 / kCount;
-  // Of one tensor and of two: up to eight loads, or what leaves registers for a third block.
-  static constexpr int kRowsUnderWay = kVectors == 1 ? 6 : kPacked ? 3 : 2;
+  static constexpr int kVectors = kPacked ? kPackedVectors : kColumns / 32 / kCount;
+  // Blocks of a multiprocessor that find registers.
+  static constexpr int kBlocks = kVectors == 1 ? 3 : 2;
+  // Of one tensor and of two: six to eight loads.
+  static constexpr int kRowsUnderWay = kVectors == 1 ? 6 : kVectors == 2 ? 3 : 2;
   static constexpr int kRowsOfTwo = kVectors == 1 ? 3 : kVectors == 2 ? 2 : 1;
   static_assert(kPartRows % kRowsUnderWay == 0 && kPartRows % kRowsOfTwo == 0 &&
                 kPartGroups % kRowsUnderWay == 0 && kPartGroups % kRowsOfTwo == 0);
-  // Blocks of a multiprocessor that find registers: packed vectors and doubles take more.
-  static constexpr int kBlocks = kPacked || sizeof(T) == 8 ? 2 : 3;
   using Loaded = Raw<T, kCount>;
 
   int vectors;  // of a row
@@ -95,6 +95,24 @@ struct LaneVectors {
     }
   }
 };
+
+// body(row, load(row)) for rows 0 to `count` - 1, kBatch of which are under way at a time; the last
+// few, of one warp of a block, one by one, as registers are short.
+template <int kBatch, class Load, class Body>
+__device__ __forceinline__ void for_rows(int count, Load load, Body body) {
+  using Loaded = decltype(load(0));
+  int row = 0;
+#pragma unroll 1
+  for (; row + kBatch <= count; row += kBatch) {
+    Loaded loaded[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) loaded[b] = load(row + b);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) body(row + b, loaded[b]);
+  }
+#pragma unroll 1
+  for (; row < count; ++row) body(row, load(row));
+}
 
 // What a lane's vectors add to the sums of their rows.
 template <class Lane, class A>
