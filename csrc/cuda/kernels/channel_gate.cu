@@ -111,9 +111,8 @@ __device__ __forceinline__ void put_sums(const A (&sum)[kCount], A* to) {
     A some[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) some[i] = sum[first + i];
-    A total[1] = {sums_of_warp(some)};
-    sum_strided(total, kTogether);
-    if (lane < kTogether) to[first + lane] = total[0];
+    const A total = sums_of_warp(some);
+    if (lane < kTogether) to[first + lane] = total;
   }
 }
 
