@@ -83,7 +83,8 @@ template <class Fitting>
 double seconds(const Fitting& fitting, const Shape& s, const typename Fitting::Geometry& g) {
   const double visits = std::max(1.0, static_cast<double>(s.samples) / g.samples);
   const double at_once = std::min(visits, static_cast<double>(g.teams));
-  return kStartSeconds + visits / at_once * fitting.round_seconds(g, at_once);
+  return Fitting::kMeasured *
+         (kStartSeconds + visits / at_once * fitting.round_seconds(g, at_once));
 }
 
 // The geometry that is predicted to be the fastest.
