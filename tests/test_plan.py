@@ -194,8 +194,6 @@ def test_backward_plans_keep_the_limits_and_leave_nothing_out(device):
             if g["access"] == "packed":
                 assert g["tile"] == cols
                 assert rows % g["row_group"] == 0 == g["row_group"] * cols % vector
-            elif name != "dx":
-                assert g["threads_along"] * vector >= g["tile"]
         space = [1] * (3 - len(extents)) + extents
         stencil = found["passes"]["stencil"]
         for boxes, box, extent in zip(stencil["boxes"], stencil["box"], space, strict=True):
@@ -317,7 +315,7 @@ def test_command_with_every_option(capsys):
 
 def test_command_takes_the_strategy_of_the_environment(strategy, capsys):
     def chosen(*options):
-        assert main(["plan", "--shape", "256,256,56,56", "--dtype", "float16", *options]) == 0
+        assert main(["plan", "--shape", "256,512,28,28", "--dtype", "float16", *options]) == 0
         return capsys.readouterr().out.split()[0]
 
     assert chosen() == "resident"

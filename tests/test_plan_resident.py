@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from math import gcd, log2, prod
+from pathlib import Path
 
 import pytest
 from test_plan import BYTES, DEVICES, covers, drawn
@@ -135,24 +137,33 @@ def test_the_choice_does_not_flap(device, dtype, backward):
             assert len({choice(n, shape) for n in itertools.islice(near, 0, None, 5)}) == 1
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_resnet_on_an_h100(dtype, channels_last):
-    """Large batches stay on the chip, but where the MLP is most of the work."""
-    for shape in RESNET[:3]:
-        found = plan([256, *shape], dtype, channels_last=channels_last)
-        assert found["strategy"] == "resident"
-        assert found["predicted_seconds"] < 1.6 * found["seconds"]
+MEASURED = Path(__file__).parents[1] / "benchmarks/results/nvidia-h200/acceptance/sweep.json"
+
+
+def test_the_choice_is_what_was_measured_to_be_faster():
+    """On an H200, but for one cell in ten at most, where it takes a seventh longer or more."""
+    slow, rows = [], json.loads(MEASURED.read_text())["rows"]
+    for row in rows:
+        backward = row["direction"] == "backward"
+        chosen = plan(row["shape"], row["dtype"], "H200", backward=backward)["strategy"]
+        times = {
+            name.removeprefix("cuda "): taken[row["method"]]["median"]
+            for name, taken in row["contestants"].items()
+            if name.startswith("cuda ")
+        }
+        if times.get(chosen, 0) > 1.15 * min(times.values(), default=0):
+            slow.append((row["name"], row["direction"], chosen, times))
+    assert len(rows) >= 100
+    assert len(slow) <= len(rows) // 10, slow
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("shape", RESNET[1:3], ids=str)
 def test_resnet_backwards_on_an_h100(shape, dtype):
-    """Where x and its partner stay on the chip, the time is near that of their bytes."""
-    found = plan([256, *shape], dtype, backward=True)
-    assert found["strategy"] == "resident"
-    assert found["predicted_seconds"] < 2 * found["seconds"]
+    """x and its partner stay on the chip: no byte of either is read again."""
+    found = plan([256, *shape], dtype, backward=True, strategy="resident")
     assert found["summing_launches"] == 2
+    assert found["traffic"]["x_read"] == 2 * found["traffic"]["out_written"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

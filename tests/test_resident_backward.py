@@ -82,7 +82,7 @@ REGIMES = (
         "teams of one block", (5, 16, 6, 8), 2, multiprocessors=1, plan={"team": 1, "rounds": 3}
     ),
     Regime("packed rows", (3, 64, 14, 14), 4, plan={"access": "packed", "x": "stays"}),
-    Regime("two blocks on a multiprocessor", (40, 64, 28, 28), 4, plan={"threads": 192}),
+    Regime("two blocks on a multiprocessor", (40, 64, 28, 28), 4, plan={"threads": 256}),
     Regime(
         "x comes and goes",
         (2, 256, 56, 56),

@@ -11,6 +11,8 @@ constexpr int kSectorBytes = 32;
 // Columns of a block of the last pass, and rows: what belongs to them stands in shared memory.
 constexpr int64_t kInputColumns = 1024, kFewestInputColumns = 128, kInputRows = 1024;
 constexpr int64_t kLongestSpan = 4096;
+// Pixels of a block whose terms stand in shared memory.
+constexpr int64_t kTermPixels = 1024;
 // The stencil is content with this fraction of the blocks that a pass over x wants: larger boxes
 // have less halo.
 constexpr int64_t kStencilShare = 5;
@@ -69,7 +71,7 @@ ColumnAccess sums_access(ColumnAccess access, const View& view, bool gapless, in
 
 // Sums over tiles of one tensor or of two.
 TileGeometry plan_sums(const BackwardProblem& p, const View& view, const ColumnAccess& access,
-                       int columns, int64_t samples, const DeviceLimits& device) {
+                       int columns, int64_t longest, int64_t samples, const DeviceLimits& device) {
   const int vector = elements_per_vector(p.dtype);
   const bool packed = access.access == Access::kPacked;
   TileGeometry g{};
@@ -79,7 +81,7 @@ TileGeometry plan_sums(const BackwardProblem& p, const View& view, const ColumnA
   g.warp_parts = std::max(packed ? 2 * kPartGroups * access.period : kPartRows * kPartPitch,
                           packed ? access.period * vector : columns);
   split(g, view.rows, samples * g.tiles, wanted_blocks(device), pieces_of(p, samples).channels,
-        kLongestSpan, g.row_group);
+        longest, g.row_group);
   return g;
 }
 
@@ -158,11 +160,12 @@ void plan_streaming(BackwardPlan& plan, const BackwardProblem& p, const DeviceLi
   plan.cross = plan_sums(p, x,
                          sums_access(common_access(x, dout, vector), x,
                                      gapless && dout.row_stride == dout.cols, vector),
-                         kTileColumns, samples, device);
+                         kTileColumns, kLongestSpan, samples, device);
   plan.stencil = plan_stencil(p, samples, device);
   plan.terms =
       plan_sums(p, x, sums_access(ColumnAccess(x, vector), x, gapless && x.channels_first, vector),
-                x.channels_first ? kTileColumns : kTermChannels, samples, device);
+                x.channels_first ? kTileColumns : kTermChannels,
+                x.channels_first ? kLongestSpan : kTermPixels, samples, device);
   plan.terms.reverse = true;  // starts with what the first pass read last
   plan.mlp = plan_mlp(p, samples, device);
   if (p.gradients.x)

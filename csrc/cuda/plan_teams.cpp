@@ -53,6 +53,11 @@ int Teams::samples_per_visit() const {
   return samples;
 }
 
+double Teams::measured(const Measured& measured, double estimated) const {
+  const bool whole = !first_ || s_.pixels() % vector_ == 0;
+  return measured.more + (whole ? measured.whole : measured.rest) * estimated;
+}
+
 int64_t Teams::limit(const Candidate& c) const {
   return c.blocks == 1 ? device_.shared_per_block
                        : device_.shared_per_multiprocessor / c.blocks - 1024;

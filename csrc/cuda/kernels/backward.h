@@ -131,14 +131,20 @@ CBAM_INLINE int64_t staged_maps(const BoxGeometry& g, const Space& space) {
 template <class A>
 struct StencilShared {
   A* dz;      // [box with its halo, rows padded]
-  A* maps;    // [2] of the same; empty where the convolution's gradients are not asked for
   A* weight;  // [2, taps]
+  A* maps;    // [2] as dz, in the place of the weights, where their gradients are asked for
 
   CBAM_INLINE_MEMBER StencilShared(SharedCarver& carver, const BoxGeometry& g, const Space& space,
                                    bool conv)
       : dz(carver.array<A>(g.staged(space), "dz")),
-        maps(carver.array<A>(conv ? staged_maps(g, space) : 0, "maps")),
-        weight(carver.array<A>(int64_t{2} * space.taps(), "weight")) {}
+        weight(carver.array<A>(values(g, space, conv), "weight or maps")),
+        maps(weight) {}
+
+ private:
+  CBAM_INLINE_MEMBER static int64_t values(const BoxGeometry& g, const Space& space, bool conv) {
+    const int64_t weights = int64_t{2} * space.taps(), maps = conv ? staged_maps(g, space) : 0;
+    return weights > maps ? weights : maps;
+  }
 };
 
 // channel_gate_backward.cu: the MLP backwards, a launch for each layer.

@@ -5,7 +5,7 @@
 //   d_conv[m][k] = sum_s dz[s] * maps[m][s + k]      d_bias = sum_s dz[s]
 //
 // grid    samples * boxes blocks of 256 threads; a block takes a box of pixels
-// shared  dz of the box and its halo; with d_conv both maps of the same; the weights
+// shared  dz of the box and its halo; the weights, and with d_conv both maps in their place
 // bytes   reads the parts of d_spatial, the gate and with d_conv the maps, halo included; writes
 //         d_maps, and 2 * taps + 1 sums a block
 #include "../dispatch.cuh"
@@ -35,7 +35,6 @@ __global__ void __launch_bounds__(kThreads, 2) stencil_kernel(const Stencil p) {
       dz = d * sigmoid_derivative<A>(gate[pixel]);
     }
     shared.dz[i] = dz;
-    if (p.d_conv) stage_saved_maps(box, p.space, maps, i, pixel, shared.maps);
   });
   for (int i = threadIdx.x; i < 2 * taps; i += kThreads)
     shared.weight[i] = weight_at<T>(p.conv_weight, p.weight_dtype, i);
@@ -45,9 +44,14 @@ __global__ void __launch_bounds__(kThreads, 2) stencil_kernel(const Stencil p) {
     d_maps[pixel] = mean / static_cast<A>(p.channels);
     d_maps[pixels + pixel] = max;
   });
-  if (p.d_conv)
-    weight_gradients(box, p.space, shared.dz, shared.maps,
-                     static_cast<A*>(p.d_conv) + int64_t{blockIdx.x} * (2 * taps + 1));
+  if (!p.d_conv) return;
+  __syncthreads();
+  for_staged_pixels(box, p.space, [&](int i, const StagedPixel& staged) {
+    stage_saved_maps(box, p.space, maps, i, staged.pixel, shared.maps);
+  });
+  __syncthreads();
+  weight_gradients(box, p.space, shared.dz, shared.maps,
+                   static_cast<A*>(p.d_conv) + int64_t{blockIdx.x} * (2 * taps + 1));
 }
 
 }  // namespace
