@@ -54,7 +54,7 @@ def test_a_shard_that_is_none(text, capsys):
 
 # Of the streaming kernels a barrier and a bound; of the resident ones too, and their only fence.
 SAMPLE = (
-    "__syncthreads after stage_units",
+    "__syncthreads after stage_hidden",
     "within <= rows) write_part",
     "__syncthreads after pooled[i] = A(0)",
     "v <= vectors; v += g.threads",

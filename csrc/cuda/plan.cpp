@@ -289,7 +289,7 @@ ForwardPlan plan_streaming(const ForwardProblem& p, const DeviceLimits& device,
   }
   plan.maps.reverse = true;  // starts with what the pool read last
   plan.scale = plan_last_pass(p, samples, plan.maps.splits, device);
-  plan.mlp = plan_mlp(p, samples, device);
+  plan.mlp = plan_mlp(p, samples, plan.pool.splits, device);
   plan.shared_limit = device.shared_per_block;
   const int64_t blocks = std::max({plan.pool.blocks_per_sample(), plan.maps.blocks_per_sample(),
                                    plan.scale.boxes() * plan.scale.chunks, int64_t{1}});

@@ -5,16 +5,21 @@
 namespace cbam::cuda {
 namespace {
 
-// Walks of few samples read the weights four times as often, from the cache: that pays where the
-// others would leave three quarters of the multiprocessors without a block.
+// Walks of few samples read the weights four times as often, from the cache, and backwards a narrow
+// tile of units what reaches the gates: that pays where three quarters of the multiprocessors would
+// have no block.
 constexpr int64_t kIdleShare = 4;
 // Hidden units beside each other in the second layer's backward, in threads: fewer would read less
 // than 32 bytes of a row of float16.
 constexpr int kFewestAlong = 8;
 
+bool leaves_idle(int64_t blocks, const DeviceLimits& device) {
+  return blocks * kIdleShare < device.multiprocessors;
+}
+
 int samples_of_walk(int64_t samples, int64_t tiles, const DeviceLimits& device) {
-  const int64_t blocks = ceil_div(samples, kSamplesPerWalk) * tiles;
-  return blocks * kIdleShare < device.multiprocessors ? kFewSamples : kSamplesPerWalk;
+  return leaves_idle(ceil_div(samples, kSamplesPerWalk) * tiles, device) ? kFewSamples
+                                                                         : kSamplesPerWalk;
 }
 
 }  // namespace
@@ -30,17 +35,19 @@ int64_t hidden_tiles(const MlpBackwardGeometry& g, const Shape& s) {
   return ceil_div(s.channels, kHiddenBackwardThreads * backward_channels(g.hidden_samples));
 }
 
-MlpGeometry plan_mlp(const ForwardProblem& p, int64_t samples, const DeviceLimits& device) {
+MlpGeometry plan_mlp(const ForwardProblem& p, int64_t samples, int pool_splits,
+                     const DeviceLimits& device) {
   const Shape& s = p.shape;
   const auto* weights = static_cast<const char*>(p.weights.fc2_weight);
   MlpGeometry g{};
   g.hidden_samples = samples_of_walk(samples, ceil_div(s.hidden, kUnitsPerWarp), device);
   const int64_t walks = ceil_div(samples, g.hidden_samples);
-  // Blocks that share the samples read the pooled vectors again: no more of them than fill the
-  // device.
+  // Blocks that share the samples read all parts of the pooled vectors again: no more of them than
+  // fill the device, and the fewer the more parts there are.
   g.unit_warps = kThreads / 32;
-  while (g.unit_warps > 1 && (g.unit_warps / 2 * kUnitsPerWarp >= s.hidden ||
-                              2 * walks * hidden_tiles(g, s) <= device.multiprocessors))
+  while (g.unit_warps > 1 &&
+         (g.unit_warps / 2 * kUnitsPerWarp >= s.hidden ||
+          2 * walks * hidden_tiles(g, s) * pool_splits <= device.multiprocessors))
     g.unit_warps /= 2;
   g.gate_samples = samples_of_walk(samples, gate_tiles(s), device);
   g.vectors = reinterpret_cast<uintptr_t>(weights) % kVectorBytes == 0 &&
@@ -56,7 +63,7 @@ MlpBackwardGeometry plan_mlp(const BackwardProblem& p, int64_t samples,
   g.gate_samples = samples_of_walk(samples, gate_tiles(g, s), device);
   const int64_t walks = ceil_div(samples, g.gate_samples);
   while (g.units_along > kFewestAlong && (g.units_along / 2 * kBackwardUnits >= s.hidden ||
-                                          2 * walks * gate_tiles(g, s) <= device.multiprocessors))
+                                          leaves_idle(walks * gate_tiles(g, s), device)))
     g.units_along /= 2;
   const int64_t most_channels = kHiddenBackwardThreads * backward_channels(kSamplesPerWalk);
   g.hidden_samples = samples_of_walk(samples, ceil_div(s.channels, most_channels), device);

@@ -157,7 +157,8 @@ double streamed_seconds(const ForwardProblem& p, const DeviceLimits& device, con
 
 // plan_mlp.cpp: how the MLP's layers are cut, forwards and backwards, and how many blocks share the
 // samples of a walk over the weights of each.
-MlpGeometry plan_mlp(const ForwardProblem& p, int64_t samples, const DeviceLimits& device);
+MlpGeometry plan_mlp(const ForwardProblem& p, int64_t samples, int pool_splits,
+                     const DeviceLimits& device);
 MlpBackwardGeometry plan_mlp(const BackwardProblem& p, int64_t samples, const DeviceLimits& device);
 int64_t hidden_tiles(const MlpGeometry& g, const Shape& s);
 int64_t hidden_tiles(const MlpBackwardGeometry& g, const Shape& s);

@@ -82,12 +82,13 @@ __device__ __forceinline__ void gate_channels(const ResidentForward& p,
     for (int first = threadIdx.x / 32 * kRows; first < block.channels;
          first += p.geometry.threads / 32 * kRows) {
       const int c = first + row, channel = block.first_channel + c;
-      const void* bias = c < block.channels ? p.weights.fc2_bias : nullptr;
+      const bool own = row < kRows && c < block.channels && sample < block.samples;
+      const void* bias = own ? p.weights.fc2_bias : nullptr;
       const A b = bias ? weight_at<T>(bias, p.weights.dtype, channel) : A(0);
       const A sum = warp_products<kRows, kSamples>(
           weights + int64_t{block.first_channel + first} * p.hidden, p.hidden,
           block.channels - first, p.hidden, m.shared.both, kSamples);
-      if (row >= kRows || c >= block.channels || sample >= block.samples) continue;
+      if (!own) continue;
       const A gate = sigmoid(sum + A(2) * b);
       m.shared.gate[sample * p.geometry.channels + c] = gate;
       if constexpr (kTraining)

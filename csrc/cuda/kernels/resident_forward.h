@@ -69,7 +69,7 @@ struct ResidentForwardShared {
   T* tile;              // [samples, rows, pitch]
   CopyBarrier* landed;  // [samples, chunks]; none where copies go through registers
   A* pooled;            // [channels, vectors]: mean and max of each sample in turn
-  A* both;              // [hidden, vectors / 2]: the sum of both hidden vectors
+  A* both;              // [hidden, vectors / 2]: the sum of both hidden vectors; in the same place
   A* gate;              // [samples, channels]
   A* weight;            // [2, taps], and the bias
   A* staged;            // [2, a box with its halo, rows padded]
@@ -82,8 +82,8 @@ struct ResidentForwardShared {
       : tile(carver.template array<T>(int64_t{g.samples} * g.rows * g.pitch, "tile")),
         landed(carver.template array<CopyBarrier>(
             g.copy == Copy::kPlain ? 0 : int64_t{g.samples} * g.chunks, "landed")),
-        pooled(carver.template array<A>(int64_t{g.pooled_pitch()} * g.channels, "pooled")),
-        both(carver.template array<A>(int64_t{g.vectors()} / 2 * units, "both")),
+        pooled(carver.template array<A>(mlp_values(g, units), "pooled or both")),
+        both(pooled),
         gate(carver.template array<A>(int64_t{g.samples} * g.channels, "gate")),
         weight(carver.template array<A>(int64_t{2} * space.taps() + 1, "weight")),
         staged(carver.template array<A>(2 * g.boxes.staged(space), "staged")),
@@ -94,6 +94,11 @@ struct ResidentForwardShared {
                 carver.template array<int32_t>(training ? shared_columns(g) : 0, "argmax")} {}
 
  private:
+  CBAM_INLINE_MEMBER static int64_t mlp_values(const ResidentForwardGeometry& g, int units) {
+    const int64_t pooled = int64_t{g.pooled_pitch()} * g.channels;
+    const int64_t both = int64_t{g.mlp_samples()} * units;
+    return pooled > both ? pooled : both;
+  }
   CBAM_INLINE_MEMBER static int shared_columns(const ResidentForwardGeometry& g) {
     return g.groups > 1 ? g.threads : 0;
   }

@@ -68,7 +68,7 @@ class SliceGradient {
         below_(static_cast<int>(threadIdx.x) / slice.along),
         step_(static_cast<int>(blockDim.x) / slice.along),
         vectors_(slice.row_group * slice.cols / kCount),
-        own_(slice, side_) {}
+        own_(slice, min(side_, vectors_ - 1)) {}
 
   // dx of rows [begin, end), which are whole groups, from dout as it is staged; both point to the
   // slice's first element.

@@ -29,15 +29,11 @@ constexpr int kWeightsUnderWay = 8;
 
 // A warp's products of kRows rows of `count` weights, `stride` apart, with kVectors vectors, whose
 // elements k stand side by side, `pitch` behind those before: lane i and every (kRows *
-// kVectors)-th get that of row i / kVectors and vector i % kVectors. Of rows behind the `rows`-th
-// the last one takes the place.
+// kVectors)-th get that of row i / kVectors and vector i % kVectors. There are `rows` rows.
 template <int kRows, int kVectors, class A, class W>
 __device__ __forceinline__ A warp_products(const W* weights, int64_t stride, int rows, int count,
                                            const A* vectors, int pitch) {
   constexpr int kAtOnce = kWeightsUnderWay / kRows, kValues = kVectors < 4 ? kVectors : 4;
-  const W* row[kRows];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) row[r] = weights + min(r, rows - 1) * stride;
   A sum[kRows * kVectors] = {};
 #pragma unroll 1
   for (int first = threadIdx.x % 32; first < count; first += 32 * kAtOnce) {
@@ -45,8 +41,10 @@ __device__ __forceinline__ A warp_products(const W* weights, int64_t stride, int
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        weight[i][r] = row[r][first + 32 * i < count ? first + 32 * i : first];
+      for (int r = 0; r < kRows; ++r) {
+        const int k = first + 32 * i;
+        weight[i][r] = r < rows && k < count ? weights[r * stride + k] : W();
+      }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int k = first + 32 * i;
