@@ -47,12 +47,6 @@ REDUNDANT = {
     "-> for (int first = 0; first <= p.channels; first += Shared::kChunk) {": LAST_CHUNK,
     "channel_gate_backward.cu: for (int first = 0; first < p.hidden_units; first += kUnitChunk) { "
     "-> for (int first = 0; first <= p.hidden_units; first += kUnitChunk) {": LAST_CHUNK,
-    "cross_sums.cu: for (int done = 0; done < block.rows; done += g.chunk) { -> "
-    "for (int done = 0; done <= block.rows; done += g.chunk) {": LAST_CHUNK,
-    "map_terms.cu: for (int done = 0; done < block.rows; done += g.chunk) { -> "
-    "for (int done = 0; done <= block.rows; done += g.chunk) {": LAST_CHUNK,
-    "map_terms.cu: for (int done = 0; done < block.rows; done += g.chunk) { -> "
-    "for (int done = 0; done <= block.rows; done += g.chunk) { (number 2)": LAST_CHUNK,
     "reduce_rows.cu: for (int done = 0; done < rows; done += rows_at_once) { -> "
     "for (int done = 0; done <= rows; done += rows_at_once) {": (
         "one more round in which no row is inside: nothing is read or written"
@@ -100,10 +94,6 @@ REDUNDANT = {
     "for (int64_t i = threadIdx.x; i <= lines * p.hidden; i += blockDim.x) {": HINT,
     "resident_mlp.cuh: if (i * kLineBytes < end) prefetch(fc2 + i * kLineBytes); -> "
     "if (i * kLineBytes <= end) prefetch(fc2 + i * kLineBytes);": HINT,
-    "resident_mlp.cuh: constexpr int kAtOnce = kRows < 8 ? kRows : 8; // weights under way -> "
-    "constexpr int kAtOnce = kRows <= 8 ? kRows : 8; // weights under way": (
-        "the smaller of two: equals are the same"
-    ),
     "resident_mlp.cuh: for (int first = 0; first < columns; first += along) { -> "
     "for (int first = 0; first <= columns; first += along) {": GUARDED,
     "resident_mlp.cuh: const int along = min(threads, (columns + 15) / 16 * 16), "
@@ -127,8 +117,6 @@ REDUNDANT = {
     "for (int unit = threadIdx.x / 32 * kRows; unit <= p.hidden;": GUARDED,
     "resident_channel_gate.cuh: for (int first = threadIdx.x / 32 * kRows; first < block.channels; "
     "-> for (int first = threadIdx.x / 32 * kRows; first <= block.channels;": GUARDED,
-    "resident_spatial_gate.cuh: for (int i = threadIdx.x; i < g.boxes.pixels(); i += g.threads) -> "
-    "for (int i = threadIdx.x; i <= g.boxes.pixels(); i += g.threads)": GUARDED,
     "resident_extremes.cuh: for (int done = 0; done < total; done += at_once) { -> "
     "for (int done = 0; done <= total; done += at_once) {": GUARDED,
     "resident_sums.cuh: for (int done = 0; done < groups * parts; done += at_once) { -> "
@@ -143,10 +131,6 @@ REDUNDANT = {
     "gather_row.cuh: const int head = to_boundary < count ? to_boundary : count; -> "
     "const int head = to_boundary <= count ? to_boundary : count;": (
         "the smaller of two: equals are the same"
-    ),
-    "map_terms.cu: if (block.cols <= kThreads) return; -> "
-    "if (block.cols <= 1 + kThreads) return;": (
-        "tiles wider than a block are whole vectors: none is one column wider"
     ),
     "weight_gradients.cu: "
     "for (int64_t first_k = 0; first_k < p.a.count; first_k += kDepth) { -> "

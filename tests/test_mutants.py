@@ -57,7 +57,7 @@ SAMPLE = (
     "__syncthreads after stage_hidden",
     "within <= rows) write_part",
     "__syncthreads after pooled[i] = A(0)",
-    "v <= vectors; v += g.threads",
+    "v <= vectors; v += along",
     "publish_inits after init_landed(g, m.shared.landed",
 )
 

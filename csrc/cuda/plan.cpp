@@ -16,6 +16,8 @@ namespace {
 // and columns no more than the following, so that a sum keeps its digits and the factor fits into
 // shared memory.
 constexpr int64_t kShortestRowPart = 4096;
+// Rows of a block that share one reading of the factor, where there are blocks enough.
+constexpr int kMostScaledRows = 128;
 constexpr int64_t kLongestPart = 4096;
 constexpr int64_t kLongestUnscaledRowPart = 1 << 16;
 // Vectors side by side in a block that reduces down columns: 1 KB of a row, or 256 bytes.
@@ -82,7 +84,7 @@ ReductionGeometry along_rows(const ForwardProblem& p, int64_t samples, bool scal
   g.tile = at_once;
   if (scaled) {
     const int fewest = std::max(at_once, pieces_of(p, samples).rows_per_factor);
-    g.tile = std::max(at_once, 64);
+    g.tile = std::max(at_once, kMostScaledRows);
     while (g.tile > fewest && samples * ceil_div(view.rows, g.tile) < wanted) g.tile /= 2;
   }
   g.tiles = static_cast<int>(ceil_div(view.rows, g.tile));

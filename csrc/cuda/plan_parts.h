@@ -62,8 +62,9 @@ int64_t wanted_blocks(const DeviceLimits& device);
 inline double fullness(int64_t blocks, int64_t at_once) {
   return static_cast<double>(blocks) / static_cast<double>(ceil_div(blocks, at_once) * at_once);
 }
-// A last wave of blocks that is so full costs nothing that smaller blocks would save.
-constexpr double kFullWaves = 0.9;
+// Waves of blocks that are so full are not filled further: each block begins with what others do as
+// well. On an H200 a pass of 512 blocks, 396 of them at a time, took 69 us, and one of 1536 79.
+constexpr double kFullWaves = 0.6;
 
 // Into how many pieces each of `blocks` is to be cut, so that they fill the device in whole waves,
 // or nearly: the fewest where several do, those that come the closest where none does.
