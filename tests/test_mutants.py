@@ -56,7 +56,7 @@ def test_a_shard_that_is_none(text, capsys):
 SAMPLE = (
     "__syncthreads after stage_hidden",
     "within <= rows) write_part",
-    "__syncthreads after pooled[i] = A(0)",
+    "__syncthreads after for (int v = 2 * block.samples",
     "v <= vectors; v += along",
     "publish_inits after init_landed(g, m.shared.landed",
 )
