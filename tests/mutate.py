@@ -90,10 +90,10 @@ REDUNDANT = {
     "for (int number = 0; number <= g.chunks; ++number) {": NO_CHUNK,
     "resident_forward.cu: for (int round = 0; round < rounds_of(p, g); ++round) { -> "
     "for (int round = 0; round <= rounds_of(p, g); ++round) {": NO_SAMPLE,
-    "resident_mlp.cuh: for (int64_t i = threadIdx.x; i < lines * p.hidden; i += blockDim.x) { -> "
-    "for (int64_t i = threadIdx.x; i <= lines * p.hidden; i += blockDim.x) {": HINT,
-    "resident_mlp.cuh: if (i * kLineBytes < end) prefetch(fc2 + i * kLineBytes); -> "
-    "if (i * kLineBytes <= end) prefetch(fc2 + i * kLineBytes);": HINT,
+    "resident_mlp.cuh: for (int i = threadIdx.x; i < lines * p.hidden; i += blockDim.x) { -> "
+    "for (int i = threadIdx.x; i <= lines * p.hidden; i += blockDim.x) {": HINT,
+    "resident_mlp.cuh: if (i < end) prefetch(fc2 + int64_t{i} * kLineBytes); -> "
+    "if (i <= end) prefetch(fc2 + int64_t{i} * kLineBytes);": HINT,
     "resident_mlp.cuh: for (int first = 0; first < columns; first += along) { -> "
     "for (int first = 0; first <= columns; first += along) {": GUARDED,
     "resident_mlp.cuh: const int along = min(threads, (columns + 15) / 16 * 16), "

@@ -175,7 +175,7 @@ __global__ void share(const int* in, int* out, int variant) {
     if (variant != 1) wait(s.full, 0);
   }
   cbam::cuda::cluster_barrier();
-  out[blockIdx.x * kThreads + t] = cbam::cuda::in_block(s.tiles, 0)[t];
+  out[blockIdx.x * kThreads + t] = cbam::cuda::read_in_block(s.tiles + t, 0);
   cbam::cuda::cluster_barrier();
   if (variant == 1 && blockIdx.x == 0) wait(s.full, 0);
 }

@@ -9,7 +9,11 @@ namespace {
 
 using cbam::cuda::cluster_barrier;
 using cbam::cuda::grid_barrier;
-using cbam::cuda::in_block;
+
+// Where another block's array is, which kernels read a value at a time.
+const int* in_block(const int* own, int rank) {
+  return static_cast<const int*>(emulator::in_block(own, static_cast<unsigned>(rank)));
+}
 
 // Every block puts out what the next block of its cluster has put into its shared memory.
 // 1: no barrier before reading it. 2: none after it: a block exits while it is read. 3: none before

@@ -50,13 +50,15 @@ __device__ __forceinline__ void merge_hidden(const ResidentForward& p,
     const void* bias = p.weights.fc1_bias;
     const A b = bias ? weight_at<T>(bias, p.weights.dtype, unit) : A(0);
     A mean = A(0), max = A(0);
-    for_batches<4>(
-        0, team.size, 1,
-        [&](int from) { return Shares<A>{team.read(own, from), team.read(own + 1, from)}; },
-        [&](int, const Shares<A>& shares) {
-          mean += shares.mean;
-          max += shares.max;
-        });
+    read_from(team, [&](auto read) {
+      for_batches<4>(
+          0, team.size, 1,
+          [&](int from) { return Shares<A>{read(own, from), read(own + 1, from)}; },
+          [&](int, const Shares<A>& shares) {
+            mean += shares.mean;
+            max += shares.max;
+          });
+    });
     mean = relu(mean + b);
     max = relu(max + b);
     m.shared.both[i] = mean + max;

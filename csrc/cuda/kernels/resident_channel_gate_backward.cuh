@@ -135,31 +135,28 @@ __device__ __forceinline__ void mlp_backward(const ResidentBackward& p,
   using A = acc_t<T>;
   const Weights& w = p.weights;
   if (block.samples > 0)
-    column_products<kSamples>(
-        block.channels, p.hidden, m.shared.dm, m.shared.sum,
-        [&](int c, int unit) {
-          const int64_t at = int64_t{block.first_channel + c} * p.hidden + unit;
-          return weight_at<T>(w.fc2_weight, w.dtype, at);
-        },
-        [&](int sample, int unit, A sum) { m.exchange.hidden[sample * p.hidden + unit] = sum; });
+    with_weights<T>(w.fc2_weight, w.dtype, [&](const auto* weights) {
+      column_products<kSamples>(
+          weights + int64_t{block.first_channel} * p.hidden, p.hidden, block.channels, p.hidden,
+          m.shared.dm, m.shared.sum,
+          [&](int sample, int unit, A sum) { m.exchange.hidden[sample * p.hidden + unit] = sum; });
+    });
   block.team.barrier();
   if (block.samples == 0) return;
   merge_d_hidden(p, block, m);
   const StagedTerms<A>& terms = m.shared.of_channels;
-  column_products<2 * kSamples>(
-      p.hidden, block.channels, m.shared.d_hidden, m.shared.sum,
-      [&](int unit, int c) {
-        const int64_t at = int64_t{unit} * p.channels + block.first_channel + c;
-        return weight_at<T>(w.fc1_weight, w.dtype, at);
-      },
-      [&](int vector, int c, A sum) {
-        const int sample = vector / 2, at = sample * p.geometry.channels + c;
-        if (sample >= block.samples) return;
-        if (vector % 2 == 0)
-          terms.first()[at] = sum / static_cast<A>(block.pixels());
-        else
-          terms.second()[at] = sum;
-      });
+  with_weights<T>(w.fc1_weight, w.dtype, [&](const auto* weights) {
+    column_products<2 * kSamples>(
+        weights + block.first_channel, p.channels, p.hidden, block.channels, m.shared.d_hidden,
+        m.shared.sum, [&](int vector, int c, A sum) {
+          const int sample = vector / 2, at = sample * p.geometry.channels + c;
+          if (sample >= block.samples) return;
+          if (vector % 2 == 0)
+            terms.first()[at] = sum / static_cast<A>(block.pixels());
+          else
+            terms.second()[at] = sum;
+        });
+  });
 }
 
 template <bool kChannelsFirst, class T>

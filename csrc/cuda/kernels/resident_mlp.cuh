@@ -12,20 +12,24 @@ namespace cbam::cuda {
 template <bool kChannelsFirst, class T>
 __device__ __forceinline__ void prefetch_weights(const Resident& p,
                                                  const ResidentBlock<T, kChannelsFirst>& block) {
-  const auto size = static_cast<int64_t>(bytes_of(p.weights.dtype));
-  const int64_t lines = (block.channels * size + kLineBytes - 1) / kLineBytes;
-  const int64_t row = p.hidden * size, end = block.channels * row;
+  const int size = static_cast<int>(bytes_of(p.weights.dtype));
+  const int lines = (block.channels * size + kLineBytes - 1) / kLineBytes;
+  const int row = p.hidden * size, end = (block.channels * row + kLineBytes - 1) / kLineBytes;
   const auto* fc1 = static_cast<const char*>(p.weights.fc1_weight) + block.first_channel * size;
-  const auto* fc2 = static_cast<const char*>(p.weights.fc2_weight) + block.first_channel * row;
-  for (int64_t i = threadIdx.x; i < lines * p.hidden; i += blockDim.x) {
-    prefetch(fc1 + i / lines * p.channels * size + i % lines * kLineBytes);
-    if (i * kLineBytes < end) prefetch(fc2 + i * kLineBytes);
+  const auto* fc2 =
+      static_cast<const char*>(p.weights.fc2_weight) + int64_t{block.first_channel} * row;
+  for (int i = threadIdx.x; i < lines * p.hidden; i += blockDim.x) {
+    prefetch(fc1 + int64_t{i / lines} * p.channels * size + i % lines * kLineBytes);
+    if (i < end) prefetch(fc2 + int64_t{i} * kLineBytes);
   }
 }
 
 // Weights that a lane has under way: they come from the second-level cache, hundreds of cycles
 // away.
 constexpr int kWeightsUnderWay = 8;
+// Elements of vectors that are read at once.
+template <int kVectors>
+constexpr int kTogether = kVectors < 4 ? kVectors : 4;
 
 // A warp's products of kRows rows of `count` weights, `stride` apart, with kVectors vectors, whose
 // elements k stand side by side, `pitch` behind those before: lane i and every (kRows *
@@ -33,7 +37,7 @@ constexpr int kWeightsUnderWay = 8;
 template <int kRows, int kVectors, class A, class W>
 __device__ __forceinline__ A warp_products(const W* weights, int64_t stride, int rows, int count,
                                            const A* vectors, int pitch) {
-  constexpr int kAtOnce = kWeightsUnderWay / kRows, kValues = kVectors < 4 ? kVectors : 4;
+  constexpr int kAtOnce = kWeightsUnderWay / kRows, kValues = kTogether<kVectors>;
   A sum[kRows * kVectors] = {};
 #pragma unroll 1
   for (int first = threadIdx.x % 32; first < count; first += 32 * kAtOnce) {
@@ -76,13 +80,14 @@ __device__ __forceinline__ void with_weights(const void* weights, DType dtype, B
     body(static_cast<const T*>(weights));
 }
 
-// For every column j of a matrix: put(v, j, sum over k of weight(k, j) * vectors[k][v]). Threads
-// side by side take columns, which lie side by side in memory, and those below them share the rows.
-// What is put may be read when this returns; `aside` is as for add_parts.
-template <int kVectors, class A, class Weight, class Put>
-__device__ __forceinline__ void column_products(int rows, int columns, const A* vectors, A* aside,
-                                                Weight weight, Put put) {
-  constexpr int kUnderWay = 8;  // weights, which come from the cache at best
+// For every column j of a matrix of weights, whose rows are `stride` apart: put(v, j, sum over k of
+// weights[k][j] * vectors[k][v]). Threads side by side take columns, which lie side by side in
+// memory, and those below them share the rows. What is put may be read when this returns; `aside`
+// is as for add_parts.
+template <int kVectors, class W, class A, class Put>
+__device__ __forceinline__ void column_products(const W* weights, int64_t stride, int rows,
+                                                int columns, const A* vectors, A* aside, Put put) {
+  constexpr int kValues = kTogether<kVectors>;
   const int threads = static_cast<int>(blockDim.x);
   const int along = min(threads, (columns + 15) / 16 * 16), parts = min(threads / along, rows);
   const int side = threadIdx.x % along, part = threadIdx.x / along;
@@ -91,13 +96,17 @@ __device__ __forceinline__ void column_products(int rows, int columns, const A* 
     const bool works = side < count && part < parts;
     A sum[kVectors] = {};
     if (works)
-      for_batches<kUnderWay>(
-          part, rows, parts, [&](int k) { return weight(k, first + side); },
-          [&](int k, A w) {
-            A value[kVectors];
-            load_shared(vectors + k * kVectors, true, value);
+      for_batches<kWeightsUnderWay>(
+          part, rows, parts, [&](int k) { return weights[k * stride + first + side]; },
+          [&](int k, W stored) {
+            const A weight = widen(stored);
 #pragma unroll
-            for (int v = 0; v < kVectors; ++v) sum[v] += w * value[v];
+            for (int v = 0; v < kVectors; v += kValues) {
+              A value[kValues];
+              load_shared(vectors + k * kVectors + v, true, value);
+#pragma unroll
+              for (int j = 0; j < kValues; ++j) sum[v + j] += weight * value[j];
+            }
           });
     add_parts(sum, works, part, parts, side, count, aside,
               [&](int v, int j, A total) { put(v, first + j, total); });

@@ -66,21 +66,23 @@ __device__ __forceinline__ void merge_maps(const ResidentForward& p,
   using A = acc_t<T>;
   const ResidentForwardGeometry& g = p.geometry;
   const int at = sample * g.band + pixel - first;
-  const auto read = [&](int from) {
-    Extremes<A, kTraining> e;
-    e.sum = block.team.read(m.exchange.maps + at, from);
-    e.max = block.team.read(m.exchange.maps + g.samples * g.band + at, from);
-    if constexpr (kTraining) e.argmax = block.team.read(m.exchange.argmax + at, from);
-    return e;
-  };
   Extremes<A, kTraining> merged;
-  for_batches<kTraining ? 2 : 4>(0, g.team, 1, read,
-                                 [&](int from, const Extremes<A, kTraining>& e) {
-                                   if (from == 0)
-                                     merged = e;  // as it is, NaN and all
-                                   else
-                                     merged.merge(e);
-                                 });
+  const auto add = [&](int from, const Extremes<A, kTraining>& e) {
+    if (from == 0)
+      merged = e;  // as it is, NaN and all
+    else
+      merged.merge(e);
+  };
+  read_from(block.team, [&](auto read) {
+    const auto extremes_of = [&](int from) {
+      Extremes<A, kTraining> e;
+      e.sum = read(m.exchange.maps + at, from);
+      e.max = read(m.exchange.maps + g.samples * g.band + at, from);
+      if constexpr (kTraining) e.argmax = read(m.exchange.argmax + at, from);
+      return e;
+    };
+    for_batches<kTraining ? 2 : 4>(0, g.team, 1, extremes_of, add);
+  });
   mean = merged.sum;
   max = merged.max;
   if constexpr (kTraining) {
@@ -134,23 +136,19 @@ __device__ __forceinline__ void collect_gates(const ResidentForward& p,
   constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(A));
   const int vectors = g.gates_each() / kCount;
   const auto total = static_cast<int>(block.samples * g.boxes.boxes()) * vectors;
-  for_batches<1>(
-      threadIdx.x, total, g.threads,
-      [&](int i) {
-        const int number = i / vectors, first = i % vectors * kCount;
-        const A* gates = m.exchange.gates + number / g.team * g.gates_each() + first;
-        return block.team.read(reinterpret_cast<const uint4*>(gates), number % g.team);
-      },
-      [&](int i, const uint4& words) {
-        Raw<A, kCount> raw;
-        raw.words = words;
-        const Box box(g.boxes, p.space, i / vectors);
-        const int first = i % vectors * kCount;
-        A* to = m.spatial + box.sample * block.pixels() + box.pixel(p.space, 0, 0, 0) + first;
+  read_from(block.team, [&](auto read) {
+    for (int i = threadIdx.x; i < total; i += g.threads) {
+      const int number = i / vectors, first = i % vectors * kCount;
+      const A* gates = m.exchange.gates + number / g.team * g.gates_each() + first;
+      Raw<A, kCount> raw;
+      raw.words = read(reinterpret_cast<const uint4*>(gates), number % g.team);
+      const Box box(g.boxes, p.space, number);
+      A* to = m.spatial + box.sample * block.pixels() + box.pixel(p.space, 0, 0, 0) + first;
 #pragma unroll
-        for (int k = 0; k < kCount; ++k)
-          if (first + k < box.pixels()) to[k] = raw.element[k];
-      });
+      for (int k = 0; k < kCount; ++k)
+        if (first + k < box.pixels()) to[k] = raw.element[k];
+    }
+  });
   __syncthreads();
 }
 

@@ -146,14 +146,18 @@ __device__ __forceinline__ void collect_pixels(const ResidentBackward& p,
   const ResidentBackwardGeometry& g = p.geometry;
   const Owners owner_of(p.space, g.boxes, g.team);
   const StagedTerms<acc_t<T>>&theirs = m.exchange.terms, &own = m.shared.of_pixels;
-  for (int i = threadIdx.x; i < block.samples * block.pixels(); i += g.threads) {
-    const int owner = owner_of(i);
-    if (g.cluster && owner == block.team.rank) continue;  // they stand where they are put out
-    own.gate()[i] = block.team.read(theirs.gate() + i, owner);
-    own.first()[i] = block.team.read(theirs.first() + i, owner);
-    own.second()[i] = block.team.read(theirs.second() + i, owner);
-    own.index()[i] = block.team.read(theirs.index() + i, owner);
-  }
+  read_from(block.team, [&](auto read) {
+    for (int i = threadIdx.x; i < block.samples * block.pixels(); i += g.threads) {
+      const int owner = owner_of(i);
+      if (g.cluster && owner == block.team.rank) continue;  // they stand where they are put out
+      const auto gate = read(theirs.gate() + i, owner), first = read(theirs.first() + i, owner),
+                 second = read(theirs.second() + i, owner);
+      own.index()[i] = read(theirs.index() + i, owner);
+      own.gate()[i] = gate;
+      own.first()[i] = first;
+      own.second()[i] = second;
+    }
+  });
   __syncthreads();
 }
 

@@ -17,16 +17,6 @@ struct BackwardMemory {
   BackwardExchange<A> exchange;
 };
 
-// Calls body(read), where read(own, from) is as Team::read: once for each kind of team, so that
-// reads that follow each other have no branch between them and are under way together.
-template <class Body>
-__device__ __forceinline__ void read_from(const Team& team, Body body) {
-  if (kHasClusters && team.cluster)
-    body([](const auto* own, int from) { return *in_block(own, from); });
-  else
-    body([&](const auto* own, int from) { return team.read(own, from); });
-}
-
 // What the blocks of a team have put out where this one has `own`, added in the order of ranks.
 template <class A>
 __device__ __forceinline__ A sum_over_team(const Team& team, const A* own) {

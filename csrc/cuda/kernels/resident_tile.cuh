@@ -24,7 +24,7 @@ struct ResidentBlock {
 
   __device__ __forceinline__ ResidentBlock(const Resident& p_, const ResidentGeometry& g_)
       : p(p_), g(g_) {
-    team = {g.cluster, g.team, static_cast<int>(blockIdx.x) % g.team, g.exchange};
+    team = {g.cluster, g.team, static_cast<int>(blockIdx.x) % g.team, static_cast<int>(g.exchange)};
     number = blockIdx.x / g.team;
     // Shares of the channels are even but for one group; the first blocks have one more.
     const int groups = p.channels / g.channel_group;

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "shared_storage.cuh"
+
 #if defined(CBAM_EMULATED)
 #include <cuda_runtime.h>
 
@@ -43,10 +45,6 @@ __device__ __forceinline__ void wait(CopyBarrier* b, int parity, Place place = P
 }
 
 #elif defined(__CUDACC__)
-
-__device__ __forceinline__ unsigned shared_address(const void* p) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
-}
 
 // A phase ends when so many threads have arrived and all bytes that they expect are there.
 __device__ __forceinline__ void init([[maybe_unused]] CopyBarrier* b,

@@ -21,6 +21,11 @@ __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
   extern __shared__ __align__(16) unsigned char cbam_shared_memory[];
   return cbam_shared_memory;
 }
+
+// As instructions on shared memory alone take it.
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
 #endif
 
 // Hands out 16-byte aligned arrays from `base`; with base null it only adds up what they need.

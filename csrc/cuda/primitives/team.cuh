@@ -6,8 +6,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "../kernels/kernels.h"
+#include "shared_storage.cuh"
 
 #if defined(CBAM_EMULATED)
 #include "emulator_device.h"
@@ -26,8 +28,8 @@ __device__ __forceinline__ void grid_barrier(emulator::Place place = emulator::P
   emulator::grid_barrier(place);
 }
 template <class E>
-__device__ __forceinline__ const E* in_block(const E* shared, int rank) {
-  return static_cast<const E*>(emulator::in_block(shared, static_cast<unsigned>(rank)));
+__device__ __forceinline__ E read_in_block(const E* own, int rank) {
+  return *static_cast<const E*>(emulator::in_block(own, static_cast<unsigned>(rank)));
 }
 
 #else
@@ -42,15 +44,28 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
-// The same array in the shared memory of block `rank` of the cluster.
+// What stands in the shared memory of block `rank` of the cluster where this block has `own`; by
+// its address there, which takes half the registers of a generic one.
 template <class E>
-__device__ __forceinline__ const E* in_block(const E* shared, [[maybe_unused]] int rank) {
+__device__ __forceinline__ E read_in_block(const E* own, [[maybe_unused]] int rank) {
 #if __CUDA_ARCH__ >= 900
-  const E* mapped;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(shared), "r"(rank));
-  return mapped;
+  unsigned at;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(own)), "r"(rank));
+  E value;
+  if constexpr (sizeof(E) == 16) {
+    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(at)
+                 : "memory");
+  } else {
+    static_assert(sizeof(E) == 4);
+    unsigned bits;
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(bits) : "r"(at) : "memory");
+    memcpy(&value, &bits, sizeof value);
+  }
+  return value;
 #else
-  return shared;
+  return *own;
 #endif
 }
 
@@ -70,7 +85,8 @@ constexpr bool kHasClusters = false;
 struct Team {
   bool cluster;
   int size, rank;  // of this block
-  int64_t stride;  // bytes from what one block puts out in global memory to what the next one does
+  int stride;      // bytes from what one block puts out in global memory to what the next one does;
+                   // for a whole team far below 2 GB, as all of it is made in shared memory
 
   // Between what blocks put out and where others read it. Without clusters all teams wait for each
   // other, so that every team must come to as many barriers.
@@ -89,14 +105,20 @@ struct Team {
       grid_barrier();
   }
 #endif
-
-  // What block `from` of the team put out where this one has `own`.
-  template <class E>
-  __device__ __forceinline__ E read(const E* own, int from) const {
-    if (kHasClusters && cluster) return *in_block(own, from);
-    const char* theirs = reinterpret_cast<const char*>(own) + (from - rank) * stride;
-    return __ldcg(reinterpret_cast<const E*>(theirs));
-  }
 };
+
+// Calls body(read), where read(own, from) is what block `from` of the team put out where this one
+// has `own`: once for each kind of team, so that reads that follow each other have no branch
+// between them and are under way together.
+template <class Body>
+__device__ __forceinline__ void read_from(const Team& team, Body body) {
+  if (kHasClusters && team.cluster)
+    body([](const auto* own, int from) { return read_in_block(own, from); });
+  else
+    body([&](const auto* own, int from) {
+      const char* theirs = reinterpret_cast<const char*>(own) + (from - team.rank) * team.stride;
+      return __ldcg(reinterpret_cast<decltype(own)>(theirs));
+    });
+}
 
 }  // namespace cbam::cuda

@@ -69,6 +69,7 @@ template <int kBatch = 4, class Load, class Body>
 __device__ __forceinline__ void for_batches(int first, int end, int step, Load load, Body body) {
   using Loaded = decltype(load(0));
   int index = first;
+#pragma unroll 1  // the batch is what registers allow
   for (; index + (kBatch - 1) * step < end; index += kBatch * step) {
     Loaded loaded[kBatch];
 #pragma unroll
@@ -77,7 +78,8 @@ __device__ __forceinline__ void for_batches(int first, int end, int step, Load l
     for (int b = 0; b < kBatch; ++b) body(index + b * step, loaded[b]);
   }
   if constexpr (kBatch > 1) {
-    Loaded rest[kBatch - 1];
+    // Without a value where nothing is loaded they would take registers throughout the kernel.
+    Loaded rest[kBatch - 1] = {};
 #pragma unroll
     for (int b = 0; b < kBatch - 1; ++b)
       if (index + b * step < end) rest[b] = load(index + b * step);
