@@ -212,7 +212,7 @@ __device__ __forceinline__ void add_units(const W* row, int count, const A* hidd
 // shared  kUnitChunk * kSamples * acc
 // bytes   reads W2 once a group of samples; every block of the group reads the hidden vectors
 template <class W, class A, int kSamples>
-__global__ void __launch_bounds__(kGateChannels) gate_layer_kernel(const ChannelGate p) {
+__global__ void __launch_bounds__(kGateChannels, 4) gate_layer_kernel(const ChannelGate p) {
   const int tiles = (p.channels + kGateChannels - 1) / kGateChannels;
   const int channel = blockIdx.x % tiles * kGateChannels + threadIdx.x;
   const bool inside = channel < p.channels;

@@ -50,7 +50,7 @@ struct LaneVectors {
   static constexpr int kCount = kAccess == Access::kScalar ? 1 : kVector<T>;
   static constexpr int kVectors = kPacked ? kPackedVectors : kColumns / 32 / kCount;
   // Blocks of a multiprocessor that find registers.
-  static constexpr int kBlocks = sizeof(T) == sizeof(double) ? 1 : kVectors == 1 ? 3 : 2;
+  static constexpr int kBlocks = kVectors == 1 ? 3 : 2;
   // Of one tensor and of two: six to eight loads.
   static constexpr int kRowsUnderWay = kVectors == 1 ? 6 : kVectors == 2 ? 3 : 2;
   static constexpr int kRowsOfTwo = kVectors == 1 ? 3 : kVectors == 2 ? 2 : 1;
@@ -82,7 +82,7 @@ struct LaneVectors {
   __device__ __forceinline__ void load_row(const T* at, Loaded (&raw)[kVectors]) const {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      if (kPacked) raw[j] = {};  // as in for_batches
+      if (kAccess != Access::kVector) raw[j] = {};  // as in for_batches
       if (j == 0 || has(j)) raw[j] = load<kCount>(at + element(j));
     }
   }
