@@ -37,8 +37,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         **{name: _version(name) for name in OPTIONAL},
         "compiler_of_torch_compile": _compiler(),
         "python": platform.python_version(),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": shlex.join(["python", *map(_without_place, sys.orig_argv[1:])]),
     }
+
+
+def _without_place(argument: str) -> str:
+    """The argument, its path by name alone where that says where things stand on this machine."""
+    path = Path(argument.rpartition("=")[2])
+    return argument.removesuffix(str(path)) + path.name if path.is_absolute() else argument
 
 
 def _device_name(device: torch.device) -> str:

@@ -190,3 +190,10 @@ def test_environment_says_where_numbers_come_from():
     facts = stamp.environment(CPU)
     assert {"device", "threads", "torch", "cbam_cuda", "command"} <= set(facts)
     assert facts["cbam_cuda"] == cbam_cuda.__version__
+
+
+def test_the_command_says_not_where_things_stand_on_this_machine(monkeypatch):
+    words = ["python", "-m", "benchmarks", "--out", "/home/me/now", "--output=/home/me/now", "a/b"]
+    monkeypatch.setattr(stamp.sys, "orig_argv", words)
+    expected = "python -m benchmarks --out now --output=now a/b"
+    assert stamp.environment(CPU)["command"] == expected

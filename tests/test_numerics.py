@@ -18,6 +18,7 @@ from cases import (
     operators,
 )
 from tolerance import assert_as_good_as_eager
+from torch import library
 
 from cbam_cuda import CBAM, cbam, reference
 
@@ -218,7 +219,7 @@ def cuda_autocast():
             bias = None if bias is None else bias.to(dtype)
             return torch.ops.aten.convolution.default(x.to(dtype), weight.to(dtype), bias, *rest)
 
-    with torch.library._scoped_library("aten", "IMPL") as aten:
+    with library._scoped_library("aten", "IMPL") as aten:
         aten.impl("convolution", cast, "AutocastCPU")
         yield
 

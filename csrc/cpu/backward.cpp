@@ -6,7 +6,9 @@
 //   dx = dy g + davg / S + dtop [s is c's argmax]
 // Three walks over a sample: x and dout (both sums of p), x (the maps' part of dg), dout (dx).
 // Compiled once per target, with CBAM_CPU_TARGET naming it.
+#include "backward_tensors.h"
 #include "batch_gradients.h"
+#include "input_gradient.h"
 #include "kernels.h"
 #include "mlp.h"
 #include "schedule.h"
@@ -26,23 +28,13 @@ class Backward {
         shape_(problem.shape),
         mlp_(problem.shape, problem.weights),
         planes_(problem.shape),
-        pixels_(problem.shape.pixels()),
-        channels_first_(problem.strides.channels_first()),
-        rows_(channels_first_ ? shape_.channels : pixels_),
-        cols_(channels_first_ ? pixels_ : shape_.channels),
-        large_(is_large(problem)),
+        t_{problem},
+        input_gradient_(problem),
         reaches_gate_(problem.gradients.x || problem.gradients.mlp()),
         batch_(batch),
         flipped_(flipped) {
     flip_weights();
   }
-
-  // What reaches x of one sample through the gates, kept until dx is written.
-  struct Reach {
-    A* d_mean;    // [pixels]: of the mean map, over C
-    A* d_max;     // [pixels]: of the maximum map
-    A* d_pooled;  // [2, channels]: of the mean (over S) and of the maximum over space
-  };
 
   struct Workspace {
     A* partial;   // [row blocks, cols]
@@ -50,7 +42,7 @@ class Backward {
     A* col_sum;   // [cols]
     A* planes;    // [3, image rows, pitch]: dz and, for the convolution's gradient, the maps
     A* d_pooled;  // [group, 2, channels]: of the mean (over S) and of the maximum over space
-    Reach reach[kMostTogether];
+    Reach<A> reach[kMostTogether];
 
     Workspace(const ForwardProblem& p, int64_t group, Carver& carver) {
       const Planes<A> planes_of(p.shape);
@@ -77,7 +69,7 @@ class Backward {
       gradient_of_logits(n, ws);
       if (p_.gradients.conv()) gradient_of_conv(n, ws, run);
       if (!reaches_gate_) continue;
-      Reach& reach = ws.reach[n - first];
+      Reach<A>& reach = ws.reach[n - first];
       gradient_of_maps(ws, reach, run);
       add_map_terms(n, ws, reach, run);
       gradient_of_gate(n, ws);
@@ -85,17 +77,13 @@ class Backward {
     if (reaches_gate_) gradient_of_mlp(first, last - first, ws.d_pooled);
     if (!p_.gradients.x) return;
     for (int64_t n = first; n < last; ++n)
-      run(rows_, [&](int64_t from, int64_t to) {
-        write_dx(n, ws.reach[n - first], from, to, n + last - first < end ? n + last - first : n);
+      run(t_.rows, [&](int64_t from, int64_t to) {
+        input_gradient_.write(n, ws.reach[n - first], from, to,
+                              n + last - first < end ? n + last - first : n);
       });
   }
 
  private:
-  // Rows that are walked together. Channels share what is loaded for a pixel; pixels lie side by
-  // side, and memory is faster along one stream.
-  using Channels = Count<kRowsTogether>;
-  using Pixels = Count<1>;
-
   static int64_t row_blocks(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
 
   // A transposed convolution is a correlation with the taps in reverse order.
@@ -110,57 +98,31 @@ class Backward {
       }
   }
 
-  template <class E>
-  Matrix<E> matrix(E* base, const Strides& s, int64_t n) const {
-    return {base + n * s.sample, rows_, cols_, channels_first_ ? s.channel : s.pixel};
-  }
-  Matrix<const T> x(int64_t n) const { return matrix(static_cast<const T*>(p_.x), p_.strides, n); }
-  Matrix<const T> dout(int64_t n) const {
-    return matrix(static_cast<const T*>(p_.dout), p_.dout_strides, n);
-  }
-  Matrix<T> dx(int64_t n) const {
-    return matrix(static_cast<T*>(p_.gradients.x), p_.dx_strides, n);
-  }
-
-  const A* channel_gate(int64_t n) const {
-    return static_cast<const A*>(p_.saved.channel_gate) + n * shape_.channels;
-  }
-  const A* spatial_gate(int64_t n) const {
-    return static_cast<const A*>(p_.saved.spatial_gate) + n * pixels_;
-  }
-  const A* hidden(int64_t n) const {
-    return static_cast<const A*>(p_.saved.hidden) + n * 2 * shape_.hidden;
-  }
-  const int32_t* pixel_argmax(int64_t n) const {
-    return p_.saved.pixel_argmax + n * shape_.channels;
-  }
-  const int32_t* channel_argmax(int64_t n) const { return p_.saved.channel_argmax + n * pixels_; }
-
   // to[j] = sum over row blocks of partial[block][j]
   template <class Run>
   void merge_partials(const A* partial, A* to, Run run) const {
-    run((cols_ + kColumnTile - 1) / kColumnTile, [&](int64_t first, int64_t last) {
+    run((t_.cols + kColumnTile - 1) / kColumnTile, [&](int64_t first, int64_t last) {
       const int64_t begin = first * kColumnTile;
-      const int64_t end = last * kColumnTile < cols_ ? last * kColumnTile : cols_;
+      const int64_t end = last * kColumnTile < t_.cols ? last * kColumnTile : t_.cols;
       if (to != partial) std::memcpy(to + begin, partial + begin, (end - begin) * sizeof(A));
-      for (int64_t b = 1; b < row_blocks(rows_); ++b)
-        add_scaled(partial + b * cols_ + begin, A(1), to + begin, end - begin);
+      for (int64_t b = 1; b < row_blocks(t_.rows); ++b)
+        add_scaled(partial + b * t_.cols + begin, A(1), to + begin, end - begin);
     });
   }
 
   // sum_s p a into the channels' sums and sum_c p g into the pixels'.
   template <class Run>
   void sum_products(int64_t n, Workspace& ws, Run run) const {
-    const A* row_factor = channels_first_ ? channel_gate(n) : spatial_gate(n);
-    const A* col_factor = channels_first_ ? spatial_gate(n) : channel_gate(n);
-    run(row_blocks(rows_), [&](int64_t first, int64_t last) {
+    const A* row_factor = t_.channels_first ? t_.channel_gate(n) : t_.spatial_gate(n);
+    const A* col_factor = t_.channels_first ? t_.spatial_gate(n) : t_.channel_gate(n);
+    run(row_blocks(t_.rows), [&](int64_t first, int64_t last) {
       for (int64_t b = first; b < last; ++b) {
-        const int64_t end = (b + 1) * kRowBlock < rows_ ? (b + 1) * kRowBlock : rows_;
+        const int64_t end = (b + 1) * kRowBlock < t_.rows ? (b + 1) * kRowBlock : t_.rows;
         const auto sum = [&](auto together) {
-          cross_sums<decltype(together)::value>(x(n), dout(n), b * kRowBlock, end, row_factor,
-                                                col_factor, ws.row_sum, ws.partial + b * cols_);
+          cross_sums<decltype(together)::value>(t_.x(n), t_.dout(n), b * kRowBlock, end, row_factor,
+                                                col_factor, ws.row_sum, ws.partial + b * t_.cols);
         };
-        if (channels_first_)
+        if (t_.channels_first)
           sum(Channels{});
         else
           sum(Pixels{});
@@ -171,26 +133,26 @@ class Backward {
 
   // dz, into the first plane.
   void gradient_of_logits(int64_t n, Workspace& ws) const {
-    A* dz = ws.pixel_sum(channels_first_);
-    const A* gate = spatial_gate(n);
+    A* dz = ws.pixel_sum(t_.channels_first);
+    const A* gate = t_.spatial_gate(n);
     if (p_.d_spatial_gate)
-      add_scaled(static_cast<const A*>(p_.d_spatial_gate) + n * pixels_, A(1), dz, pixels_);
-    for_vectors<A>(pixels_, [&](int64_t j, auto lanes) {
+      add_scaled(static_cast<const A*>(p_.d_spatial_gate) + n * t_.pixels, A(1), dz, t_.pixels);
+    for_vectors<A>(t_.pixels, [&](int64_t j, auto lanes) {
       lanes.store(dz + j, lanes.load(dz + j) * sigmoid_derivative<A>(lanes.load(gate + j)));
     });
-    planes_.insert(dz, 0, pixels_, ws.planes);
+    planes_.insert(dz, 0, t_.pixels, ws.planes);
   }
 
   template <class Run>
   void gradient_of_conv(int64_t n, Workspace& ws, Run run) const {
     A* maps = ws.planes + planes_.size();
-    const T* saved = static_cast<const T*>(p_.saved.maps) + n * 2 * pixels_;
+    const T* saved = static_cast<const T*>(p_.saved.maps) + n * 2 * t_.pixels;
     for (int64_t m = 0; m < 2; ++m)
-      for (int64_t begin = 0; begin < pixels_; begin += kColumnTile) {
-        const int64_t count = pixels_ - begin < kColumnTile ? pixels_ - begin : kColumnTile;
+      for (int64_t begin = 0; begin < t_.pixels; begin += kColumnTile) {
+        const int64_t count = t_.pixels - begin < kColumnTile ? t_.pixels - begin : kColumnTile;
         A widened[kColumnTile];
         for_vectors<A>(count, [&](int64_t j, auto lanes) {
-          lanes.store(widened + j, lanes.load(saved + m * pixels_ + begin + j));
+          lanes.store(widened + j, lanes.load(saved + m * t_.pixels + begin + j));
         });
         planes_.insert(widened, begin, begin + count, maps + m * planes_.size());
       }
@@ -202,12 +164,12 @@ class Backward {
                         batch_.d_conv(n) + m * shape_.taps());
       }
     });
-    batch_.d_conv(n)[2 * shape_.taps()] = sum_of_row(ws.pixel_sum(channels_first_), pixels_);
+    batch_.d_conv(n)[2 * shape_.taps()] = sum_of_row(ws.pixel_sum(t_.channels_first), t_.pixels);
   }
 
   // dmean / C and dmax.
   template <class Run>
-  void gradient_of_maps(const Workspace& ws, const Reach& reach, Run run) const {
+  void gradient_of_maps(const Workspace& ws, const Reach<A>& reach, Run run) const {
     run(planes_.image_rows(), [&](int64_t begin, int64_t end) {
       const int64_t width = shape_.width;
       for (int64_t row = begin; row < end; ++row) {
@@ -222,32 +184,32 @@ class Backward {
 
   // dg: adds to the channels' sums what reaches the gate through the maps.
   template <class Run>
-  void add_map_terms(int64_t n, Workspace& ws, const Reach& reach, Run run) const {
-    if (channels_first_) {
-      run(rows_, [&](int64_t begin, int64_t end) {
+  void add_map_terms(int64_t n, Workspace& ws, const Reach<A>& reach, Run run) const {
+    if (t_.channels_first) {
+      run(t_.rows, [&](int64_t begin, int64_t end) {
         for_rows<kRowsTogether>(begin, end, [&](auto together, int64_t c) {
           map_terms_of_rows<decltype(together)::value>(n, c, ws, reach);
         });
       });
     } else {
-      run(row_blocks(rows_), [&](int64_t first, int64_t last) {
+      run(row_blocks(t_.rows), [&](int64_t first, int64_t last) {
         for (int64_t b = first; b < last; ++b) map_terms_of_block(n, b, ws, reach);
       });
       merge_partials(ws.partial, ws.partial, run);
-      add_scaled(ws.partial, A(1), ws.col_sum, cols_);
+      add_scaled(ws.partial, A(1), ws.col_sum, t_.cols);
     }
   }
 
   // Channels first: the map terms of kRows channels.
   template <int kRows>
   CBAM_INLINE_MEMBER void map_terms_of_rows(int64_t n, int64_t c, Workspace& ws,
-                                            const Reach& reach) const {
+                                            const Reach<A>& reach) const {
     A terms[kRows];
     weighted_sums<kRows>(
-        x(n), c,
+        t_.x(n), c,
         [&](int64_t s, auto lanes) {
           const vec_t<A> mean = lanes.load(reach.d_mean + s), max = lanes.load(reach.d_max + s);
-          const ivec_t<A> maximum_of = lanes.indices(channel_argmax(n) + s);
+          const ivec_t<A> maximum_of = lanes.indices(t_.channel_argmax(n) + s);
           return [=](int i) { return mean + where<A>(maximum_of == index_t<A>(c + i), max); };
         },
         terms);
@@ -255,26 +217,27 @@ class Backward {
   }
 
   // Channels last: the map terms of one block of pixels.
-  void map_terms_of_block(int64_t n, int64_t block, const Workspace& ws, const Reach& reach) const {
-    A* partial = ws.partial + block * cols_;
-    const int64_t end = (block + 1) * kRowBlock < rows_ ? (block + 1) * kRowBlock : rows_;
-    for (int64_t c = 0; c < cols_; ++c) partial[c] = A(0);
+  void map_terms_of_block(int64_t n, int64_t block, const Workspace& ws,
+                          const Reach<A>& reach) const {
+    A* partial = ws.partial + block * t_.cols;
+    const int64_t end = (block + 1) * kRowBlock < t_.rows ? (block + 1) * kRowBlock : t_.rows;
+    for (int64_t c = 0; c < t_.cols; ++c) partial[c] = A(0);
     for (int64_t s = block * kRowBlock; s < end; ++s) {
-      const T* row = x(n).row(s);
-      add_scaled(row, reach.d_mean[s], partial, cols_);
-      const int32_t c = channel_argmax(n)[s];
+      const T* row = t_.x(n).row(s);
+      add_scaled(row, reach.d_mean[s], partial, t_.cols);
+      const int32_t c = t_.channel_argmax(n)[s];
       partial[c] += reach.d_max[s] * load_one(row + c);
     }
   }
 
   // dl
   void gradient_of_gate(int64_t n, Workspace& ws) const {
-    A* d_gate = ws.channel_sum(channels_first_);
+    A* d_gate = ws.channel_sum(t_.channels_first);
     if (p_.d_channel_gate)
       add_scaled(static_cast<const A*>(p_.d_channel_gate) + n * shape_.channels, A(1), d_gate,
                  shape_.channels);
     A* d_logits = batch_.d_logits(n);
-    const A* gate = channel_gate(n);
+    const A* gate = t_.channel_gate(n);
     for (int64_t c = 0; c < shape_.channels; ++c)
       d_logits[c] = d_gate[c] * sigmoid_derivative<A>(gate[c]);
   }
@@ -282,100 +245,21 @@ class Backward {
   // davg / S and dtop of the samples from `first` on.
   void gradient_of_mlp(int64_t first, int64_t samples, A* d_pooled) const {
     if (!p_.gradients.x && !p_.gradients.fc1_weight && !p_.gradients.fc1_bias) return;
-    mlp_.second_layer_backward(batch_.d_logits(first), samples, hidden(first),
+    mlp_.second_layer_backward(batch_.d_logits(first), samples, t_.hidden(first),
                                batch_.d_hidden(first));
     if (!p_.gradients.x) return;
     mlp_.first_layer_backward(batch_.d_hidden(first), samples, d_pooled);
     for (int64_t n = 0; n < samples; ++n)
       for (int64_t c = 0; c < shape_.channels; ++c)
-        d_pooled[2 * n * shape_.channels + c] /= static_cast<A>(pixels_);
-  }
-
-  // Rows [begin, end) of dx. Where that is large, so that samples come from memory, those of the
-  // sample `next` are asked for meanwhile; n itself where there is none.
-  void write_dx(int64_t n, const Reach& reach, int64_t begin, int64_t end, int64_t next) const {
-    const Matrix<const T> soon[] = {next > n ? x(next) : dout(n), dout(next)};
-    const auto fetching = [&](int64_t r, int64_t rows, auto for_columns) {
-      return [&, r, rows, for_columns](int64_t columns, auto body) {
-        for_columns(columns, [&](int64_t j, auto lanes) {
-          for (const auto& m : soon)
-            for (int64_t i = 0; i < rows; ++i) fetch(m.row(r + i) + j);
-          body(j, lanes);
-        });
-      };
-    };
-    const auto channels = [&](auto together, int64_t c, T* to, int64_t stride, auto for_columns) {
-      write_channels<decltype(together)::value>(n, reach, c, to, stride, for_columns);
-    };
-    const auto pixel = [&](auto, int64_t s, T* to, int64_t, auto for_columns) {
-      write_pixel(n, reach, s, to, for_columns);
-    };
-    if (channels_first_)
-      write<Channels>(dx(n), begin, end, channels, fetching);
-    else
-      write<Pixels>(dx(n), begin, end, pixel, fetching);
-  }
-
-  // By write_rows, or where dx is large by stream_rows with columns that are walked by `fetching`.
-  template <class Together, class Write, class Fetching>
-  void write(const Matrix<T>& to, int64_t begin, int64_t end, Write rows, Fetching fetching) const {
-    constexpr int kRows = Together::value;
-    if (!large_) return write_rows<kRows>(to, begin, end, rows);
-    stream_rows<kRows>(to, begin, end,
-                       [&](auto some, int64_t r, T* at, int64_t stride, auto for_columns) {
-                         rows(some, r, at, stride, fetching(r, decltype(some)::value, for_columns));
-                       });
-  }
-
-  // Channels [c, c + kRows), `stride` apart.
-  template <int kRows, class ForColumns>
-  CBAM_INLINE_MEMBER void write_channels(int64_t n, const Reach& reach, int64_t c, T* to,
-                                         int64_t stride, ForColumns for_columns) const {
-    const Matrix<const T> in = dout(n);
-    const A* spatial = spatial_gate(n);
-    const OfRows<kRows, A> gate(channel_gate(n) + c), d_avg(reach.d_pooled + c),
-        d_top(reach.d_pooled + shape_.channels + c);
-    const int32_t* maximum_of = channel_argmax(n);
-    const OfRows<kRows, int32_t> top(pixel_argmax(n) + c);
-    for_columns(cols_, [&](int64_t s, auto lanes) {
-      const vec_t<A> a = lanes.load(spatial + s), mean = lanes.load(reach.d_mean + s),
-                     max = lanes.load(reach.d_max + s);
-      const ivec_t<A> winner = lanes.indices(maximum_of + s), pixel = iota<A>() + index_t<A>(s);
-      for (int i = 0; i < kRows; ++i) {
-        vec_t<A> dy = lanes.load(in.row(c + i) + s) * a + mean;
-        dy += where<A>(winner == index_t<A>(c + i), max);
-        const vec_t<A> pools = d_avg[i] + where<A>(pixel == index_t<A>(top[i]), splat(d_top[i]));
-        lanes.store(to + i * stride + s, dy * gate[i] + pools);
-      }
-    });
-  }
-
-  template <class ForColumns>
-  CBAM_INLINE_MEMBER void write_pixel(int64_t n, const Reach& reach, int64_t s, T* to,
-                                      ForColumns for_columns) const {
-    const T* in = dout(n).row(s);
-    const A *gate = channel_gate(n), *d_avg = reach.d_pooled, *d_top = d_avg + shape_.channels;
-    const A spatial = spatial_gate(n)[s], d_mean = reach.d_mean[s], d_max = reach.d_max[s];
-    const int32_t* maximum_of = pixel_argmax(n);
-    const index_t<A> top = channel_argmax(n)[s];
-    for_columns(cols_, [&](int64_t c, auto lanes) {
-      vec_t<A> dy = lanes.load(in + c) * spatial + d_mean;
-      dy += where<A>(iota<A>() + index_t<A>(c) == top, splat(d_max));
-      const ivec_t<A> winner = lanes.indices(maximum_of + c);
-      const vec_t<A> pools =
-          lanes.load(d_avg + c) + where<A>(winner == index_t<A>(s), lanes.load(d_top + c));
-      lanes.store(to + c, dy * lanes.load(gate + c) + pools);
-    });
+        d_pooled[2 * n * shape_.channels + c] /= static_cast<A>(t_.pixels);
   }
 
   const BackwardProblem& p_;
   const Shape& shape_;
   Mlp<T> mlp_;
   Planes<A> planes_;
-  int64_t pixels_;
-  bool channels_first_;
-  int64_t rows_, cols_;
-  bool large_;         // dx
+  BackwardTensors<T> t_;
+  InputGradient<T> input_gradient_;
   bool reaches_gate_;  // whether anything before the spatial gate was asked for
   const BatchGradients<T>& batch_;
   A* flipped_;  // [2, taps]

@@ -1,0 +1,111 @@
+// The last pass of the backward, from dout to dx. With g the channel gate, a the spatial gate, C
+// channels and S pixels:
+//   dx = (dout a + dmean / C + dmax [c is s's argmax]) g + davg / S + dtop [s is c's argmax]
+#pragma once
+
+#include "backward_tensors.h"
+#include "schedule.h"
+
+namespace cbam::cpu {
+namespace {
+
+// What reaches x of one sample through the gates, kept until dx is written.
+template <class A>
+struct Reach {
+  A* d_mean;    // [pixels]: of the mean map, over C
+  A* d_max;     // [pixels]: of the maximum map
+  A* d_pooled;  // [2, channels]: of the mean (over S) and of the maximum over space
+};
+
+template <class T>
+class InputGradient {
+ public:
+  using A = acc_t<T>;
+
+  explicit InputGradient(const BackwardProblem& problem) : t_{problem}, large_(is_large(problem)) {}
+
+  // Rows [begin, end) of dx. Where that is large, so that samples come from memory, those of the
+  // sample `next` are asked for meanwhile; n itself where there is none.
+  void write(int64_t n, const Reach<A>& reach, int64_t begin, int64_t end, int64_t next) const {
+    const Matrix<const T> soon[] = {next > n ? t_.x(next) : t_.dout(n), t_.dout(next)};
+    const auto fetching = [&](int64_t r, int64_t rows, auto for_columns) {
+      return [&, r, rows, for_columns](int64_t columns, auto body) {
+        for_columns(columns, [&](int64_t j, auto lanes) {
+          for (const auto& m : soon)
+            for (int64_t i = 0; i < rows; ++i) fetch(m.row(r + i) + j);
+          body(j, lanes);
+        });
+      };
+    };
+    const auto channels = [&](auto together, int64_t c, T* to, int64_t stride, auto for_columns) {
+      write_channels<decltype(together)::value>(n, reach, c, to, stride, for_columns);
+    };
+    const auto pixel = [&](auto, int64_t s, T* to, int64_t, auto for_columns) {
+      write_pixel(n, reach, s, to, for_columns);
+    };
+    if (t_.channels_first)
+      write_by<Channels>(t_.dx(n), begin, end, channels, fetching);
+    else
+      write_by<Pixels>(t_.dx(n), begin, end, pixel, fetching);
+  }
+
+ private:
+  // By write_rows, or where dx is large by stream_rows with columns that are walked by `fetching`.
+  template <class Together, class Write, class Fetching>
+  void write_by(const Matrix<T>& to, int64_t begin, int64_t end, Write rows,
+                Fetching fetching) const {
+    constexpr int kRows = Together::value;
+    if (!large_) return write_rows<kRows>(to, begin, end, rows);
+    stream_rows<kRows>(to, begin, end,
+                       [&](auto some, int64_t r, T* at, int64_t stride, auto for_columns) {
+                         rows(some, r, at, stride, fetching(r, decltype(some)::value, for_columns));
+                       });
+  }
+
+  // Channels [c, c + kRows), `stride` apart.
+  template <int kRows, class ForColumns>
+  CBAM_INLINE_MEMBER void write_channels(int64_t n, const Reach<A>& reach, int64_t c, T* to,
+                                         int64_t stride, ForColumns for_columns) const {
+    const Matrix<const T> in = t_.dout(n);
+    const A* spatial = t_.spatial_gate(n);
+    const OfRows<kRows, A> gate(t_.channel_gate(n) + c), d_avg(reach.d_pooled + c),
+        d_top(reach.d_pooled + t_.channels + c);
+    const int32_t* maximum_of = t_.channel_argmax(n);
+    const OfRows<kRows, int32_t> top(t_.pixel_argmax(n) + c);
+    for_columns(t_.cols, [&](int64_t s, auto lanes) {
+      const vec_t<A> a = lanes.load(spatial + s), mean = lanes.load(reach.d_mean + s),
+                     max = lanes.load(reach.d_max + s);
+      const ivec_t<A> winner = lanes.indices(maximum_of + s), pixel = iota<A>() + index_t<A>(s);
+      for (int i = 0; i < kRows; ++i) {
+        vec_t<A> dy = lanes.load(in.row(c + i) + s) * a + mean;
+        dy += where<A>(winner == index_t<A>(c + i), max);
+        const vec_t<A> pools = d_avg[i] + where<A>(pixel == index_t<A>(top[i]), splat(d_top[i]));
+        lanes.store(to + i * stride + s, dy * gate[i] + pools);
+      }
+    });
+  }
+
+  template <class ForColumns>
+  CBAM_INLINE_MEMBER void write_pixel(int64_t n, const Reach<A>& reach, int64_t s, T* to,
+                                      ForColumns for_columns) const {
+    const T* in = t_.dout(n).row(s);
+    const A *gate = t_.channel_gate(n), *d_avg = reach.d_pooled, *d_top = d_avg + t_.channels;
+    const A spatial = t_.spatial_gate(n)[s], d_mean = reach.d_mean[s], d_max = reach.d_max[s];
+    const int32_t* maximum_of = t_.pixel_argmax(n);
+    const index_t<A> top = t_.channel_argmax(n)[s];
+    for_columns(t_.cols, [&](int64_t c, auto lanes) {
+      vec_t<A> dy = lanes.load(in + c) * spatial + d_mean;
+      dy += where<A>(iota<A>() + index_t<A>(c) == top, splat(d_max));
+      const ivec_t<A> winner = lanes.indices(maximum_of + c);
+      const vec_t<A> pools =
+          lanes.load(d_avg + c) + where<A>(winner == index_t<A>(s), lanes.load(d_top + c));
+      lanes.store(to + c, dy * lanes.load(gate + c) + pools);
+    });
+  }
+
+  BackwardTensors<T> t_;
+  bool large_;  // dx
+};
+
+}  // namespace
+}  // namespace cbam::cpu
