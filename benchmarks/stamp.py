@@ -43,8 +43,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _without_place(argument: str) -> str:
     """The argument, its path by name alone where that says where things stand on this machine."""
-    path = Path(argument.rpartition("=")[2])
-    return argument.removesuffix(str(path)) + path.name if path.is_absolute() else argument
+    option, equals, value = argument.rpartition("=")
+    path = Path(value)
+    return f"{option}{equals}{path.name}" if path.is_absolute() else argument
 
 
 def _device_name(device: torch.device) -> str:

@@ -101,10 +101,6 @@ REDUNDANT = {
     "const int along = min(threads, (columns + 15) / 16 * 16), parts = (threads / along);": (
         "parts without rows are zero"
     ),
-    "resident_parts.cuh: constexpr int kAside = kSums < kMostAside ? kSums : kMostAside; -> "
-    "constexpr int kAside = kSums <= kMostAside ? kSums : kMostAside;": (
-        "the smaller of two: equals are the same"
-    ),
     "resident_sums.cuh: if (group < g.groups) gather(i, group, sum); -> "
     "if (group <= g.groups) gather(i, group, sum);": (
         "threads that are left over sum what nobody adds"

@@ -193,7 +193,7 @@ def test_environment_says_where_numbers_come_from():
 
 
 def test_the_command_says_not_where_things_stand_on_this_machine(monkeypatch):
-    words = ["python", "-m", "benchmarks", "--out", "/home/me/now", "--output=/home/me/now", "a/b"]
+    words = ["python", "-m", "benchmarks", "--out", "/home/me/now", "--output=/home/me/now/", "a/b"]
     monkeypatch.setattr(stamp.sys, "orig_argv", words)
     expected = "python -m benchmarks --out now --output=now a/b"
     assert stamp.environment(CPU)["command"] == expected

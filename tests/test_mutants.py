@@ -32,6 +32,15 @@ def test_headers_have_some_too():
         assert f"cuda/{header}" in found
 
 
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.name)
+def test_mutants_have_as_many_parentheses_open_as_closed(path):
+    whole = path.read_text()
+    for mutant in mutants_of(path):
+        for pair in ("()", "[]", "{}"):
+            opened, closed = (mutant.text.count(one) - whole.count(one) for one in pair)
+            assert opened == closed, mutant
+
+
 def test_what_is_listed_as_redundant_is_there_once():
     keys = Counter(mutant.key for mutant in all_mutants())
     assert set(REDUNDANT) <= set(keys)

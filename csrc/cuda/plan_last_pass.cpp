@@ -11,10 +11,6 @@ constexpr int64_t kMostChannels = 4096;
 // Vectors of a chunk of channels where channels come last: 128 bytes of every pixel.
 constexpr int kChunkVectors = 8;
 
-// Waves as even as this pay where blocks have so many bytes of x left: on an H200 a forward of
-// [256, 256, 56, 56] was a fifteenth faster with them.
-constexpr double kEvenWaves = 0.9, kLongPiece = 512 << 10;
-
 // Sets how many channels a block takes.
 void set_chunk(ScaleGeometry& g, const ForwardProblem& p, int64_t samples, int map_splits,
                const DeviceLimits& device) {
@@ -27,11 +23,8 @@ void set_chunk(ScaleGeometry& g, const ForwardProblem& p, int64_t samples, int m
   const int64_t most =
       std::max(fewest, std::min(s.channels / pieces.channels,
                                 static_cast<int64_t>(pieces.map_share * x_bytes / map_bytes)));
-  const int64_t blocks = samples * g.boxes(),
-                at_once = int64_t{kScaleBlocks} * device.multiprocessors;
-  const int64_t even = even_pieces(blocks, at_once, fewest, most, kEvenWaves);
-  const bool pays = x_bytes / static_cast<double>(g.boxes() * even) >= kLongPiece;
-  const int64_t chunks = pays ? even : even_pieces(blocks, at_once, fewest, most);
+  const int64_t chunks = even_pieces(samples * g.boxes(),
+                                     int64_t{kScaleBlocks} * device.multiprocessors, fewest, most);
   const int64_t multiple = p.strides.channels_first() ? g.row_group
                            : g.access == Access::kVector
                                ? kChunkVectors * elements_per_vector(p.dtype)

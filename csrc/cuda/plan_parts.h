@@ -66,13 +66,12 @@ inline double fullness(int64_t blocks, int64_t at_once) {
 // well. On an H200 a pass of 512 blocks, 396 of them at a time, took 69 us, and one of 1536 79.
 constexpr double kFullWaves = 0.6;
 
-// Into how many pieces each of `blocks` is to be cut, so that they fill the device in whole waves,
-// or nearly: the fewest where several do, those that come the closest where none does.
-inline int64_t even_pieces(int64_t blocks, int64_t at_once, int64_t fewest, int64_t most,
-                           double full = kFullWaves) {
+// Into how many pieces each of `blocks` is to be cut, so that they run in full waves: the fewest
+// where several do, those that come the closest where none does.
+inline int64_t even_pieces(int64_t blocks, int64_t at_once, int64_t fewest, int64_t most) {
   int64_t best = fewest;
   for (int64_t pieces = fewest + 1; pieces <= most; ++pieces) {
-    if (fullness(blocks * best, at_once) >= full) break;
+    if (fullness(blocks * best, at_once) >= kFullWaves) break;
     if (fullness(blocks * pieces, at_once) > fullness(blocks * best, at_once)) best = pieces;
   }
   return best;

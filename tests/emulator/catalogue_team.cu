@@ -9,8 +9,9 @@ namespace {
 
 using cbam::cuda::cluster_barrier;
 using cbam::cuda::grid_barrier;
+using cbam::cuda::read_in_block;
 
-// Where another block's array is, which kernels read a value at a time.
+// Where another block's array is, to look for it and to read it at different times.
 const int* in_block(const int* own, int rank) {
   return static_cast<const int*>(emulator::in_block(own, static_cast<unsigned>(rank)));
 }
@@ -44,7 +45,7 @@ __global__ void reverse_alone(const int* in, int* out, int variant) {
   const int t = threadIdx.x, base = blockIdx.x * kThreads;
   tile[t] = in[base + t];
   if (variant != 1) cluster_barrier();
-  out[base + t] = in_block(tile, 0)[kThreads - 1 - t];
+  out[base + t] = read_in_block(tile + kThreads - 1 - t, 0);
 }
 
 // Every thread adds up what all blocks have put out. 1: no barrier. 2: fences alone. 3: some
@@ -71,7 +72,7 @@ __global__ void sum_over_clusters(const int* in, int* partial, int* out, int clu
   tile[t] = in[i];
   cluster_barrier();
   int sum = 0;
-  for (int rank = 0; rank < cluster; ++rank) sum += in_block(tile, rank)[t];
+  for (int rank = 0; rank < cluster; ++rank) sum += read_in_block(tile + t, rank);
   if (blockIdx.x % cluster == 0) partial[blockIdx.x / cluster * kThreads + t] = sum;
   if (variant == 1)
     cluster_barrier();

@@ -11,8 +11,10 @@ from pathlib import Path
 from emulator.build import CSRC
 
 FOLDERS = ("cuda/kernels", "cuda/primitives")
-# Where a limit that is known to the compiler guards no memory.
-CONSTANT_LIMITS = ("for ", "if constexpr ", "static_assert")
+# Where a limit that is known to the compiler guards no memory, beside the definitions of constants.
+CONSTANT_LIMITS = ("for ", "static_assert")
+BINDS_LESS = re.compile(r"[;,?]|&&|\|\||(?<!:):(?!:)")  # than a comparison
+ARGUMENT = re.compile(",")
 BARRIERS = (
     "__syncthreads",
     "__syncwarp",
@@ -49,12 +51,12 @@ def sources() -> list[Path]:
     ]
 
 
-def operand(code: str, start: int) -> str:
-    """What stands right of a comparison, up to the next operator that binds less."""
+def operand(code: str, start: int, end: re.Pattern[str]) -> str:
+    """What stands from `start` on, up to `end` or the parenthesis around it."""
     depth = 0
     for at in range(start, len(code)):
         depth += (code[at] in "([{") - (code[at] in ")]}")
-        if depth < 0 or (not depth and re.match(r"[;,?:]|&&|\|\|", code[at : at + 2])):
+        if depth < 0 or (not depth and end.match(code, at)):
             return code[start:at]
     return code[start:]
 
@@ -69,25 +71,31 @@ def inside(word: str, code: str, at: int) -> bool:
     return start >= 0
 
 
+def guards_nothing(code: str, at: int) -> bool:
+    """Whether a limit there that is known to the compiler guards no memory."""
+    statement = code[max(code.rfind(end, 0, at) for end in ";{}") + 1 : at]
+    return "constexpr " in statement or any(inside(word, code, at) for word in CONSTANT_LIMITS)
+
+
 def weakened(code: str) -> Iterator[tuple[int, int, str]]:
     """Start, end and replacement of every comparison with a limit of the problem."""
     for found in re.finditer(r" (<|<=|>=)\s", code):
         start, end, sign = found.start(1), found.end(1), found[1]
-        limit = operand(code, end)
+        limit = operand(code, end, BINDS_LESS)
         names = re.findall(r"[A-Za-z_]\w*", limit)
         constant = all(re.match(r"k[A-Z]", name) for name in names)
         if sign == ">=":
             zero = limit.strip() == "0"
             yield (start, end + len(limit.rstrip()), ">= -1") if zero else (start, end, ">")
-        elif not (constant and any(inside(word, code, start) for word in CONSTANT_LIMITS)):
+        elif not (constant and guards_nothing(code, start)):
             yield start, end, "<=" if sign == "<" else "<= 1 +"
 
 
 def unclamped(code: str) -> Iterator[tuple[int, int, str]]:
     """Start, end and replacement of every smaller of two, by each of them alone."""
     for found in re.finditer(r"\bmin\(", code):
-        one = operand(code, found.end())
-        other = operand(code, found.end() + len(one) + 1)
+        one = operand(code, found.end(), ARGUMENT)
+        other = operand(code, found.end() + len(one) + 1, ARGUMENT)
         end = found.end() + len(one) + 1 + len(other) + 1
         for kept in (one, other):
             yield found.start(), end, f"({kept.strip()})"

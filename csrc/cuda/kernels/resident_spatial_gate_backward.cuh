@@ -150,12 +150,14 @@ __device__ __forceinline__ void collect_pixels(const ResidentBackward& p,
     for (int i = threadIdx.x; i < block.samples * block.pixels(); i += g.threads) {
       const int owner = owner_of(i);
       if (g.cluster && owner == block.team.rank) continue;  // they stand where they are put out
+      // All before the first write, behind which the compiler would not move them forward.
       const auto gate = read(theirs.gate() + i, owner), first = read(theirs.first() + i, owner),
                  second = read(theirs.second() + i, owner);
-      own.index()[i] = read(theirs.index() + i, owner);
+      const int32_t index = read(theirs.index() + i, owner);
       own.gate()[i] = gate;
       own.first()[i] = first;
       own.second()[i] = second;
+      own.index()[i] = index;
     }
   });
   __syncthreads();

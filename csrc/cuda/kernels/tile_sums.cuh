@@ -82,7 +82,7 @@ struct LaneVectors {
   __device__ __forceinline__ void load_row(const T* at, Loaded (&raw)[kVectors]) const {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      if (kAccess != Access::kVector) raw[j] = {};  // as in for_batches
+      if (kAccess != Access::kVector) raw[j] = {};  // as in for_batches; whole rows spare the moves
       if (j == 0 || has(j)) raw[j] = load<kCount>(at + element(j));
     }
   }
