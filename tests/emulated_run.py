@@ -61,7 +61,7 @@ def run(kind: str, *arguments: str, schedule: str = "ascending", device: Device 
     return json.loads(done.stdout)
 
 
-TWO_DTYPES = (torch.float32, torch.float16)  # all that the checked builds have
+TWO_DTYPES = (torch.float32, torch.float16)  # all that the race build has
 # Every way in which a kernel reads x: aligned, at an odd address, with gaps between samples.
 LAYOUTS_RUN = ("contiguous", "channels_last", "odd offset", "channels of more")
 

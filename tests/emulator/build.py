@@ -30,12 +30,13 @@ RACE_SOURCES = (
 )
 
 SANITIZERS = "-fsanitize=address,undefined"
-TWO = "-DCBAM_TWO_DTYPES"  # the others take the same branches, and the build half as long
+# Other dtypes take the same branches, and a build of all of them takes long.
+FLOAT32, AND_FLOAT16 = "-DCBAM_DTYPES=1", "-DCBAM_DTYPES=2"
 KERNEL_FLAGS = {
     "plain": "-O2",
-    "asan": f"-O1 -fno-omit-frame-pointer {SANITIZERS} -fno-sanitize-recover=undefined {TWO}",
+    "asan": f"-O1 -fno-omit-frame-pointer {SANITIZERS} -fno-sanitize-recover=undefined {FLOAT32}",
     # What is instrumented calls our functions: libtsan is not linked.
-    "race": f"-O1 -fsanitize=thread --param tsan-instrument-func-entry-exit=0 {TWO}",
+    "race": f"-O1 -fsanitize=thread --param tsan-instrument-func-entry-exit=0 {AND_FLOAT16}",
 }
 HOST_FLAGS = {
     "plain": "-O2",
@@ -96,8 +97,9 @@ class NinjaFile:
         compile_ = f"{self.setup.compiler()} {common} $flags -MMD -MF $out.d -c"
         self.rule("kernel", f"{compile_} {KERNEL_FLAGS[kind]} -x c++ $in -o $out")
         self.rule("host", f"{compile_} {HOST_FLAGS[kind]} $in -o $out")
-        link = f"{self.setup.compiler()} -shared $in {LINK_FLAGS[kind]} $flags -o $out"
-        self.lines += ["rule link", f"  command = {link}"]
+        link = f"{self.setup.compiler()} -shared $in {LINK_FLAGS[kind]} $flags -o $out.part"
+        # Whole or not at all: another process may load the library meanwhile.
+        self.lines += ["rule link", f"  command = {link} && mv $out.part $out"]
         self.emulator = [self.compile("host", path) for path in emulator_sources(kind)]
 
     def rule(self, name: str, command: str) -> None:

@@ -24,7 +24,8 @@ class Tree:
         built = build("race", jobs=jobs)
         shutil.copytree(OUTPUT / "race", self.objects)
         self._must_be_what_was_built()
-        *compilations, self.link = self._commands(built)
+        *compilations, link = self._commands(built)
+        self.link = link.partition(" && ")[0]
         self.compile: dict[str, str] = {}
         for command in compilations:
             if found := re.search(rf"-x c\+\+ {re.escape(str(self.csrc))}/(\S+\.cu) ", command):
@@ -77,7 +78,7 @@ class Tree:
             link = link.replace(str(kept), str(fresh))
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(execute, commands))
-        execute(link.replace(str(self.objects / BACKEND), str(output)))
+        execute(link.replace(f"{self.objects / BACKEND}.part", str(output)))
         return output
 
     def object(self, source: str) -> Path:
