@@ -38,6 +38,9 @@ HINT = "a prefetch is a hint, and may point anywhere"
 GUARDED = "what it would do more is guarded inside"
 WAITS_LONGER = "it waits for every row before the first, and sums in the same order"
 LAST_CHUNK = "one more chunk, of nothing, where chunks end with the work: loops in it are empty"
+NO_ROW = "one more round in which no row is inside: nothing is read or written"
+LEFT_OVER = "threads that are left over sum what nobody adds"
+BEYOND = "a vector has no such element, and rows end with their columns"
 REDUNDANT = {
     "channel_gate.cu: for (int first = 0; first < p.channels; first += Shared::kChunk) { -> "
     "for (int first = 0; first <= p.channels; first += Shared::kChunk) {": LAST_CHUNK,
@@ -48,13 +51,9 @@ REDUNDANT = {
     "channel_gate_backward.cu: for (int first = 0; first < p.hidden_units; first += kUnitChunk) { "
     "-> for (int first = 0; first <= p.hidden_units; first += kUnitChunk) {": LAST_CHUNK,
     "reduce_rows.cu: for (int done = 0; done < rows; done += rows_at_once) { -> "
-    "for (int done = 0; done <= rows; done += rows_at_once) {": (
-        "one more round in which no row is inside: nothing is read or written"
-    ),
+    "for (int done = 0; done <= rows; done += rows_at_once) {": NO_ROW,
     "reduce_packed_rows.cu: for (int done = 0; done < rows; done += rows_at_once) { -> "
-    "for (int done = 0; done <= rows; done += rows_at_once) {": (
-        "one more round in which no row is inside: nothing is read or written"
-    ),
+    "for (int done = 0; done <= rows; done += rows_at_once) {": NO_ROW,
     "blocks.cuh: const bool exists = pz >= 0 && pz < s.depth && py >= 0 && py < s.height && "
     "px >= 0 && -> "
     "const bool exists = pz >= -1 && pz < s.depth && py >= 0 && py < s.height && px >= 0 &&": (
@@ -102,13 +101,9 @@ REDUNDANT = {
         "parts without rows are zero"
     ),
     "resident_sums.cuh: if (group < g.groups) gather(i, group, sum); -> "
-    "if (group <= g.groups) gather(i, group, sum);": (
-        "threads that are left over sum what nobody adds"
-    ),
+    "if (group <= g.groups) gather(i, group, sum);": LEFT_OVER,
     "resident_mlp.cuh: const bool works = side < count && part < parts; -> "
-    "const bool works = side < count && part <= parts;": (
-        "threads that are left over sum what nobody adds"
-    ),
+    "const bool works = side < count && part <= parts;": LEFT_OVER,
     "resident_channel_gate.cuh: for (int unit = threadIdx.x / 32 * kRows; unit < p.hidden; -> "
     "for (int unit = threadIdx.x / 32 * kRows; unit <= p.hidden;": GUARDED,
     "resident_channel_gate.cuh: for (int first = threadIdx.x / 32 * kRows; first < block.channels; "
@@ -132,6 +127,61 @@ REDUNDANT = {
     "for (int64_t first_k = 0; first_k < p.a.count; first_k += kDepth) { -> "
     "for (int64_t first_k = 0; first_k <= p.a.count; first_k += kDepth) {": (
         "one more chunk, of zeros, where chunks end with the vectors"
+    ),
+    "cross_sums.cu: for (int j = 0; j < Lane::kVectors; ++j) { -> for (int j = 0; j <= "
+    "Lane::kVectors; ++j) {": GUARDED,
+    "map_terms.cu: for (int j = 0; j < Lane::kVectors; ++j) { -> for (int j = 0; j <= "
+    "Lane::kVectors; ++j) {": GUARDED,
+    "map_terms.cu: for (int j = 0; j < Lane::kVectors; ++j) { -> for (int j = 0; j <= "
+    "Lane::kVectors; ++j) { (number 2)": GUARDED,
+    "tile_sums.cuh: for (int j = 0; j < Lane::kVectors; ++j) { -> for (int j = 0; j <= "
+    "Lane::kVectors; ++j) {": GUARDED,
+    "tile_sums.cuh: for (int j = 0; j < Lane::kVectors; ++j) -> for (int j = 0; j <= "
+    "Lane::kVectors; ++j)": GUARDED,
+    "tile_sums.cuh: row[j] = min(element(j) / cols, g.row_group - 1); -> row[j] = "
+    "(element(j) / cols);": GUARDED,
+    "tile_sums.cuh: first = min(static_cast<int>(threadIdx.x) / 32 * share, rows); -> first "
+    "= (static_cast<int>(threadIdx.x) / 32 * share);": (
+        "a range that begins behind the rows still ends with them: it is empty"
+    ),
+    "tile_sums.cuh: for (int done = 0; done < rows; done += 32 >> g.row_lanes_log) { -> for "
+    "(int done = 0; done <= rows; done += 32 >> g.row_lanes_log) {": NO_ROW,
+    "cross_sums.cu: for (int done = own.first; done < own.end; done += g.chunk) { -> for "
+    "(int done = own.first; done <= own.end; done += g.chunk) {": LAST_CHUNK,
+    "map_terms.cu: for (int done = own.first; done < own.end; done += g.chunk) { -> for (int "
+    "done = own.first; done <= own.end; done += g.chunk) {": LAST_CHUNK,
+    "input_gradient.cu: if (at < from || at >= end) return; -> if (at < from || at > end) "
+    "return;": BEYOND,
+    "input_gradient.cu: split = min(kCount, cols - start); -> split = (cols - start);": BEYOND,
+    "resident_input_gradient.cuh: if (at < from || at >= to) return; -> if (at < from || at "
+    "> to) return;": BEYOND,
+    "resident_input_gradient.cuh: split = min(kCount, slice.cols - start); -> split = "
+    "(slice.cols - start);": BEYOND,
+    "resident_backward.cu: if (p.dx && kPacked && block.cols() < kVector<T>) -> if (p.dx && "
+    "kPacked && block.cols() <= kVector<T>)": ("rows of just a vector are not packed"),
+    "resident_extremes.cuh: const int to = min(block.rows(), from + step); -> const int to = "
+    "(block.rows());": WAITS_LONGER,
+    "resident_extremes.cuh: ready(sample, row, min(row + kRowsAlong, end) - 1); -> "
+    "ready(sample, row, (end) - 1);": WAITS_LONGER,
+    "resident_extremes.cuh: if (row < to) row += (to - row + g.groups - 1) / g.groups * "
+    "g.groups; -> if (row <= to) row += (to - row + g.groups - 1) / g.groups * g.groups;": (
+        "from there to there it adds 0"
+    ),
+    "resident_forward.cu: const int along = min(vectors, g.threads), below = g.threads / "
+    "along; -> const int along = (g.threads), below = g.threads / along;": (
+        "threads without a vector are idle, and the others take every row"
+    ),
+    "resident_sums.cuh: add_parts(sum, group < g.groups, group, g.groups, i, total, "
+    "loads.m.shared.sum, put_vector); -> add_parts(sum, group <= g.groups, group, g.groups, "
+    "i, total, loads.m.shared.sum, put_vector);": LEFT_OVER,
+    "resident_mlp.cuh: for (int first = threadIdx.x % 32; first < count; first += 32 * "
+    "kAtOnce) { -> for (int first = threadIdx.x % 32; first <= count; first += 32 * kAtOnce) "
+    "{": GUARDED,
+    "resident_spatial_gate.cuh: if (box.pixels() <= g.threads) -> if (box.pixels() <= 1 + "
+    "g.threads)": ("either way takes every pixel, and sums its taps in the same order"),
+    "weight_gradients.cu: const auto depth = static_cast<int>(min(int64_t{kDepth}, p.a.count "
+    "- first_k)); -> const auto depth = static_cast<int>((int64_t{kDepth}));": (
+        "what is staged behind the last is zero"
     ),
 }
 

@@ -29,6 +29,11 @@ RUNS = (
     (Case("a block for a pixel", (1, 4100, 2, 5), 1, (3, 3)), SHORT[:1], BOTH[1:]),
     (Case("sequence", (1, 4, 20000), 2, (9,)), SHORT[:1], (*BOTH, "odd offset")),
     (Case("volume", (2, 10, 4, 6, 9), 2, (3, 3, 3)), SHORT[:1], BOTH),
+    (
+        Case("vectors of more samples than are staged", (70, 8, 2, 2), 2, (3, 3)),
+        SHORT[:1],
+        BOTH[:1],
+    ),
     (Case("boxes along the depth", (1, 3, 400, 2, 3), 1, (5, 1, 3)), SHORT[:1], BOTH),
 )
 # On a slice of a GPU, where eight samples share a walk over the MLP's weights.
@@ -62,6 +67,9 @@ RESIDENT_BACKWARD = (
     (Case("teams come back", (7, 32, 8, 8), 3, (5, 5)), SHORT, BOTH, (("H100", 2), ("T4", 2))),
     (Case("visits of several samples", (19, 512, 7, 7), 128, (3, 3)), HALF, BOTH, (("A100", 32),)),
     (Case("a short first visit", (12, 512, 7, 7), 128, (3, 3)), HALF, FIRST, (("A100", 32),)),
+    (Case("visits of two samples", (13, 64, 7, 7), 16, (3, 3)), HALF, BOTH, (("H100", 4),)),
+    (Case("rows shorter than a vector", (4, 64, 5), 4, (3,)), HALF, FIRST, (("H100", 4),)),
+    (Case("more units than threads", (2, 16, 6, 6), 530, (3, 3)), HALF, FIRST, (("H100", 4),)),
     (Case("one row at a time", (1, 34, 16, 16), 6, (7, 7)), SHORT, FIRST, (("H100", 16),)),
     (Case("x comes and goes", (3, 128, 28, 28), 8, (5, 5)), HALF, BOTH, (("A100", 2),)),
     (Case("x comes and goes", (3, 128, 28, 28), 8, (5, 5)), HALF, FIRST, (("T4", 8),)),
