@@ -1,5 +1,5 @@
 // The arithmetic of CBAM that the CPU and the CUDA backend share, for one element or one vector of
-// them: gate and derivative, ReLU and derivative, the (sum, max, argmax) rules.
+// them: gate and derivative, ReLU and derivative, the (sum, max, argmax) rules, dx.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +24,12 @@ CBAM_INLINE A relu(A v) {
 template <class A>
 CBAM_INLINE bool relu_passes(A output) {
   return !(output <= A(0));
+}
+
+// dx, from what reaches it through the maps and through the pools: a scalar or a vector.
+template <class V>
+CBAM_INLINE V input_gradient_of(V dout, V spatial_gate, V of_maps, V channel_gate, V of_pools) {
+  return (dout * spatial_gate + of_maps) * channel_gate + of_pools;
 }
 
 // Whether `v` takes the place of `best`: a NaN beats every number, the first of equals stays.

@@ -53,7 +53,7 @@ def test_every_schedule_gives_the_same_bits_and_no_findings(expected, kind, sche
 
 
 def test_the_sanitizers_find_nothing(expected):
-    """In float32: the build is several times as slow as the others."""
+    """In float32, which is all that the build has: it is several times as slow as the others."""
     found = run("asan", "digests", "float32", schedule="random:4", device=SLICE)
     assert found == {key: value for key, value in expected(SLICE).items() if "float32" in key}
 

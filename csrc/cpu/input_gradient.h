@@ -77,10 +77,10 @@ class InputGradient {
                      max = lanes.load(reach.d_max + s);
       const ivec_t<A> winner = lanes.indices(maximum_of + s), pixel = iota<A>() + index_t<A>(s);
       for (int i = 0; i < kRows; ++i) {
-        vec_t<A> dy = lanes.load(in.row(c + i) + s) * a + mean;
-        dy += where<A>(winner == index_t<A>(c + i), max);
+        const vec_t<A> maps = mean + where<A>(winner == index_t<A>(c + i), max);
         const vec_t<A> pools = d_avg[i] + where<A>(pixel == index_t<A>(top[i]), splat(d_top[i]));
-        lanes.store(to + i * stride + s, dy * gate[i] + pools);
+        lanes.store(to + i * stride + s, input_gradient_of(lanes.load(in.row(c + i) + s), a, maps,
+                                                           splat(gate[i]), pools));
       }
     });
   }
@@ -94,12 +94,12 @@ class InputGradient {
     const int32_t* maximum_of = t_.pixel_argmax(n);
     const index_t<A> top = t_.channel_argmax(n)[s];
     for_columns(t_.cols, [&](int64_t c, auto lanes) {
-      vec_t<A> dy = lanes.load(in + c) * spatial + d_mean;
-      dy += where<A>(iota<A>() + index_t<A>(c) == top, splat(d_max));
+      const vec_t<A> maps = d_mean + where<A>(iota<A>() + index_t<A>(c) == top, splat(d_max));
       const ivec_t<A> winner = lanes.indices(maximum_of + c);
       const vec_t<A> pools =
           lanes.load(d_avg + c) + where<A>(winner == index_t<A>(s), lanes.load(d_top + c));
-      lanes.store(to + c, dy * lanes.load(gate + c) + pools);
+      lanes.store(to + c, input_gradient_of(lanes.load(in + c), splat(spatial), maps,
+                                            lanes.load(gate + c), pools));
     });
   }
 

@@ -25,7 +25,7 @@ class Tree:
         shutil.copytree(OUTPUT / "race", self.objects)
         self._must_be_what_was_built()
         *compilations, link = self._commands(built)
-        self.link = link.partition(" && ")[0]
+        self.link = link.partition(" && ")[0]  # without the move to its place
         self.compile: dict[str, str] = {}
         for command in compilations:
             if found := re.search(rf"-x c\+\+ {re.escape(str(self.csrc))}/(\S+\.cu) ", command):

@@ -1,5 +1,9 @@
-// The last pass of the backward, over dout alone; the formula
-// stands in input_gradient.cuh.
+// The last pass of the backward, over dout alone.
+//
+//   dx[c][s] = (dout[c][s] * spatial_gate[s] + d_mean[s] + d_max[s] where c is s's maximum)
+//              * channel_gate[c] + d_avg[c] + d_top[c] where s is c's maximum
+//
+// d_mean and d_avg are already divided by the channels and the pixels.
 //
 // grid    samples * splits * tiles blocks of 256 threads; a block takes `tile` columns, `span` rows
 //
@@ -8,7 +12,6 @@
 // bytes   reads dout once, writes dx once; 3 * acc + 4 for each row and column of a block
 #include "../dispatch.cuh"
 #include "../launch.cuh"
-#include "input_gradient.cuh"
 #include "tile_sums.cuh"
 
 namespace cbam::cuda {

@@ -1,7 +1,7 @@
 // The whole backward in one launch, but for the sums over the batch: a team of blocks holds a few
 // samples of dout, and of x where both fit, each block a slice of the channels. The formulas stand
 // with the stages: resident_spatial_gate_backward.cuh, resident_channel_gate_backward.cuh,
-// input_gradient.cuh.
+// resident_input_gradient.cuh.
 //
 // grid    teams * team blocks of 256 or 512 threads, as clusters of `team` blocks or all at once; a
 //         team visits `samples` samples, then those `teams` visits further on, which begin to

@@ -1,8 +1,10 @@
 // dx of the slice of a sample that a block of the resident backward holds; the formula stands in
-// input_gradient.cuh.
+// input_gradient.cu.
 #pragma once
 
-#include "input_gradient.cuh"
+#include "../primitives/vector_io.cuh"
+#include "backward.h"
+#include "blocks.cuh"
 
 namespace cbam::cuda {
 
