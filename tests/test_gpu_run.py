@@ -135,7 +135,20 @@ def test_every_tool_is_run_over_the_small_program(monkeypatch, tmp_path):
     monkeypatch.setattr(sanitizers, "find_tool", lambda _: str(tool))
     outcome = sanitizers.step(20, Folder(tmp_path))
     assert outcome.state == PASSED, outcome
-    assert set(outcome.details["tools"]) == set(sanitizers.TOOLS)
+    assert list(outcome.details["tools"]) == list(sanitizers.runs())
+    for name, tool in outcome.details["tools"].items():
+        assert tool["state"] == PASSED, name
+
+
+def test_parts_of_a_tool_watch_everything_once(monkeypatch):
+    parts = [arguments[-1] for name, arguments in sanitizers.runs().items() if "race" in name]
+    assert parts == ["1/5", "2/5", "3/5", "4/5", "5/5"]
+    made = []
+    monkeypatch.setattr(small, "_make_calls", lambda problem, *_: made.append(problem))
+    monkeypatch.setattr(small.Tally, "said", lambda *_: "")
+    for part in range(1, 6):
+        small.run("cpu", part, 5)
+    assert sorted(map(str, made)) == sorted(map(str, small.problems()))
 
 
 JUNIT = """<testsuites><testsuite>

@@ -1,7 +1,12 @@
-"""``python -m benchmarks.gpu.small``: all kinds of calls, small, for compute-sanitizer."""
+"""``python -m benchmarks.gpu.small 1/1``: all kinds of calls, small, for compute-sanitizer.
+
+``2/5`` makes the second fifth of them.
+"""
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -67,8 +72,8 @@ def problems() -> Iterator[Watched]:
     yield from FORMS
 
 
-def run(device: str = "cuda") -> dict[str, str]:
-    """Make all calls; returns how many of each strategy, and those that it has no plan for.
+def run(device: str = "cuda", part: int = 1, parts: int = 1) -> dict[str, str]:
+    """Make a part of all calls; returns how many of each strategy, and what it has no plan for.
 
     Inputs are made on the CPU and copied, so that hardly any kernels run but those in question.
 
@@ -76,7 +81,7 @@ def run(device: str = "cuda") -> dict[str, str]:
         SkippedError: a strategy made no call at all.
     """
     tallies = {strategy: Tally() for strategy in STRATEGIES}
-    for problem in problems():
+    for problem in itertools.islice(problems(), part - 1, None, parts):
         _make_calls(problem, device, tallies)
     return {strategy: tally.said("calls") for strategy, tally in tallies.items()}
 
@@ -106,7 +111,8 @@ def _make_calls(problem: Watched, device: str, tallies: Mapping[str, Tally]) -> 
 
 
 if __name__ == "__main__":
-    said = run()
+    part, parts = map(int, sys.argv[1].split("/"))
+    said = run("cuda", part, parts)
     torch.cuda.synchronize()
     for strategy, calls in said.items():
         print(f"{WATCHED}{strategy}: {calls}")
