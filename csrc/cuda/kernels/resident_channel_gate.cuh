@@ -16,7 +16,7 @@ template <int kVectors, bool kChannelsFirst, class T>
 __device__ __forceinline__ void hidden_shares(const ResidentForward& p,
                                               const ResidentBlock<T, kChannelsFirst>& block,
                                               const ForwardMemory<T>& m) {
-  constexpr int kRows = kVectors == 2 ? 4 : 1;
+  constexpr int kRows = kVectors == 2 ? 8 : 2;
   const int row = threadIdx.x % 32 / kVectors, vector = threadIdx.x % kVectors;
   with_weights<T>(p.weights.fc1_weight, p.weights.dtype, [&](const auto* weights) {
     for (int unit = threadIdx.x / 32 * kRows; unit < p.hidden;
@@ -30,43 +30,40 @@ __device__ __forceinline__ void hidden_shares(const ResidentForward& p,
   });
 }
 
-// Of one block, in a unit of the hidden vectors of mean and max.
-template <class A>
-struct Shares {
-  A mean, max;
-};
-
 // The hidden vectors of mean and max, summed over the team and then over both.
 template <bool kTraining, bool kChannelsFirst, class T>
 __device__ __forceinline__ void merge_hidden(const ResidentForward& p,
                                              const ResidentBlock<T, kChannelsFirst>& block,
                                              const ForwardMemory<T>& m) {
   using A = acc_t<T>;
-  const int samples = p.geometry.mlp_samples(), vectors = 2 * samples;
+  constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(A)), kPairs = kCount / 2;
+  const int samples = p.geometry.mlp_samples(), pairs = p.hidden * samples;
   const Team& team = block.team;
-  for (int i = threadIdx.x; i < p.hidden * samples; i += p.geometry.threads) {
-    const int unit = i / samples, sample = i % samples;
-    const A* own = m.exchange.hidden + unit * vectors + 2 * sample;
-    const void* bias = p.weights.fc1_bias;
-    const A b = bias ? weight_at<T>(bias, p.weights.dtype, unit) : A(0);
-    A mean = A(0), max = A(0);
+  for (int first = kPairs * threadIdx.x; first < pairs; first += kPairs * p.geometry.threads) {
+    A sum[kCount] = {};  // mean and max of one unit and sample, then of the next
     read_from(team, [&](auto read) {
+      const auto* own = reinterpret_cast<const uint4*>(m.exchange.hidden + 2 * first);
       for_batches<4>(
-          0, team.size, 1,
-          [&](int from) { return Shares<A>{read(own, from), read(own + 1, from)}; },
-          [&](int, const Shares<A>& shares) {
-            mean += shares.mean;
-            max += shares.max;
+          0, team.size, 1, [&](int from) { return Raw<A, kCount>{read(own, from)}; },
+          [&](int, const Raw<A, kCount>& share) {
+#pragma unroll
+            for (int k = 0; k < kCount; ++k) sum[k] += share.element[k];
           });
     });
-    mean = relu(mean + b);
-    max = relu(max + b);
-    m.shared.both[i] = mean + max;
-    if (kTraining && team.rank == 0 && sample < block.samples) {
-      const int64_t n = block.first_sample() + sample;
-      A* saved = static_cast<A*>(p.saved.hidden) + n * 2 * p.hidden + unit;
-      saved[0] = mean;
-      saved[p.hidden] = max;
+#pragma unroll
+    for (int k = 0; k < kPairs; ++k) {
+      if (first + k >= pairs) break;
+      const int unit = (first + k) / samples, sample = (first + k) % samples;
+      const void* bias = p.weights.fc1_bias;
+      const A b = bias ? weight_at<T>(bias, p.weights.dtype, unit) : A(0);
+      const A mean = relu(sum[2 * k] + b), max = relu(sum[2 * k + 1] + b);
+      m.shared.both[first + k] = mean + max;
+      if (kTraining && team.rank == 0 && sample < block.samples) {
+        const int64_t n = block.first_sample() + sample;
+        A* saved = static_cast<A*>(p.saved.hidden) + n * 2 * p.hidden + unit;
+        saved[0] = mean;
+        saved[p.hidden] = max;
+      }
     }
   }
   __syncthreads();
@@ -78,7 +75,7 @@ __device__ __forceinline__ void gate_channels(const ResidentForward& p,
                                               const ResidentBlock<T, kChannelsFirst>& block,
                                               const ForwardMemory<T>& m) {
   using A = acc_t<T>;
-  constexpr int kRows = kSamples == 1 ? 4 : 2;
+  constexpr int kRows = kSamples == 1 ? 8 : 4;
   const int row = threadIdx.x % 32 / kSamples, sample = threadIdx.x % kSamples;
   with_weights<T>(p.weights.fc2_weight, p.weights.dtype, [&](const auto* weights) {
     for (int first = threadIdx.x / 32 * kRows; first < block.channels;

@@ -101,49 +101,95 @@ __device__ __forceinline__ void pool(const ResidentForward& p,
   __syncthreads();
 }
 
-// out of one chunk. A thread keeps to the columns of one vector, whose gates it holds; without
-// kWhole rows do not end with vectors, and a vector may span several of a group. An element is
-// multiplied by the channel's gate first, then by the pixel's, as the plain form does.
-template <bool kWhole, bool kChannelsFirst, class T>
-__device__ __forceinline__ void scale_chunk(const ResidentForward& p,
-                                            const ResidentBlock<T, kChannelsFirst>& block,
-                                            const ForwardMemory<T>& m, int sample, int number) {
+// What a vector of out is multiplied by: its columns' gates, held by a thread, and its rows'.
+template <class Columns, int kCount, class A>
+struct ScaledColumns {
+  Columns columns;
+  A own[kCount];
+
+  __device__ __forceinline__ ScaledColumns(int first, int cols, const A* of_column)
+      : columns(first, cols, kCount) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) own[i] = of_column[columns.column(i)];
+  }
+  // An element is multiplied by the channel's gate first, then by the pixel's, as the plain form
+  // does. `of_row` is the gate of the group's first row.
+  template <bool kRowsFirst, class T>
+  __device__ __forceinline__ void scale(const A* of_row, Pack<T, kCount>& pack) const {
+    constexpr bool kTwoRows = !std::is_same_v<Columns, VectorColumns<true>>;
+    A of_first = A(0), of_last = A(0);
+    if constexpr (kTwoRows) {
+      of_first = of_row[columns.first_row];
+      of_last = of_row[columns.last_row];
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      A by;
+      if constexpr (kTwoRows)
+        by = columns.of_element(i, of_first, of_last);
+      else
+        by = of_row[columns.row_of(i)];
+      pack.value[i] *= kRowsFirst ? by : own[i];
+      pack.value[i] *= kRowsFirst ? own[i] : by;
+    }
+  }
+};
+
+// out of a sample, chunk by chunk: done(number) is called by all threads once nothing reads a chunk
+// any more. A thread keeps to the columns of one vector, or of a few where rows are long; rows that
+// do not end with vectors are taken in groups that do, of g.channel_group.
+template <class Columns, bool kChannelsFirst, class T, class Done>
+__device__ __forceinline__ void scale_sample(const ResidentForward& p,
+                                             const ResidentBlock<T, kChannelsFirst>& block,
+                                             const ForwardMemory<T>& m, int sample, Done done) {
   using A = acc_t<T>;
   constexpr int kCount = kVector<T>;
   const ResidentForwardGeometry& g = p.geometry;
-  const Chunk chunk(g, block.rows(), number);
   const A* channels = m.shared.gate + sample * g.channels;
   const A* pixels = m.spatial + sample * block.pixels();
+  const A* of_row = kChannelsFirst ? channels : pixels;
+  const A* of_column = kChannelsFirst ? pixels : channels;
   const T* tile = m.shared.tile + int64_t{sample} * g.rows * g.pitch;
   T* out = static_cast<T*>(p.out) + (block.first_sample() + sample) * p.out_sample_stride +
            block.first_channel * (kChannelsFirst ? p.out_row_stride : 1);
-  const A* of_row = kChannelsFirst ? channels : pixels;
-  const A* of_column = kChannelsFirst ? pixels : channels;
-  const int group = kWhole ? 1 : g.channel_group, vectors = group * block.cols() / kCount;
+  const int group = std::is_same_v<Columns, VectorOfTwoRows<false>> ? 1 : g.channel_group;
+  const int vectors = group * block.cols() / kCount;
   const int along = min(vectors, g.threads), below = g.threads / along;
-  const int side = threadIdx.x % along, first = chunk.first + threadIdx.x / along * group;
-  if (static_cast<int>(threadIdx.x) >= along * below) return;
-  for (int v = side; v < vectors; v += along) {
-    const VectorColumns<!kWhole> columns(v * kCount, block.cols(), kCount);
-    A own[kCount];
-    if constexpr (kWhole) load_shared(of_column + v * kCount, true, own);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      if constexpr (!kWhole) own[i] = of_column[columns.column(i)];
-    for_batches(
-        first, chunk.first + chunk.count, below * group,
-        [&](int row) { return load_staged<kCount>(tile + row * g.pitch + v * kCount); },
-        [&](int row, const Raw<T, kCount>& raw) {
-          auto pack = widen(raw);
-#pragma unroll
-          for (int i = 0; i < kCount; ++i) {
-            const A by = of_row[row + columns.row_of(i)];
-            pack.value[i] *= kChannelsFirst ? by : own[i];
-            pack.value[i] *= kChannelsFirst ? own[i] : by;
-          }
-          store(out + int64_t{row} * p.out_row_stride + v * kCount, pack);
-        });
+  const int side = threadIdx.x % along, row_below = threadIdx.x / along * group;
+  const int end = static_cast<int>(threadIdx.x) < along * below ? vectors : 0;
+  int held = side;
+  ScaledColumns<Columns, kCount, A> by(held * kCount, block.cols(), of_column);
+  for (int number = 0; number < g.chunks; ++number) {
+    const Chunk chunk(g, block.rows(), number);
+    for (int v = side; v < end; v += along) {
+      if (v != held) by = {v * kCount, block.cols(), of_column};
+      held = v;
+      for_batches(
+          chunk.first + row_below, chunk.first + chunk.count, below * group,
+          [&](int row) { return load_staged<kCount>(tile + row * g.pitch + v * kCount); },
+          [&](int row, const Raw<T, kCount>& raw) {
+            auto pack = widen(raw);
+            by.template scale<kChannelsFirst>(of_row + row, pack);
+            store(out + int64_t{row} * p.out_row_stride + v * kCount, pack);
+          });
+    }
+    __syncthreads();
+    done(number);
   }
+}
+
+// The same for any rows.
+template <bool kChannelsFirst, class T, class Done>
+__device__ __forceinline__ void scale_rows(const ResidentForward& p,
+                                           const ResidentBlock<T, kChannelsFirst>& block,
+                                           const ForwardMemory<T>& m, int sample, Done done) {
+  constexpr int kCount = kVector<T>;
+  if (!kChannelsFirst || block.cols() % kCount == 0)
+    scale_sample<VectorOfTwoRows<false>>(p, block, m, sample, done);
+  else if (block.cols() >= kCount - 1)
+    scale_sample<VectorOfTwoRows<true>>(p, block, m, sample, done);
+  else
+    scale_sample<VectorColumns<true>>(p, block, m, sample, done);
 }
 
 template <class T, bool kChannelsFirst, bool kTraining>
@@ -161,8 +207,6 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   for (int sample = 0; sample < block.samples_in(0); ++sample)
     for (int number = 0; number < g.chunks; ++number) load(0, sample, number);
   prefetch_weights(p, block);
-  const bool whole =
-      block.cols() % kVector<T> == 0;  // of a row: always so where channels come last
   for (int round = 0; round < rounds_of(p, g); ++round) {
     block.start(round);
     __syncthreads();
@@ -171,14 +215,9 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
     gate_all_pixels<kTraining>(p, block, m);
     const int following = block.samples_in(round + 1);
     for (int sample = 0; sample < block.samples; ++sample)
-      for (int number = 0; number < g.chunks; ++number) {
-        if (whole)
-          scale_chunk<true>(p, block, m, sample, number);
-        else
-          scale_chunk<false>(p, block, m, sample, number);
-        __syncthreads();
+      scale_rows(p, block, m, sample, [&](int number) {
         if (sample < following) load(round + 1, sample, number);
-      }
+      });
   }
   if (kHasClusters && g.cluster)
     block.team.barrier();  // others may still read what this block put out

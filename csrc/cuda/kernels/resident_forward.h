@@ -18,10 +18,13 @@ struct ResidentForwardGeometry : ResidentGeometry {
   // From the pooled values of a channel to those of the next: neither of 8 lanes that read a vector
   // each meets another in a bank.
   CBAM_INLINE_MEMBER int pooled_pitch() const { return samples == 1 ? 2 : vectors() + 4; }
-  // Elements of what is put out of a box's gates: whole vectors.
-  CBAM_INLINE_MEMBER int gates_each() const {
-    constexpr int kGates = kVectorBytes / static_cast<int>(sizeof(float));
-    return (boxes.pixels() + kGates - 1) / kGates * kGates;
+  // Elements of what is put out of a box's gates, and of a sample's maps: whole vectors.
+  CBAM_INLINE_MEMBER int gates_each() const { return in_whole_vectors(boxes.pixels()); }
+  CBAM_INLINE_MEMBER int map_pitch() const { return in_whole_vectors(band); }
+
+  CBAM_INLINE_MEMBER static int in_whole_vectors(int sums) {
+    constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(float));
+    return (sums + kCount - 1) / kCount * kCount;
   }
 };
 
@@ -40,24 +43,24 @@ const char* why_no_resident_forward(DType dtype, bool channels_first, bool train
 template <class A>
 struct ForwardExchange {
   A* hidden;        // [hidden, vectors]: this block's share of the first layer's sums
-  A* maps;          // [2, samples, band]: mean and max over this block's channels
-  int32_t* argmax;  // [samples, band]
+  A* maps;          // [2, samples, band in whole vectors]: mean and max over this block's channels
+  int32_t* argmax;  // [samples, band in whole vectors]
   A* gates;         // [boxes_each, pixels of a box in whole vectors]
 
   template <class Carver>
   CBAM_INLINE_MEMBER ForwardExchange(Carver& carver, const ResidentForwardGeometry& g, int units,
                                      const Space& space, bool training)
-      : hidden(carver.template array<A>(int64_t{units} * g.vectors(), "hidden")),
+      : hidden(carver.template array<A>(g.in_whole_vectors(units * g.vectors()), "hidden")),
         maps(carver.template array<A>(map_values(g, space), "maps")),
-        argmax(
-            carver.template array<int32_t>(training ? int64_t{g.samples} * g.band : 0, "argmax")),
+        argmax(carver.template array<int32_t>(training ? int64_t{g.samples} * g.map_pitch() : 0,
+                                              "argmax")),
         gates(carver.template array<A>(int64_t{g.boxes_each} * g.gates_each(), "gates")) {}
 
  private:
   // In a cluster the spatial gates follow in the same place, once the maps are gates.
   CBAM_INLINE_MEMBER static int64_t map_values(const ResidentForwardGeometry& g,
                                                const Space& space) {
-    const int64_t maps = int64_t{2} * g.samples * g.band;
+    const int64_t maps = int64_t{2} * g.samples * g.map_pitch();
     const int64_t gates = int64_t{g.samples} * space.pixels();
     return g.cluster && gates > maps ? gates : maps;
   }

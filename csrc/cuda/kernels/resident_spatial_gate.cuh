@@ -30,9 +30,9 @@ __device__ __forceinline__ void put_out_maps(const ResidentForward& p,
       max[i] = e[i].max;
       argmax[i] = e[i].argmax_or(block.first_channel);
     }
-    const int at = sample * g.band + pixel - first;
+    const int at = sample * g.map_pitch() + pixel - first;
     store_shared(m.exchange.maps + at, sum);
-    store_shared(m.exchange.maps + g.samples * g.band + at, max);
+    store_shared(m.exchange.maps + g.samples * g.map_pitch() + at, max);
     if constexpr (kTraining) store_shared(m.exchange.argmax + at, argmax);
   };
   const auto put = [&](int sample, int pixel, const Extremes<A, kTraining>& e) {
@@ -57,39 +57,141 @@ __device__ __forceinline__ void put_out_maps(const ResidentForward& p,
                                   block.rows(), ready, put);
 }
 
-// A pixel's maps, merged over the team; kept for backward where the pixel is one of this block's.
-template <bool kTraining, bool kChannelsFirst, class T>
+// Neighbours among the pixels of a map, which are read together.
+template <class A>
+constexpr int kNeighbours = kVectorBytes / static_cast<int>(sizeof(A));
+
+// What a block has of the maps of some neighbours.
+template <class A, bool kTraining>
+struct MapsOfBlock {
+  Raw<A, kNeighbours<A>> sum, max;
+  Raw<int32_t, kNeighbours<A>> argmax;
+
+  __device__ __forceinline__ Extremes<A, kTraining> of(int i) const {
+    Extremes<A, kTraining> e;
+    e.sum = sum.element[i];
+    e.max = max.element[i];
+    if constexpr (kTraining) e.argmax = argmax.element[i];
+    return e;
+  }
+};
+
+// The maps of neighbours, merged over the team in the order of ranks; `at` is where a block has the
+// first of them.
+template <bool kTraining, bool kChannelsFirst, class T, class A>
 __device__ __forceinline__ void merge_maps(const ResidentForward& p,
                                            const ResidentBlock<T, kChannelsFirst>& block,
-                                           const ForwardMemory<T>& m, int sample, int pixel,
-                                           int first, bool inside, acc_t<T>& mean, acc_t<T>& max) {
-  using A = acc_t<T>;
+                                           const ForwardMemory<T>& m, int at,
+                                           Extremes<A, kTraining> (&merged)[kNeighbours<A>]) {
+  using Maps = MapsOfBlock<A, kTraining>;
   const ResidentForwardGeometry& g = p.geometry;
-  const int at = sample * g.band + pixel - first;
-  Extremes<A, kTraining> merged;
-  const auto add = [&](int from, const Extremes<A, kTraining>& e) {
-    if (from == 0)
-      merged = e;  // as it is, NaN and all
-    else
-      merged.merge(e);
-  };
+  const A *sum = m.exchange.maps + at, *max = sum + g.samples * g.map_pitch();
   read_from(block.team, [&](auto read) {
-    const auto extremes_of = [&](int from) {
-      Extremes<A, kTraining> e;
-      e.sum = read(m.exchange.maps + at, from);
-      e.max = read(m.exchange.maps + g.samples * g.band + at, from);
-      if constexpr (kTraining) e.argmax = read(m.exchange.argmax + at, from);
-      return e;
+    const auto maps_of = [&](int from) {
+      Maps maps{};
+      maps.sum.words = read(reinterpret_cast<const uint4*>(sum), from);
+      maps.max.words = read(reinterpret_cast<const uint4*>(max), from);
+      if constexpr (kTraining)
+        maps.argmax.words = read(reinterpret_cast<const uint4*>(m.exchange.argmax + at), from);
+      return maps;
     };
-    for_batches<kTraining ? 2 : 4>(0, g.team, 1, extremes_of, add);
+    const auto add = [&](int from, const Maps& maps) {
+#pragma unroll
+      for (int i = 0; i < kNeighbours<A>; ++i)
+        if (from == 0)
+          merged[i] = maps.of(i);  // as it is, NaN and all
+        else
+          merged[i].merge(maps.of(i));
+    };
+    for_batches<kTraining ? 2 : 4>(0, g.team, 1, maps_of, add);
   });
-  mean = merged.sum;
-  max = merged.max;
+}
+
+// What of a box and its halo lies in the image: in runs of pixels that follow each other, which are
+// the rows of a whole slice where the box is as wide as the image, and else one row.
+struct StagedRuns {
+  int z, y, x;              // of the first pixel
+  int rows, width, length;  // rows of a slice, pixels of a row and of a run
+  int count;
+  bool whole_rows;
+
+  __device__ __forceinline__ StagedRuns(const Box& box, const Space& s)
+      : z(max(0, box.z - s.kernel_depth / 2)),
+        y(max(0, box.y - s.kernel_height / 2)),
+        x(max(0, box.x - s.kernel_width / 2)),
+        rows(min(s.height, box.y + box.height + s.kernel_height / 2) - y),
+        width(min(s.width, box.x + box.width + s.kernel_width / 2) - x) {
+    const int slices = min(s.depth, box.z + box.depth + s.kernel_depth / 2) - z;
+    whole_rows = width == s.width;
+    length = whole_rows ? rows * width : width;
+    count = whole_rows ? slices : slices * rows;
+  }
+  // Of a run: its slice, and the number of its first pixel in the image.
+  __device__ __forceinline__ int slice(int run) const {
+    return z + (whole_rows ? run : run / rows);
+  }
+  __device__ __forceinline__ int first(const Space& s, int run) const {
+    const int row = whole_rows ? 0 : run % rows;
+    return (slice(run) * s.height + y + row) * s.width + x;
+  }
+};
+
+// The merged maps of a pixel, into what is staged of the box and its halo.
+template <bool kTraining, bool kChannelsFirst, class T>
+__device__ __forceinline__ void put_staged(const ResidentForward& p,
+                                           const ResidentBlock<T, kChannelsFirst>& block,
+                                           const ForwardMemory<T>& m, const Box& box, int z, int y,
+                                           int x, const Extremes<acc_t<T>, kTraining>& maps) {
+  const Space& s = p.space;
+  const int bz = z - box.z, by = y - box.y, bx = x - box.x;  // in the box
+  const int at = box.at(bz + s.kernel_depth / 2, by + s.kernel_height / 2, bx + s.kernel_width / 2);
+  m.shared.staged[at] = maps.sum;
+  m.shared.staged[box.staged + at] = maps.max;
   if constexpr (kTraining) {
-    if (!inside) return;
-    const int64_t n = block.first_sample() + sample;
-    save_maps<T>(p.saved.maps, n, block.pixels(), pixel, mean, max);
-    p.saved.channel_argmax[n * block.pixels() + pixel] = merged.argmax;
+    if (bz < 0 || bz >= box.depth || by < 0 || by >= box.height || bx < 0 || bx >= box.width)
+      return;
+    const int64_t n = block.first_sample() + box.sample;
+    const int pixel = (z * s.height + y) * s.width + x;
+    save_maps<T>(p.saved.maps, n, block.pixels(), pixel, maps.sum, maps.max);
+    p.saved.channel_argmax[n * block.pixels() + pixel] = maps.argmax;
+  }
+}
+
+// The maps of a box and its halo, as far as their pixels are in the band [first, end); with the
+// first band zeros outside the image. Kept for backward where a pixel is one of the box.
+template <bool kTraining, bool kChannelsFirst, class T>
+__device__ __forceinline__ void stage_merged_maps(const ResidentForward& p,
+                                                  const ResidentBlock<T, kChannelsFirst>& block,
+                                                  const ForwardMemory<T>& m, const Box& box,
+                                                  int first, int end) {
+  using A = acc_t<T>;
+  constexpr int kCount = kNeighbours<A>;
+  const ResidentForwardGeometry& g = p.geometry;
+  const Space& s = p.space;
+  if (first == 0) {
+    for (int i = threadIdx.x; i < 2 * box.staged; i += g.threads) m.shared.staged[i] = A(0);
+    __syncthreads();
+  }
+  const StagedRuns runs(box, s);
+  const int each =
+      (runs.length + 2 * (kCount - 1)) / kCount;  // vectors of a run that starts anywhere
+  const auto sample = static_cast<int>(box.sample);
+  for (int i = threadIdx.x; i < runs.count * each; i += g.threads) {
+    const int run = i / each, slice = runs.slice(run), start = runs.first(s, run);
+    const int pixel = start / kCount * kCount + i % each * kCount;
+    if (pixel >= start + runs.length || pixel < first || pixel >= end) continue;
+    Extremes<A, kTraining> merged[kCount];
+    merge_maps<kTraining>(p, block, m, sample * g.map_pitch() + pixel - first, merged);
+    int row = pixel / s.width, x = pixel - row * s.width;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      if (pixel + k >= start && pixel + k < start + runs.length)
+        put_staged<kTraining>(p, block, m, box, slice, row - slice * s.height, x, merged[k]);
+      if (++x == s.width) {
+        x = 0;
+        ++row;
+      }
+    }
   }
 }
 
@@ -102,11 +204,7 @@ __device__ __forceinline__ void gate_boxes(const ResidentForward& p,
   using A = acc_t<T>;
   const ResidentForwardGeometry& g = p.geometry;
   for_own_boxes(block, [&](int k, int, const Box& box) {
-    const auto sample = static_cast<int>(box.sample);
-    stage_maps(box, p.space, first, end, m.shared.staged,
-               [&](int pixel, bool inside, A& mean, A& max) {
-                 merge_maps<kTraining>(p, block, m, sample, pixel, first, inside, mean, max);
-               });
+    stage_merged_maps<kTraining>(p, block, m, box, first, end);
     if (end < block.pixels()) return;
     __syncthreads();
     A* gates = m.exchange.gates + k * g.gates_each();
@@ -116,7 +214,8 @@ __device__ __forceinline__ void gate_boxes(const ResidentForward& p,
       gates[at] = gate;
       if constexpr (kTraining)
         static_cast<A*>(
-            p.saved.spatial_gate)[(block.first_sample() + sample) * block.pixels() + pixel] = gate;
+            p.saved.spatial_gate)[(block.first_sample() + box.sample) * block.pixels() + pixel] =
+            gate;
     };
     if (box.pixels() <= g.threads)
       gate_box<1>(box, p.space, m.shared.staged, m.shared.weight, put);
