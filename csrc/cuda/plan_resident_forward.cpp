@@ -7,6 +7,8 @@ namespace {
 constexpr int64_t kMostBands = 8;
 // Elements of a row that is no whole number of vectors, up to which a thread walks along it alone.
 constexpr int64_t kShortRow = 128;
+// That share a row, where it is longer: eight read all banks of shared memory.
+constexpr int kFewestLanes = 8;
 // Two walks over an element in shared memory, by a multiprocessor; estimated.
 constexpr double kElementSeconds = 22e-12;
 
@@ -59,6 +61,11 @@ class ForwardFitting : public Teams {
   // How threads share rows and columns: no thread makes the maps of so many neighbours that more
   // than a third of the threads have none.
   void set_walks(Geometry& g) const {
+    // Fewer lanes sum a row up in fewer steps, and fewer of them are without a last vector; as long
+    // as every thread has rows.
+    const int64_t groups_of_rows = int64_t{g.samples} * g.rows / kRowsAlong;
+    while (first_ && g.lanes > kFewestLanes && groups_of_rows * g.lanes / 2 >= g.threads)
+      g.lanes /= 2;
     if (first_ && s_.pixels() % (vector_ / 2) && s_.pixels() <= kShortRow) g.lanes = 1;
     g.neighbours = 1;
     for (int count : {vector_ / 2, vector_})

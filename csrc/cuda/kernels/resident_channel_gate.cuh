@@ -28,6 +28,9 @@ __device__ __forceinline__ void hidden_shares(const ResidentForward& p,
         m.exchange.hidden[(unit + row) * kVectors + vector] = sum;
     }
   });
+  const int sums = p.hidden * kVectors;
+  for (int i = sums + threadIdx.x; i < p.geometry.in_whole_vectors(sums); i += p.geometry.threads)
+    m.exchange.hidden[i] = acc_t<T>(0);  // read with others in a vector
 }
 
 // The hidden vectors of mean and max, summed over the team and then over both.

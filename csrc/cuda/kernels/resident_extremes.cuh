@@ -18,9 +18,8 @@ struct ForwardMemory {
   A* spatial;  // [samples, pixels]
 };
 
-// Rows that a group of lanes walks along together, and rows of a column that a thread reads at
-// once.
-constexpr int kRowsAlong = 2, kRowsUnderWay = 4;
+// Rows of a column that a thread reads at once.
+constexpr int kRowsUnderWay = 4;
 
 // For rows [first, end) of every sample of the visit: put(sample, row, sum and maximum of the row's
 // elements times their factor), kCount elements at a time. `index` is the number of a row's first

@@ -8,6 +8,9 @@ namespace cbam::cuda {
 // Threads of the blocks on a multiprocessor, with 128 registers each.
 constexpr int kForwardThreads = 512;
 
+// Rows that a group of lanes walks along together.
+constexpr int kRowsAlong = 2;
+
 struct ResidentForwardGeometry : ResidentGeometry {
   int band;        // pixels whose maps are exchanged at a time
   int neighbours;  // pixels whose maps a thread makes where channels come first: those of a vector,

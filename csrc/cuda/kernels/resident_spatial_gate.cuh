@@ -35,6 +35,13 @@ __device__ __forceinline__ void put_out_maps(const ResidentForward& p,
     store_shared(m.exchange.maps + g.samples * g.map_pitch() + at, max);
     if constexpr (kTraining) store_shared(m.exchange.argmax + at, argmax);
   };
+  const int count = end - first, behind = g.in_whole_vectors(count) - count;
+  for (int i = threadIdx.x; i < block.samples * behind; i += g.threads) {
+    const int at = i / behind * g.map_pitch() + count + i % behind;
+    // Read with others in a vector.
+    m.exchange.maps[at] = m.exchange.maps[g.samples * g.map_pitch() + at] = A(0);
+    if constexpr (kTraining) m.exchange.argmax[at] = 0;
+  }
   const auto put = [&](int sample, int pixel, const Extremes<A, kTraining>& e) {
     const Extremes<A, kTraining> alone[] = {e};
     put_neighbours(sample, pixel, alone);
