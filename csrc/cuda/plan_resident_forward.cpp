@@ -9,6 +9,8 @@ constexpr int64_t kMostBands = 8;
 constexpr int64_t kShortRow = 128;
 // That share a row, where it is longer: eight read all banks of shared memory.
 constexpr int kFewestLanes = 8;
+// Threads that share the channels of some pixels, at most: they wait for each other's turn.
+constexpr int kMostSharing = 8;
 // Two walks over an element in shared memory, by a multiprocessor; estimated.
 constexpr double kElementSeconds = 22e-12;
 
@@ -68,12 +70,15 @@ class ForwardFitting : public Teams {
       g.lanes /= 2;
     if (first_ && s_.pixels() % (vector_ / 2) && s_.pixels() <= kShortRow) g.lanes = 1;
     g.neighbours = 1;
-    for (int count : {vector_ / 2, vector_})
-      if (first_ && s_.pixels() % count == 0 && g.band % count == 0 &&
-          3 * int64_t{g.samples} * g.band >= 2 * int64_t{count} * g.threads)
-        g.neighbours = count;
-    g.groups =
-        g.neighbours > 1 ? 1 : groups(g, int64_t{g.samples} * (first_ ? g.band : g.channels));
+    g.groups = groups(g, int64_t{g.samples} * (first_ ? g.band : g.channels));
+    for (int count : {vector_ / 2, vector_}) {
+      if (!first_ || s_.pixels() % count || g.band % count) continue;
+      const int64_t columns = int64_t{g.samples} * g.band / count;
+      const int sharing = std::min(groups(g, columns), kMostSharing);
+      if (3 * columns * sharing < 2 * int64_t{g.threads}) continue;
+      g.neighbours = count;
+      g.groups = sharing;
+    }
   }
 
   int64_t exchange_bytes(const Geometry& g) const {

@@ -23,7 +23,7 @@ constexpr int kRowsUnderWay = 4;
 
 // For rows [first, end) of every sample of the visit: put(sample, row, sum and maximum of the row's
 // elements times their factor), kCount elements at a time. `index` is the number of a row's first
-// element; ready(sample, from, to) returns once rows from .. to may be read.
+// element; ready(sample, to) returns once rows up to `to` may be read.
 template <int kCount, bool kScaled, bool kArgmax, bool kChannelsFirst, class T, class Ready,
           class Put>
 __device__ __forceinline__ void walk_along(const ResidentForwardGeometry& g,
@@ -35,7 +35,8 @@ __device__ __forceinline__ void walk_along(const ResidentForwardGeometry& g,
   const int groups = (end - first + kRowsAlong - 1) / kRowsAlong, total = block.samples * groups;
   const int vectors = block.cols() / kCount;
   for (int done = 0; done < total; done += at_once) {
-    const int i = done + static_cast<int>(threadIdx.x) / g.lanes, sample = i / groups;
+    const int i = done + static_cast<int>(threadIdx.x) / g.lanes;
+    const int sample = g.samples == 1 ? 0 : i / groups;
     const int row = first + (i - sample * groups) * kRowsAlong;
     Extremes<A, kArgmax> e[kRowsAlong];
     if (i < total) {
@@ -43,7 +44,7 @@ __device__ __forceinline__ void walk_along(const ResidentForwardGeometry& g,
 #pragma unroll
       for (int r = 0; r < kRowsAlong; ++r)
         from[r] = tile + (int64_t{sample} * g.rows + min(row + r, end - 1)) * g.pitch;
-      ready(sample, row, min(row + kRowsAlong, end) - 1);
+      ready(sample, min(row + kRowsAlong, end) - 1);
 #pragma unroll 2
       for (int v = lane; v < vectors; v += g.lanes) {
         A by[kCount];
@@ -71,7 +72,7 @@ __device__ __forceinline__ void walk_short_rows(const ResidentForwardGeometry& g
   for (int i = threadIdx.x; i < block.samples * rows; i += g.threads) {
     const int sample = i / rows, row = i - sample * rows;
     const T* from = tile + (int64_t{sample} * g.rows + row) * g.pitch;
-    ready(sample, row, row);
+    ready(sample, row);
     Extremes<acc_t<T>, kArgmax> e;
 #pragma unroll 7
     for (int c = 0; c < cols; ++c) e.add(widen(from[c]), c);
@@ -79,8 +80,9 @@ __device__ __forceinline__ void walk_short_rows(const ResidentForwardGeometry& g
   }
 }
 
-// Columns [first, end) of every sample, kCount neighbours to a thread, of rows that are all there:
-// put(sample, first of the columns, sum and maximum of each).
+// Columns [first, end) of every sample, kCount neighbours to a thread or to g.groups of them, which
+// take turns: put(turn, sample, first of the columns, sum and maximum of each over the rows of one
+// group); from turn 1 on it merges with what is there. Rows are all there.
 template <int kCount, bool kScaled, bool kArgmax, bool kChannelsFirst, class T, class Put>
 __device__ __forceinline__ void walk_neighbours(const ResidentForwardGeometry& g,
                                                 const ResidentBlock<T, kChannelsFirst>& block,
@@ -88,13 +90,15 @@ __device__ __forceinline__ void walk_neighbours(const ResidentForwardGeometry& g
                                                 const acc_t<T>* factor, Put put) {
   using A = acc_t<T>;
   const int along = (end - first) / kCount, total = block.samples * along;
-  for (int i = threadIdx.x; i < total; i += g.threads) {
+  for (int done = 0; done < total * g.groups; done += g.threads) {
+    const int group = (done + threadIdx.x) / total, i = done + threadIdx.x - group * total;
     const int sample = i / along, col = first + (i - sample * along) * kCount;
     const T* column = tile + int64_t{sample} * g.rows * g.pitch + col;
     const A* own = kScaled ? factor + sample * g.channels : nullptr;
     Extremes<A, kArgmax> e[kCount];
     for_batches<kRowsUnderWay / (kArgmax ? 2 : 1)>(
-        0, block.rows(), 1, [&](int row) { return load_staged<kCount>(column + row * g.pitch); },
+        group, group < g.groups ? block.rows() : 0, g.groups,
+        [&](int row) { return load_staged<kCount>(column + row * g.pitch); },
         [&](int row, const Raw<T, kCount>& raw) {
           const auto pack = widen(raw);
           const A by = kScaled ? own[row] : A(1);
@@ -102,12 +106,15 @@ __device__ __forceinline__ void walk_neighbours(const ResidentForwardGeometry& g
           for (int k = 0; k < kCount; ++k)
             e[k].add(kScaled ? pack.value[k] * by : pack.value[k], index + row);
         });
-    put(sample, col, e);
+    for (int turn = 0; turn < g.groups; ++turn) {
+      if (turn > 0) __syncthreads();
+      if (group == turn) put(turn, sample, col, e);
+    }
   }
 }
 
 // As walk_neighbours, a column to one thread or several: put(sample, column, sum and maximum).
-// `step` rows become ready together; ready(sample, from, to) returns once rows may be read.
+// `step` rows become ready together; ready(sample, to) returns once rows may be read.
 template <bool kScaled, bool kArgmax, bool kChannelsFirst, class T, class Ready, class Put>
 __device__ __forceinline__ void walk_columns(const ResidentForwardGeometry& g,
                                              const ResidentBlock<T, kChannelsFirst>& block,
@@ -122,7 +129,7 @@ __device__ __forceinline__ void walk_columns(const ResidentForwardGeometry& g,
     int row = group;
     for (int from = 0; row < block.rows(); from += step) {
       const int to = min(block.rows(), from + step);
-      ready(sample, from, to - 1);
+      ready(sample, to - 1);
       for_batches<2 * kRowsUnderWay>(
           row, to, g.groups, [&](int at) { return column[at * g.pitch]; },
           [&](int at, T element) {

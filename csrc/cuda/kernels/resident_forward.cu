@@ -88,8 +88,11 @@ __device__ __forceinline__ void pool(const ResidentForward& p,
       p.saved.pixel_argmax[n * p.channels + channel] = e.argmax_or(0);
     }
   };
-  const auto ready = [&](int sample, int from, int to) {
-    for (int chunk = from / g.chunk; chunk <= to / g.chunk; ++chunk)
+  int chunk = 0, of_sample = 0;  // the next to be waited for: rows are asked for in their order
+  const auto ready = [&](int sample, int to) {
+    if (sample != of_sample) chunk = 0;
+    of_sample = sample;
+    for (; chunk * g.chunk <= to; ++chunk)
       wait_for_chunk(g, m.shared.landed + sample * g.chunks + chunk, block.parity());
   };
   if constexpr (kChannelsFirst)

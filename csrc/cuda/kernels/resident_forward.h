@@ -14,7 +14,7 @@ constexpr int kRowsAlong = 2;
 struct ResidentForwardGeometry : ResidentGeometry {
   int band;        // pixels whose maps are exchanged at a time
   int neighbours;  // pixels whose maps a thread makes where channels come first: those of a vector,
-                   // of half of one, or a single one
+                   // of half of one, or a single one; `groups` threads share their channels
 
   // The pooled vectors that the MLP's sums are made for.
   CBAM_INLINE_MEMBER int vectors() const { return 2 * mlp_samples(); }
@@ -106,7 +106,7 @@ struct ResidentForwardShared {
     return pooled > both ? pooled : both;
   }
   CBAM_INLINE_MEMBER static int shared_columns(const ResidentForwardGeometry& g) {
-    return g.groups > 1 ? g.threads : 0;
+    return g.groups > 1 && g.neighbours == 1 ? g.threads : 0;
   }
 };
 

@@ -20,20 +20,38 @@ __device__ __forceinline__ void put_out_maps(const ResidentForward& p,
                                              const ForwardMemory<T>& m, int first, int end) {
   using A = acc_t<T>;
   const ResidentForwardGeometry& g = p.geometry;
-  const auto put_neighbours = [&](int sample, int pixel, const auto& e) {
-    constexpr int kCount = sizeof e / sizeof *e;
-    A sum[kCount], max[kCount];
-    int32_t argmax[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      sum[i] = e[i].sum / static_cast<A>(p.channels);
-      max[i] = e[i].max;
-      argmax[i] = e[i].argmax_or(block.first_channel);
-    }
+  const auto put_neighbours = [&](int turn, int sample, int pixel, const auto& e) {
+    constexpr int kCount = sizeof e / sizeof *e, kEach = kCount < 4 ? kCount : 4;
     const int at = sample * g.map_pitch() + pixel - first;
-    store_shared(m.exchange.maps + at, sum);
-    store_shared(m.exchange.maps + g.samples * g.map_pitch() + at, max);
-    if constexpr (kTraining) store_shared(m.exchange.argmax + at, argmax);
+    A *sums = m.exchange.maps + at, *maxima = sums + g.samples * g.map_pitch();
+#pragma unroll
+    for (int i = 0; i < kCount; i += kEach) {
+      A sum[kEach], max[kEach];
+      int32_t argmax[kEach];
+      if (turn > 0) {
+        load_shared(sums + i, true, sum);
+        load_shared(maxima + i, true, max);
+        if constexpr (kTraining) load_shared(m.exchange.argmax + at + i, true, argmax);
+      }
+#pragma unroll
+      for (int k = 0; k < kEach; ++k) {
+        Extremes<A, kTraining> own = e[i + k];
+        own.sum /= static_cast<A>(p.channels);
+        if (turn > 0) {
+          Extremes<A, kTraining> before;
+          before.sum = sum[k];
+          before.max = max[k];
+          if constexpr (kTraining) before.argmax = argmax[k];
+          own.merge(before);
+        }
+        sum[k] = own.sum;
+        max[k] = own.max;
+        argmax[k] = own.argmax_or(block.first_channel);
+      }
+      store_shared(sums + i, sum);
+      store_shared(maxima + i, max);
+      if constexpr (kTraining) store_shared(m.exchange.argmax + at + i, argmax);
+    }
   };
   const int count = end - first, behind = g.in_whole_vectors(count) - count;
   for (int i = threadIdx.x; i < block.samples * behind; i += g.threads) {
@@ -44,9 +62,9 @@ __device__ __forceinline__ void put_out_maps(const ResidentForward& p,
   }
   const auto put = [&](int sample, int pixel, const Extremes<A, kTraining>& e) {
     const Extremes<A, kTraining> alone[] = {e};
-    put_neighbours(sample, pixel, alone);
+    put_neighbours(0, sample, pixel, alone);
   };
-  const auto ready = [](int, int, int) {};  // the pool has waited
+  const auto ready = [](int, int) {};  // the pool has waited
   const auto walk = [&](auto count) {
     walk_neighbours<count.value, true, kTraining>(
         g, block, m.shared.tile, first, end, block.first_channel, m.shared.gate, put_neighbours);
