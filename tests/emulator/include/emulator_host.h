@@ -33,6 +33,7 @@ enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrCooperativ
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeCooperative = 2,
   cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6,
 };
 
 union cudaLaunchAttributeValue {
@@ -41,6 +42,7 @@ union cudaLaunchAttributeValue {
   struct {
     unsigned x, y, z;
   } clusterDim;
+  int programmaticStreamSerializationAllowed;
 };
 
 struct cudaLaunchAttribute {
@@ -97,7 +99,8 @@ struct Launch {
   size_t shared_bytes;
   dim3 cluster;
   bool cooperative;
-  bool known_attributes;  // no others than these two
+  bool overlaps;          // begins while the launch before it ends
+  bool known_attributes;  // no others than these three
   const void* kernel;
   void (*thread)(const void* arguments);  // runs one thread of the kernel
   const void* arguments;
