@@ -119,13 +119,12 @@ VectorSum vector_sum(Vectors a, double scale, void* out) {
 }
 
 // The batch's sums, once every group has been. Of an empty batch they are 0.
-void weight_gradients(const BackwardProblem& p, const BackwardPlan& plan, const WeightSums& sums,
+void weight_gradients(const BackwardProblem& p, int64_t boxes, const WeightSums& sums,
                       Stream stream) {
   const Shape& s = p.shape;
   const Gradients& g = p.gradients;
-  WeightGrids grid = weight_grids(p);
-  grid.products.overlaps = grid.sums.overlaps = plan.overlaps;
-  const int64_t n = s.samples, boxes = plan.boxes().boxes();
+  const WeightGrids grid = weight_grids(p);
+  const int64_t n = s.samples;
   const int channels = static_cast<int>(s.channels), hidden = static_cast<int>(s.hidden),
             taps = static_cast<int>(2 * s.taps());
   const Vectors dm{sums.dm, channels, n, 1, channels};
@@ -217,7 +216,7 @@ void run(const BackwardProblem& problem, const BackwardPlan& plan, void* memory,
     run_resident(problem, plan, exchange, sums, stream);
   else
     run_streaming(problem, plan, bytes, memory, sums, stream);
-  weight_gradients(problem, plan, sums, stream);
+  weight_gradients(problem, plan.boxes().boxes(), sums, stream);
 }
 
 }  // namespace cbam::cuda

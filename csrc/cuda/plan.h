@@ -40,7 +40,6 @@ struct ForwardPlan {
   ReductionGeometry maps;  // over channels
   ScaleGeometry scale;
   int64_t shared_limit;  // of a block of the device
-  bool overlaps;         // launches begin while those before them end
 };
 
 // Throws std::invalid_argument where no plan exists: a convolution so large that no box of pixels
@@ -102,7 +101,6 @@ struct BackwardPlan {
   MlpBackwardGeometry mlp;
   TileGeometry input;    // dx
   int64_t shared_limit;  // of a block of the device
-  bool overlaps;         // launches begin while those before them end
 
   // Of the convolution's gradients, whose shares are summed over the batch.
   const BoxGeometry& boxes() const { return resident ? resident->boxes : stencil; }

@@ -127,20 +127,18 @@ BackwardGrids grids_of(const BackwardPlan& plan, const BackwardProblem& p, int64
   const Shape& s = p.shape;
   const MlpBackwardGeometry& mlp = plan.mlp;
   const int64_t limit = plan.shared_limit;
-  const bool overlaps = plan.overlaps;
   return {
       {samples * plan.cross.blocks_per_sample(), kThreads, shared_bytes<CrossShared<A>>(plan.cross),
-       limit, overlaps},
-      {samples * plan.stencil.boxes(), kThreads, stencil_bytes<A>(plan.stencil, p), limit,
-       overlaps},
+       limit},
+      {samples * plan.stencil.boxes(), kThreads, stencil_bytes<A>(plan.stencil, p), limit},
       {samples * plan.terms.blocks_per_sample(), kThreads,
-       shared_bytes<TermsShared<A>>(plan.terms, p.strides.channels_first()), limit, overlaps},
+       shared_bytes<TermsShared<A>>(plan.terms, p.strides.channels_first()), limit},
       {ceil_div(samples, mlp.gate_samples) * gate_tiles(mlp, s), kGateBackwardThreads<A>,
-       walk_shared_bytes<A, GateBackwardShared>(mlp.gate_samples), limit, overlaps},
+       walk_shared_bytes<A, GateBackwardShared>(mlp.gate_samples), limit},
       {ceil_div(samples, mlp.hidden_samples) * hidden_tiles(mlp, s), kHiddenBackwardThreads,
-       walk_shared_bytes<A, HiddenBackwardShared>(mlp.hidden_samples), limit, overlaps},
+       walk_shared_bytes<A, HiddenBackwardShared>(mlp.hidden_samples), limit},
       {samples * plan.input.blocks_per_sample(), kThreads,
-       shared_bytes<InputGradientShared<A>>(plan.input), limit, overlaps},
+       shared_bytes<InputGradientShared<A>>(plan.input), limit},
   };
 }
 
@@ -173,7 +171,6 @@ void plan_streaming(BackwardPlan& plan, const BackwardProblem& p, const DeviceLi
   if (p.gradients.x)
     plan.input = plan_input(p, dout, View(p, p.dx_strides, p.gradients.x), samples, device);
   plan.shared_limit = device.shared_per_block;
-  plan.overlaps = device.capability >= kOverlapCapability;
   const int64_t blocks =
       std::max({plan.cross.blocks_per_sample(), plan.stencil.boxes(),
                 plan.terms.blocks_per_sample(), plan.input.blocks_per_sample(), int64_t{1}});

@@ -146,9 +146,6 @@ Launch launch_of(const cudaLaunchConfig_t& config, const void* kernel) {
         launch.cluster = dim3(cluster.x, cluster.y, cluster.z);
         break;
       }
-      case cudaLaunchAttributeProgrammaticStreamSerialization:
-        launch.overlaps = attribute.val.programmaticStreamSerializationAllowed != 0;
-        break;
       default: launch.known_attributes = false;
     }
   }

@@ -85,8 +85,6 @@ cudaError_t run(const Launch& launch) {
 
 void fence() { races::fence(); }
 
-void follow_previous_launch() { machine.current->follows = true; }
-
 __attribute__((noinline)) uint64_t begin_atomic(const void* p, size_t bytes, Place place) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) misaligned_access(p, bytes, bytes, place);
   races::atomic(p, bytes, __builtin_return_address(0));

@@ -69,8 +69,6 @@ Context& return_to_host() {
 void run_threads() {
   for (;;) {
     machine.launch->thread(machine.launch->arguments);
-    if (machine.launch->overlaps && !machine.current->follows)
-      fail({"the launch overlaps the one before it, and this thread did not wait for it"});
 
     Thread& done = *machine.current;
     Fiber* const fiber = done.fiber;

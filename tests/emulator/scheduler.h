@@ -25,7 +25,6 @@ struct Thread {
   Block* block;
   Fiber* fiber;  // null before it starts and after it exits
   bool exited;
-  bool follows;  // has waited for the launch before
 
   // What it waits for, or waited for last.
   const char* operation;

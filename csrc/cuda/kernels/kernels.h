@@ -26,9 +26,8 @@ using Stream = void*;  // cudaStream_t
 // A launch may use this much shared memory without asking for more.
 constexpr int64_t kSharedWithoutOptIn = 48 * 1024;
 
-// The first compute capability with clusters and bulk copies, with asynchronous copies, and with
-// launches that overlap.
-constexpr int kClusterCapability = 90, kAsyncCapability = 80, kOverlapCapability = 90;
+// The first compute capability with clusters and bulk copies, and with asynchronous copies.
+constexpr int kClusterCapability = 90, kAsyncCapability = 80;
 // Blocks of a cluster that every device with clusters takes.
 constexpr int kPortableCluster = 8;
 
@@ -38,7 +37,6 @@ struct Grid {
   int threads = 0;
   int64_t shared_bytes = 0;
   int64_t shared_limit = kSharedWithoutOptIn;  // of a block of the device
-  bool overlaps = false;                       // begins while the launch before it ends
   int cluster = 1;                             // blocks of a cluster
   bool cooperative = false;                    // all blocks run at once
 };

@@ -10,7 +10,6 @@
 //         split
 #include "../dispatch.cuh"
 #include "../launch.cuh"
-#include "../primitives/dependent_launch.cuh"
 #include "../primitives/reduce.cuh"
 #include "../primitives/vector_io.cuh"
 #include "blocks.cuh"
@@ -100,7 +99,6 @@ __global__ void __launch_bounds__(kThreads,
     prefetch_rows(sample + first * r.x.row_stride + block.tile * elements,
                   g.row_group * r.x.row_stride, rows / g.row_group, vectors * kVectorBytes);
   }
-  follow_previous_launch();
   if constexpr (kScaled) {
     const A* factor = static_cast<const A*>(r.factor) + block.sample * r.x.rows + first;
     for (int i = threadIdx.x; i < rows; i += kThreads) shared.factor[i] = factor[i];

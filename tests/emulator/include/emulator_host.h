@@ -33,7 +33,6 @@ enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrCooperativ
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeCooperative = 2,
   cudaLaunchAttributeClusterDimension = 4,
-  cudaLaunchAttributeProgrammaticStreamSerialization = 6,
 };
 
 union cudaLaunchAttributeValue {
@@ -42,7 +41,6 @@ union cudaLaunchAttributeValue {
   struct {
     unsigned x, y, z;
   } clusterDim;
-  int programmaticStreamSerializationAllowed;
 };
 
 struct cudaLaunchAttribute {
@@ -99,8 +97,7 @@ struct Launch {
   size_t shared_bytes;
   dim3 cluster;
   bool cooperative;
-  bool overlaps;          // begins while the launch before it ends
-  bool known_attributes;  // no others than these three
+  bool known_attributes;  // no others than these two
   const void* kernel;
   void (*thread)(const void* arguments);  // runs one thread of the kernel
   const void* arguments;
