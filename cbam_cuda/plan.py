@@ -48,8 +48,8 @@ def plan(
     Returns:
         ``strategy``, with its ``reason`` and ``predicted_seconds``; ``group`` (samples
         that take all launches together), ``in_cache`` (whether x of a group stays in the L2
-        cache), ``stages`` (of a full group: name, blocks, threads, shared_bytes, traffic in
-        bytes), ``traffic`` (of all groups), ``device_memory_bytes`` and the ``seconds`` that these
+        cache), ``stages`` (of a full group: name, blocks, threads, shared_bytes, ``overlaps``
+        where it starts before the launch before it has ended, traffic in bytes), ``traffic`` (of all groups), ``device_memory_bytes`` and the ``seconds`` that these
         take at the device's full bandwidth; ``passes``, the geometry of the passes over x by name;
         ``summing_launches``, small ones that follow a backward and make the gradients of the
         weights; ``scratch_bytes``; ``device``, its limits.
@@ -90,6 +90,7 @@ def render(found: dict[str, Any]) -> str:
         ),
         f"{found['reason']}; predicted {found['predicted_seconds'] * 1e6:.1f} us",
         f"scratch memory {_bytes(found['scratch_bytes'])}",
+        *_overlap(found),
         "",
         f"{'launches of a group':<22}{'blocks':>9}{'threads':>9}{'shared':>10}{'x read':>11}"
         f"{'written':>11}{'other':>11}",
@@ -117,6 +118,12 @@ def render(found: dict[str, Any]) -> str:
         f"{device['bandwidth'] / 1e9:.0f} GB/s {found['seconds'] * 1e6:.1f} us",
     ]
     return "\n".join(lines)
+
+
+def _overlap(found: dict[str, Any]) -> list[str]:
+    if not any(stage["overlaps"] for stage in found["stages"]):
+        return []
+    return ["each launch starts before the one before it has ended"]
 
 
 def _second_reading(found: dict[str, Any]) -> list[str]:

@@ -168,9 +168,9 @@ py::dict passes_dict(const cbam::cuda::BackwardPlan& plan) {
 }
 
 // Launches that sum over the batch for the gradients of the weights.
-int summing_launches(const cbam::ForwardProblem&) { return 0; }
-int summing_launches(const cbam::BackwardProblem& p) {
-  return cbam::cuda::weight_grids(p).launches();
+int summing_launches(const cbam::cuda::ForwardPlan&, const cbam::ForwardProblem&) { return 0; }
+int summing_launches(const cbam::cuda::BackwardPlan& plan, const cbam::BackwardProblem& p) {
+  return cbam::cuda::weight_grids(plan, p).launches();
 }
 
 template <class Problem, class Plan>
@@ -179,16 +179,17 @@ py::dict plan_dict(const Problem& problem, const Plan& plan,
   const auto bytes = cbam::cuda::device_memory_bytes(plan, problem);
   py::list stages;
   for (const auto& stage : cbam::cuda::stages(plan, problem, plan.group.samples))
-    stages.append(py::dict(
-        "name"_a = stage.name, "blocks"_a = stage.grid.blocks, "threads"_a = stage.grid.threads,
-        "shared_bytes"_a = stage.grid.shared_bytes, "traffic"_a = traffic_dict(stage.traffic)));
+    stages.append(
+        py::dict("name"_a = stage.name, "blocks"_a = stage.grid.blocks,
+                 "threads"_a = stage.grid.threads, "shared_bytes"_a = stage.grid.shared_bytes,
+                 "overlaps"_a = stage.grid.overlaps, "traffic"_a = traffic_dict(stage.traffic)));
   py::dict d(
       "device"_a = limits_dict(limits), "strategy"_a = plan.resident ? "resident" : "streaming",
       "reason"_a = plan.reason, "predicted_seconds"_a = plan.seconds,
       "group"_a = plan.group.samples, "in_cache"_a = plan.group.in_cache,
       "scratch_bytes"_a = cbam::cuda::scratch(plan, problem).total(),
       "passes"_a = passes_dict(plan), "stages"_a = stages,
-      "summing_launches"_a = summing_launches(problem),
+      "summing_launches"_a = summing_launches(plan, problem),
       "traffic"_a = traffic_dict(cbam::cuda::traffic(plan, problem)),
       "device_memory_bytes"_a = bytes, "seconds"_a = static_cast<double>(bytes) / limits.bandwidth);
   return d;

@@ -55,6 +55,7 @@ TEMPLATES = {
     "vector_sums": (DTYPES,),
 }
 PROBE = "5probeEv"  # does nothing: it tells whether a build has code for a device
+WAIT, START_NEXT = "ACQBULK", "PREEXIT"  # of launches that overlap
 ARGUMENT = re.compile(r"L(?:[bi]|NS0_6AccessE)\d+E|NS_4HalfE|NS_8BFloat16E|[fd]")
 
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ +)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -110,6 +111,7 @@ class Code:
     """A kernel's instructions, and its innermost loops that load from global memory."""
 
     opcodes: Counter[str]
+    before_wait: Counter[str]  # those that may run before the wait for the launch before
     loops: list[Loop]
 
     def x_loops(self) -> list[Loop]:
@@ -193,6 +195,19 @@ def find_loops(code: list[Instruction], at: dict[str, int]) -> list[frozenset[in
     return [frozenset(body) for body in bodies.values()]
 
 
+def before_wait(code: list[Instruction], at: dict[str, int]) -> Counter[str]:
+    """What may run before the wait for the launch before: all of a kernel that has none."""
+    after = successors(code, at)
+    reached: set[int] = set()
+    open_ends = [0]
+    while open_ends:
+        index = open_ends.pop()
+        if index not in reached and code[index].opcode != WAIT:
+            reached.add(index)
+            open_ends += after[index]
+    return Counter(code[index].opcode for index in reached)
+
+
 def code_of(lines: list[str]) -> Code:
     """From a kernel's lines of nvdisasm."""
     code: list[Instruction] = []
@@ -209,9 +224,8 @@ def code_of(lines: list[str]) -> Code:
         if any(is_global(code[i].opcode) and code[i].opcode.startswith("LD") for i in body)
     ]
     innermost = [body for body in reading if not any(other < body for other in reading)]
-    return Code(
-        Counter(i.opcode for i in code), [[code[i] for i in sorted(body)] for body in innermost]
-    )
+    loops = [[code[i] for i in sorted(body)] for body in innermost]
+    return Code(Counter(i.opcode for i in code), before_wait(code, at), loops)
 
 
 def parse_sass(text: str) -> dict[Kernel, Code]:

@@ -13,8 +13,10 @@ import pytest
 from cuda_code import (
     ARCHITECTURES,
     DISASSEMBLED,
+    START_NEXT,
     TABLE,
     TEMPLATES,
+    WAIT,
     WRITE,
     code_of,
     is_global,
@@ -232,6 +234,59 @@ def test_samples_come_to_the_chip_by_copies(sass, kind, architecture):
     )
 
 
+# What reads the operator's weights, or asks for x or its gradient, while the launch before runs.
+READS_AHEAD = ("hidden_layer", "gate_layer", "spatial_gate", "stencil")
+PREFETCHES_AHEAD = ("reduce_columns", "spatial_gate", "map_terms", "input_gradient")
+
+
+def waits(architecture: str, kind: str) -> bool:
+    return architecture == "9.0" and kind not in RESIDENT
+
+
+@each_disassembled
+@each_kernel
+def test_launches_that_overlap_wait_for_the_one_before(sass, kind, architecture):
+    """On every way through the kernel, and only then let the next one start."""
+    wrong = {}
+    for kernel, code in kernels_of(sass, architecture, kind).items():
+        found = (code.opcodes[WAIT], code.opcodes[START_NEXT])
+        expected = (1, 1) if waits(architecture, kind) else (0, 0)
+        if found != expected:
+            wrong[kernel] = f"{found} waits and starts of the next launch, {expected} expected"
+        elif expected != (0, 0) and (early := matching(code.before_wait, f"EXIT|{START_NEXT}")):
+            wrong[kernel] = f"{early} before the wait"
+    none_of(wrong)
+
+
+@each_disassembled
+@each_kernel
+def test_what_the_launch_before_may_write_is_not_touched_before_the_wait(sass, kind, architecture):
+    """The compiler may not move loads there either: it takes many to be of constant memory."""
+    if not waits(architecture, kind):
+        pytest.skip("its launches do not overlap")
+    wrong = {}
+    for kernel, code in kernels_of(sass, architecture, kind).items():
+        first = kind == "reduce_columns" and "scaled" not in kernel.words
+        reads = [op for op in code.before_wait if is_global(op)]
+        if kind in READS_AHEAD:  # weights, one by one
+            reads = [op for op in reads if op.startswith("ST") or ".128" in op or ".CONSTANT" in op]
+        if kind not in PREFETCHES_AHEAD or first:
+            reads += matching(code.before_wait, "UBLKPF")
+        if reads:
+            wrong[kernel] = f"{reads} before the wait"
+    none_of(wrong)
+
+
+@pytest.mark.parametrize("kind", PREFETCHES_AHEAD)
+def test_passes_ask_for_their_tensor_before_the_wait(sass, kind):
+    wrong = {}
+    for kernel, code in kernels_of(sass, "9.0", kind).items():
+        later = kind != "reduce_columns" or "scaled" in kernel.words
+        if later and reads_vectors(kernel) and not matching(code.before_wait, "UBLKPF"):
+            wrong[kernel] = "nothing asked for"
+    none_of(wrong)
+
+
 BLOCKS = {
     "reduce_rows": 4,
     "reduce_packed_rows": 4,
@@ -310,3 +365,27 @@ def test_the_reading_of_loops(first, flying):
     assert len(code.loops) == 1
     assert [i.opcode for i in code.main_loop() if is_global(i.opcode)] == ["LDG.E.128.CONSTANT"] * 2
     assert cuda_code.loads_in_flight(code.main_loop()) == flying
+
+
+# A branch around the wait.
+WAITING = """
+        /*0000*/               {around} ;
+        /*0010*/                   LDG.E R4, [R2.64] ;
+        /*0020*/                   ACQBULK ;
+        /*0030*/                   PREEXIT ;
+.L_x_1:
+        /*0040*/                   STG.E [R2.64], R4 ;
+        /*0050*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("around", "expected"),
+    [
+        ("NOP", {"NOP", "LDG.E"}),
+        ("@P0 BRA `(.L_x_1)", {"BRA", "LDG.E", "STG.E", "EXIT"}),
+        ("BRA `(.L_x_1)", {"BRA", "STG.E", "EXIT"}),
+    ],
+)
+def test_the_reading_of_what_comes_before_the_wait(around, expected):
+    assert set(code_of(WAITING.format(around=around).splitlines()).before_wait) == expected

@@ -51,6 +51,7 @@ RESULTS = {
     "write_own": torch.arange(N).int(),
     "sum_warps": in_first_block(INPUT[:BLOCK].view(-1, 32).sum(1, keepdim=True).expand(-1, 32)),
     "two_arrays": in_first_block(INPUT[:BLOCK]),
+    "follow": INPUT,
 }
 
 # What must tell of each mistake: in the plain and race builds a report in every schedule, WRONG a
@@ -59,6 +60,8 @@ WRONG = "wrong values"
 HAZARD = r"race: (read after write|write after read|write after write) of `\w+` \+ \d+ at"
 UNWRITTEN = r"uninitialised: read of `tile` \+ \d+"
 HEAP = "AddressSanitizer: heap-buffer-overflow"
+NO_WAIT = "exits without a wait for the launch before"
+EARLY_WRITE = "write of `out` before the wait for the launch before"
 MISTAKES = {
     ("reverse", 1): (WRONG, f"{HAZARD}|{UNWRITTEN}", None),
     ("reverse_rows", 1): (WRONG, HAZARD, None),
@@ -91,6 +94,8 @@ MISTAKES = {
     ("two_arrays", 1): (r"`second` \(1024 bytes at offset 1024\) does not fit in the 1024 bytes",)
     * 3,
     ("two_arrays", 2): (r"`second` .* overlaps the shared array `second`",) * 3,
+    ("follow", 1): (NO_WAIT, EARLY_WRITE, NO_WAIT),
+    ("follow", 2): (None, EARLY_WRITE, None),
 }
 
 

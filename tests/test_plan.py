@@ -252,6 +252,15 @@ def test_groups_where_memory_is_slow_beside_the_cache():
     assert streamed([2, 64, 14, 14], "float16", "T4")["in_cache"]
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_streaming_launches_overlap_where_the_device_can(device, backward):
+    found = plan([8, 64, 14, 14], "float16", device, backward=backward, strategy="streaming")
+    can = device in ("H100", "H200", "B200", "RTX 5090")
+    assert {stage["overlaps"] for stage in found["stages"]} == {can}
+    assert ("each launch starts before the one before it" in render(found)) == can
+
+
 def test_shared_memory_is_asked_for_only_where_a_kernel_is_large():
     def most(kernel_size):
         stages = plan([1, 8, 64, 64], kernel_size=kernel_size, strategy="streaming")["stages"]

@@ -38,6 +38,7 @@ def check_fits(found: dict, threads: int) -> None:
     blocks = threads // stage["threads"]
     assert stage["threads"] in (threads // 2, threads)
     assert stage["shared_bytes"] <= limits["shared_per_block"]
+    assert not stage["overlaps"]  # its blocks may wait for each other
     assert blocks * (stage["shared_bytes"] + 1024) <= limits["shared_per_multiprocessor"] + 1024
     assert stage["blocks"] == g["team"] * g["teams"]
     if g["kind"] == "cluster":

@@ -119,11 +119,11 @@ VectorSum vector_sum(Vectors a, double scale, void* out) {
 }
 
 // The batch's sums, once every group has been. Of an empty batch they are 0.
-void weight_gradients(const BackwardProblem& p, int64_t boxes, const WeightSums& sums,
+void weight_gradients(const BackwardProblem& p, const BackwardPlan& plan, const WeightSums& sums,
                       Stream stream) {
   const Shape& s = p.shape;
   const Gradients& g = p.gradients;
-  const WeightGrids grid = weight_grids(p);
+  const WeightGrids grid = weight_grids(plan, p);
   const int64_t n = s.samples;
   const int channels = static_cast<int>(s.channels), hidden = static_cast<int>(s.hidden),
             taps = static_cast<int>(2 * s.taps());
@@ -132,6 +132,7 @@ void weight_gradients(const BackwardProblem& p, int64_t boxes, const WeightSums&
   const Vectors both_hidden{p.saved.hidden, int64_t{2} * hidden, n, 2, hidden};
   const Vectors pooled{p.saved.pooled, channels, 2 * n, 1, channels};
   const void* bias = further(sums.d_conv, taps, bytes_of_accumulator(p.dtype));
+  const int64_t boxes = plan.boxes().boxes();
   const Vectors conv{sums.d_conv, taps + 1, n * boxes, 1, taps};
   const Vectors conv_bias{bias, taps + 1, n * boxes, 1, 1};
   if (grid.products.blocks)
@@ -216,7 +217,7 @@ void run(const BackwardProblem& problem, const BackwardPlan& plan, void* memory,
     run_resident(problem, plan, exchange, sums, stream);
   else
     run_streaming(problem, plan, bytes, memory, sums, stream);
-  weight_gradients(problem, plan.boxes().boxes(), sums, stream);
+  weight_gradients(problem, plan, sums, stream);
 }
 
 }  // namespace cbam::cuda

@@ -19,7 +19,7 @@ inline void check(cudaError_t status, const char* what) {
 
 // A grid as the runtime wants it told.
 struct LaunchConfig {
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   cudaLaunchConfig_t config = {};
 
   LaunchConfig(const Grid& grid, Stream stream) {
@@ -38,6 +38,11 @@ struct LaunchConfig {
       cudaLaunchAttribute& cooperative = attributes[config.numAttrs++];
       cooperative.id = cudaLaunchAttributeCooperative;
       cooperative.val.cooperative = 1;
+    }
+    if (grid.overlaps) {
+      cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+      overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      overlap.val.programmaticStreamSerializationAllowed = 1;
     }
   }
   LaunchConfig(const LaunchConfig&) = delete;  // points into itself

@@ -161,18 +161,17 @@ ForwardGrids grids_of(const ForwardPlan& plan, const ForwardProblem& p, int64_t 
   const Shape& s = p.shape;
   const MlpGeometry& mlp = plan.mlp;
   const ScaleGeometry& g = plan.scale;
-  const int64_t limit = plan.shared_limit;
   return {
-      {samples * plan.pool.blocks_per_sample(), kThreads,
-       reduction_bytes<A>(plan.pool, false, p.dtype), limit},
-      {ceil_div(samples, mlp.hidden_samples) * hidden_tiles(mlp, s), kThreads,
-       walk_shared_bytes<A, HiddenShared>(mlp.hidden_samples), limit},
-      {ceil_div(samples, mlp.gate_samples) * gate_tiles(s), kGateChannels,
-       walk_shared_bytes<A, GateShared>(mlp.gate_samples), limit},
-      {samples * plan.maps.blocks_per_sample(), kThreads,
-       reduction_bytes<A>(plan.maps, true, p.dtype), limit},
-      {samples * g.boxes() * g.chunks, kThreads, shared_bytes<ScaleShared<A>>(g, space_of(s)),
-       limit},
+      grid_of(plan, samples * plan.pool.blocks_per_sample(), kThreads,
+              reduction_bytes<A>(plan.pool, false, p.dtype)),
+      grid_of(plan, ceil_div(samples, mlp.hidden_samples) * hidden_tiles(mlp, s), kThreads,
+              walk_shared_bytes<A, HiddenShared>(mlp.hidden_samples)),
+      grid_of(plan, ceil_div(samples, mlp.gate_samples) * gate_tiles(s), kGateChannels,
+              walk_shared_bytes<A, GateShared>(mlp.gate_samples)),
+      grid_of(plan, samples * plan.maps.blocks_per_sample(), kThreads,
+              reduction_bytes<A>(plan.maps, true, p.dtype)),
+      grid_of(plan, samples * g.boxes() * g.chunks, kThreads,
+              shared_bytes<ScaleShared<A>>(g, space_of(s))),
   };
 }
 
@@ -293,6 +292,7 @@ ForwardPlan plan_streaming(const ForwardProblem& p, const DeviceLimits& device,
   plan.scale = plan_last_pass(p, samples, plan.maps.splits, device);
   plan.mlp = plan_mlp(p, samples, plan.pool.splits, device);
   plan.shared_limit = device.shared_per_block;
+  plan.overlaps = device.capability >= kOverlapCapability;
   const int64_t blocks = std::max({plan.pool.blocks_per_sample(), plan.maps.blocks_per_sample(),
                                    plan.scale.boxes() * plan.scale.chunks, int64_t{1}});
   plan.group.samples = std::min(samples, most_samples(blocks));

@@ -40,6 +40,7 @@ struct ForwardPlan {
   ReductionGeometry maps;  // over channels
   ScaleGeometry scale;
   int64_t shared_limit;  // of a block of the device
+  bool overlaps;         // launches, with the one before each: where the device can
 };
 
 // Throws std::invalid_argument where no plan exists: a convolution so large that no box of pixels
@@ -101,6 +102,7 @@ struct BackwardPlan {
   MlpBackwardGeometry mlp;
   TileGeometry input;    // dx
   int64_t shared_limit;  // of a block of the device
+  bool overlaps;         // launches, with the one before each: where the device can
 
   // Of the convolution's gradients, whose shares are summed over the batch.
   const BoxGeometry& boxes() const { return resident ? resident->boxes : stencil; }
@@ -121,7 +123,7 @@ struct WeightGrids {
 
   int launches() const { return (products.blocks > 0) + (sums.blocks > 0); }
 };
-WeightGrids weight_grids(const BackwardProblem& problem);
+WeightGrids weight_grids(const BackwardPlan& plan, const BackwardProblem& problem);
 
 // Bytes of scratch memory, each part a multiple of 16: for a group, of a resident plan, and from dm
 // on for all samples. A part that nobody needs is 0.

@@ -126,19 +126,19 @@ template <class A>
 BackwardGrids grids_of(const BackwardPlan& plan, const BackwardProblem& p, int64_t samples) {
   const Shape& s = p.shape;
   const MlpBackwardGeometry& mlp = plan.mlp;
-  const int64_t limit = plan.shared_limit;
   return {
-      {samples * plan.cross.blocks_per_sample(), kThreads, shared_bytes<CrossShared<A>>(plan.cross),
-       limit},
-      {samples * plan.stencil.boxes(), kThreads, stencil_bytes<A>(plan.stencil, p), limit},
-      {samples * plan.terms.blocks_per_sample(), kThreads,
-       shared_bytes<TermsShared<A>>(plan.terms, p.strides.channels_first()), limit},
-      {ceil_div(samples, mlp.gate_samples) * gate_tiles(mlp, s), kGateBackwardThreads<A>,
-       walk_shared_bytes<A, GateBackwardShared>(mlp.gate_samples), limit},
-      {ceil_div(samples, mlp.hidden_samples) * hidden_tiles(mlp, s), kHiddenBackwardThreads,
-       walk_shared_bytes<A, HiddenBackwardShared>(mlp.hidden_samples), limit},
-      {samples * plan.input.blocks_per_sample(), kThreads,
-       shared_bytes<InputGradientShared<A>>(plan.input), limit},
+      grid_of(plan, samples * plan.cross.blocks_per_sample(), kThreads,
+              shared_bytes<CrossShared<A>>(plan.cross)),
+      grid_of(plan, samples * plan.stencil.boxes(), kThreads, stencil_bytes<A>(plan.stencil, p)),
+      grid_of(plan, samples * plan.terms.blocks_per_sample(), kThreads,
+              shared_bytes<TermsShared<A>>(plan.terms, p.strides.channels_first())),
+      grid_of(plan, ceil_div(samples, mlp.gate_samples) * gate_tiles(mlp, s),
+              kGateBackwardThreads<A>, walk_shared_bytes<A, GateBackwardShared>(mlp.gate_samples)),
+      grid_of(plan, ceil_div(samples, mlp.hidden_samples) * hidden_tiles(mlp, s),
+              kHiddenBackwardThreads,
+              walk_shared_bytes<A, HiddenBackwardShared>(mlp.hidden_samples)),
+      grid_of(plan, samples * plan.input.blocks_per_sample(), kThreads,
+              shared_bytes<InputGradientShared<A>>(plan.input)),
   };
 }
 
@@ -184,6 +184,7 @@ BackwardPlan plan(const BackwardProblem& p, const DeviceLimits& device, Strategy
   BackwardPlan plan{};
   if (p.shape.samples == 0) return plan;
   plan = held_plan<BackwardPlan>(p, device, strategy, streaming_seconds);
+  plan.overlaps = device.capability >= kOverlapCapability;
   if (!plan.resident) plan_streaming(plan, p, device);
   return plan;
 }
@@ -193,7 +194,7 @@ BackwardGrids grids(const BackwardPlan& plan, const BackwardProblem& p, int64_t 
                                     : grids_of<float>(plan, p, samples);
 }
 
-WeightGrids weight_grids(const BackwardProblem& p) {
+WeightGrids weight_grids(const BackwardPlan& plan, const BackwardProblem& p) {
   const Shape& s = p.shape;
   const Gradients& g = p.gradients;
   const bool wide = p.dtype == DType::kFloat64;
@@ -206,11 +207,13 @@ WeightGrids weight_grids(const BackwardProblem& p) {
   const auto blocks = [](const void* gradient, int64_t length) {
     return gradient ? vector_blocks(length) : 0;
   };
-  return {{(g.fc1_weight ? tiles : 0) + (g.fc2_weight ? tiles : 0), kThreads, outer_bytes},
-          {blocks(g.fc1_bias, s.hidden) + blocks(g.fc2_bias, s.channels) +
-               blocks(g.conv_weight, 2 * s.taps()) + blocks(g.conv_bias, 1),
-           kSumThreads, sum_bytes},
-          tile};
+  return {
+      grid_of(plan, (g.fc1_weight ? tiles : 0) + (g.fc2_weight ? tiles : 0), kThreads, outer_bytes),
+      grid_of(plan,
+              blocks(g.fc1_bias, s.hidden) + blocks(g.fc2_bias, s.channels) +
+                  blocks(g.conv_weight, 2 * s.taps()) + blocks(g.conv_bias, 1),
+              kSumThreads, sum_bytes),
+      tile};
 }
 
 BackwardScratch scratch(const BackwardPlan& plan, const BackwardProblem& p) {

@@ -166,6 +166,14 @@ int64_t hidden_tiles(const MlpBackwardGeometry& g, const Shape& s);
 int64_t gate_tiles(const Shape& s);
 int64_t gate_tiles(const MlpBackwardGeometry& g, const Shape& s);
 
+// The grid of a launch that is no resident one.
+template <class Plan>
+Grid grid_of(const Plan& plan, int64_t blocks, int threads, int64_t shared_bytes) {
+  Grid grid{blocks, threads, shared_bytes, plan.shared_limit};
+  grid.overlaps = plan.overlaps;
+  return grid;
+}
+
 // What a kernel that walks over the MLP's weights takes of shared memory, for so many samples.
 template <class A, template <class, int> class Shared>
 int64_t walk_shared_bytes(int samples) {

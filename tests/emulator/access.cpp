@@ -27,6 +27,10 @@ void count_bytes(const Span& span, const Access& access) {
     fail({std::string(verb(access)) + " of `" + region->count->name + "` + " +
               std::to_string(access.address - region->begin) + ", which is read-only",
           code_address(access.code)});
+  if (region->writable && machine.launch->overlaps && !machine.current->after_previous)
+    fail({std::string(verb(access)) + " of `" + region->count->name +
+              "` before the wait for the launch before",
+          code_address(access.code)});
   if (access.kind != Access::kWrite) region->count->read += access.bytes;
   if (access.kind != Access::kRead) region->count->written += access.bytes;
 }

@@ -1,4 +1,5 @@
-// Barriers of a block, a cluster and a grid, and what is wrong with how they are used.
+// Barriers of a block, a cluster and a grid, the wait for the launch before, and what is wrong with
+// how they are used.
 #include <cstring>
 #include <map>
 #include <string>
@@ -123,6 +124,13 @@ void grid_barrier(Place place) {
   if (!machine.launch->cooperative)
     fail({"grid_barrier at " + describe(place) + " in a launch that is not cooperative"});
   team_barrier(machine.grid, kOfGrid, place);
+}
+
+void wait_for_previous_launch() { machine.current->after_previous = true; }
+
+void leave_launch(const Thread& thread) {
+  if (machine.launch->overlaps && !thread.after_previous)
+    fail({"exits without a wait for the launch before"});
 }
 
 void leave_barriers(Thread& thread) {

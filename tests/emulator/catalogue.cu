@@ -189,6 +189,15 @@ __global__ void walk(float* data, int n, int rounds) {
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) data[i] += 1.0f;
 }
 
+// In a launch that overlaps with the one before. 1: no wait for that one. 2: a write before the
+// wait.
+__global__ void follow(const int* in, int* out, int variant) {
+  const int i = blockIdx.x * kThreads + threadIdx.x, own = in[i];
+  if (variant == 2) out[i] = own;
+  if (variant != 1) cbam::cuda::wait_for_previous_launch();
+  out[i] = own;
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -268,6 +277,13 @@ const char* catalogue_sum_warps(int* in, int* out, int n, int variant) {
 const char* catalogue_two_arrays(int* in, int* out, int n, int variant) {
   const Arrays arrays(in, out, n);
   return try_launch(two_arrays, 1, variant == 1 ? kTileBytes : 2 * kTileBytes, in, out, variant);
+}
+
+const char* catalogue_follow(int* in, int* out, int n, int variant) {
+  const Arrays arrays(in, out, n);
+  Grid grid{n / kThreads, kThreads};
+  grid.overlaps = true;
+  return try_grid(follow, grid, in, out, variant);
 }
 
 const char* catalogue_exchange(int* out, int n) {

@@ -6,12 +6,14 @@
 #include <string>
 
 #include "cuda/launch.cuh"
+#include "cuda/primitives/dependent_launch.cuh"
 #include "cuda/primitives/shared_storage.cuh"
 #include "emulator.h"
 
 namespace {
 
 using cbam::cuda::dynamic_shared_memory;
+using cbam::cuda::Grid;
 using cbam::cuda::SharedCarver;
 
 // Eight warps, so that some are far from done while another waits.
@@ -22,16 +24,20 @@ std::string report;
 
 // Launches kernels over a few ints with `in` and `out` watched; the report, or null.
 template <class... Parameters, class... Arguments>
-const char* try_launch(void (*kernel)(Parameters...), int blocks, size_t shared_bytes,
-                       Arguments... arguments) {
+const char* try_grid(void (*kernel)(Parameters...), const Grid& grid, Arguments... arguments) {
   try {
-    cbam::cuda::launch("catalogue", kernel, {blocks, kThreads, static_cast<int64_t>(shared_bytes)},
-                       nullptr, arguments...);
+    cbam::cuda::launch("catalogue", kernel, grid, nullptr, arguments...);
   } catch (const std::exception& error) {
     report = error.what();
     return report.c_str();
   }
   return nullptr;
+}
+
+template <class... Parameters, class... Arguments>
+const char* try_launch(void (*kernel)(Parameters...), int blocks, size_t shared_bytes,
+                       Arguments... arguments) {
+  return try_grid(kernel, {blocks, kThreads, static_cast<int64_t>(shared_bytes)}, arguments...);
 }
 
 // Blocks that run at the same time.

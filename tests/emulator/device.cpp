@@ -141,6 +141,9 @@ Launch launch_of(const cudaLaunchConfig_t& config, const void* kernel) {
       case cudaLaunchAttributeCooperative:
         launch.cooperative = attribute.val.cooperative != 0;
         break;
+      case cudaLaunchAttributeProgrammaticStreamSerialization:
+        launch.overlaps = attribute.val.programmaticStreamSerializationAllowed != 0;
+        break;
       case cudaLaunchAttributeClusterDimension: {
         const auto& cluster = attribute.val.clusterDim;
         launch.cluster = dim3(cluster.x, cluster.y, cluster.z);

@@ -72,6 +72,7 @@ void run_threads() {
 
     Thread& done = *machine.current;
     Fiber* const fiber = done.fiber;
+    leave_launch(done);
     leave_barriers(done);
     Thread* const next = take_ready();
     if (!next && machine.grid.live) report_deadlock();
@@ -128,7 +129,7 @@ void start_block(Block& block, uint64_t number) {
   block.barrier = {};
   block.copies.barriers.clear();
   block.ready.clear();
-  for (Thread& thread : block.threads) thread.exited = false;
+  for (Thread& thread : block.threads) thread.exited = thread.after_previous = false;
   for (int first = 0; first < block.live; first += kWarpLanes) {
     const int lanes = std::min(kWarpLanes, block.live - first);
     Warp& warp = block.warps[first / kWarpLanes];

@@ -25,6 +25,7 @@ struct Thread {
   Block* block;
   Fiber* fiber;  // null before it starts and after it exits
   bool exited;
+  bool after_previous;  // has waited for the launch before
 
   // What it waits for, or waited for last.
   const char* operation;
@@ -109,6 +110,8 @@ void wait_for_others();
 // barriers.cpp: what an exit means for those that wait.
 void leave_barriers(Thread& thread);
 [[noreturn]] void report_deadlock();
+// What is wrong with an exit without wait_for_previous_launch().
+void leave_launch(const Thread& thread);
 
 // warps.cpp
 void leave_warp(Thread& thread);

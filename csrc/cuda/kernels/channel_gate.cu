@@ -6,6 +6,7 @@
 // Both layers take several samples at a time, so that the weights are read once for all of them.
 #include "../dispatch.cuh"
 #include "../launch.cuh"
+#include "../primitives/dependent_launch.cuh"
 #include "blocks.cuh"
 #include "kernels.h"
 
@@ -137,6 +138,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : 2)
                                    ? A(widen(static_cast<const W*>(p.fc1_bias)[unit]))
                                    : A(0);
   }
+  wait_for_previous_launch();
   A sum[Shared::kSums] = {};
   for (int first = 0; first < p.channels; first += Shared::kChunk) {
     const int count = min(Shared::kChunk, p.channels - first);
@@ -223,6 +225,7 @@ __global__ void __launch_bounds__(kGateChannels, 4) gate_layer_kernel(const Chan
   if (inside && p.fc2_bias) bias = widen(static_cast<const W*>(p.fc2_bias)[channel]);
   const W* row =
       static_cast<const W*>(p.fc2_weight) + (inside ? int64_t{channel} * p.hidden_units : 0);
+  wait_for_previous_launch();
   A z[kSamples] = {};
   for (int first = 0; first < p.hidden_units; first += kUnitChunk) {
     const int count = min(kUnitChunk, p.hidden_units - first);

@@ -9,6 +9,7 @@
 // weight_gradients.cu.
 #include "../dispatch.cuh"
 #include "../launch.cuh"
+#include "../primitives/dependent_launch.cuh"
 #include "tile_sums.cuh"
 
 namespace cbam::cuda {
@@ -108,6 +109,7 @@ __global__ void __launch_bounds__(kGateBackwardThreads<A>)
   const int side = threadIdx.x % along, warp = threadIdx.x / 32;
   SharedCarver carver(dynamic_shared_memory());
   const Shared shared(carver);
+  wait_for_previous_launch();
   A sum[kBackwardUnits * kSamples] = {};
   for (int first = 0; first < p.channels; first += Shared::kChunk) {
     const int count = min(Shared::kChunk, p.channels - first);
@@ -179,6 +181,7 @@ __global__ void __launch_bounds__(kHiddenBackwardThreads)
   const auto inside = [&](int e) { return channel + e * kHiddenBackwardThreads < p.channels; };
   SharedCarver carver(dynamic_shared_memory());
   const HiddenBackwardShared<A, kSamples> shared(carver);
+  wait_for_previous_launch();
   A sum[kEach][kVectors] = {};
   for (int first = 0; first < p.hidden_units; first += kUnitChunk) {
     const int count = min(kUnitChunk, p.hidden_units - first);

@@ -13,6 +13,7 @@
 //         for each column and split
 #include "../dispatch.cuh"
 #include "../launch.cuh"
+#include "../primitives/dependent_launch.cuh"
 #include "tile_sums.cuh"
 
 namespace cbam::cuda {
@@ -48,6 +49,7 @@ __global__ void __launch_bounds__(kThreads, LaneVectors<T, kAccess>::kBlocks)
   const TileBlock block(g, p.x);
   SharedCarver carver(dynamic_shared_memory());
   const CrossShared<A> shared(carver, g);
+  wait_for_previous_launch();
   stage_factors(p, block, shared);
   const T* x = static_cast<const T*>(p.x.data) + block.sample * p.x.sample_stride +
                block.first_row * p.x.row_stride + block.first_col;

@@ -12,6 +12,7 @@
 // bytes   reads dout once, writes dx once; 3 * acc + 4 for each row and column of a block
 #include "../dispatch.cuh"
 #include "../launch.cuh"
+#include "../primitives/dependent_launch.cuh"
 #include "tile_sums.cuh"
 
 namespace cbam::cuda {
@@ -178,9 +179,11 @@ __global__ void __launch_bounds__(kThreads, 2) input_gradient_kernel(const Input
       channel_terms<A>(p, block.sample, kChannelsFirst ? p.dout.rows : p.dout.cols);
   SharedCarver carver(dynamic_shared_memory());
   const InputGradientShared<A> shared(carver, g);
-  stage(block, kChannelsFirst ? channels : pixels, kChannelsFirst ? pixels : channels, shared);
   const T* dout = static_cast<const T*>(p.dout.data) + block.sample * p.dout.sample_stride +
                   block.first_row * p.dout.row_stride + block.first_col;
+  prefetch_tile<kAccess>(g, block, dout, p.dout.row_stride);
+  wait_for_previous_launch();
+  stage(block, kChannelsFirst ? channels : pixels, kChannelsFirst ? pixels : channels, shared);
   T* dx = static_cast<T*>(p.dx) + block.sample * p.dx_sample_stride +
           block.first_row * p.dx_row_stride + block.first_col;
   // Threads side by side keep the columns of their vectors, those below them take the rows, or

@@ -26,8 +26,9 @@ using Stream = void*;  // cudaStream_t
 // A launch may use this much shared memory without asking for more.
 constexpr int64_t kSharedWithoutOptIn = 48 * 1024;
 
-// The first compute capability with clusters and bulk copies, and with asynchronous copies.
-constexpr int kClusterCapability = 90, kAsyncCapability = 80;
+// The first compute capability with clusters and bulk copies, with launches that overlap, and with
+// asynchronous copies.
+constexpr int kClusterCapability = 90, kOverlapCapability = 90, kAsyncCapability = 80;
 // Blocks of a cluster that every device with clusters takes.
 constexpr int kPortableCluster = 8;
 
@@ -39,6 +40,7 @@ struct Grid {
   int64_t shared_limit = kSharedWithoutOptIn;  // of a block of the device
   int cluster = 1;                             // blocks of a cluster
   bool cooperative = false;                    // all blocks run at once
+  bool overlaps = false;                       // starts before the launch before it has ended
 };
 
 struct Matrix {

@@ -11,6 +11,7 @@
 // bytes   reads x once, 2 * acc + 4 for each pixel of a block; writes acc for each channel and part
 #include "../dispatch.cuh"
 #include "../launch.cuh"
+#include "../primitives/dependent_launch.cuh"
 #include "tile_sums.cuh"
 
 namespace cbam::cuda {
@@ -137,6 +138,8 @@ __global__ void __launch_bounds__(
   const TermsShared<acc_t<T>> shared(carver, p.geometry, kChannelsFirst);
   const T* x = static_cast<const T*>(p.x.data) + block.sample * p.x.sample_stride +
                block.first_row * p.x.row_stride + block.first_col;
+  prefetch_tile<kAccess>(p.geometry, block, x, p.x.row_stride);
+  wait_for_previous_launch();
   if constexpr (kChannelsFirst)
     sum_channel_rows<T, kAccess>(p, block, x, shared);
   else

@@ -10,6 +10,7 @@
 //         split
 #include "../dispatch.cuh"
 #include "../launch.cuh"
+#include "../primitives/dependent_launch.cuh"
 #include "../primitives/reduce.cuh"
 #include "../primitives/vector_io.cuh"
 #include "blocks.cuh"
@@ -94,12 +95,14 @@ __global__ void __launch_bounds__(kThreads,
   SharedCarver carver(dynamic_shared_memory());
   const ColumnShared<A> shared(carver, g, kScaled, kCount);
   const T* sample = static_cast<const T*>(r.x.data) + block.sample * r.x.sample_stride;
+  if constexpr (!kScaled) wait_for_previous_launch();  // x may be what that one writes
   if constexpr (kAccess != Access::kScalar) {
     const int vectors = min(g.tile, g.period - block.tile * g.tile);
     prefetch_rows(sample + first * r.x.row_stride + block.tile * elements,
                   g.row_group * r.x.row_stride, rows / g.row_group, vectors * kVectorBytes);
   }
   if constexpr (kScaled) {
+    wait_for_previous_launch();
     const A* factor = static_cast<const A*>(r.factor) + block.sample * r.x.rows + first;
     for (int i = threadIdx.x; i < rows; i += kThreads) shared.factor[i] = factor[i];
     __syncthreads();

@@ -9,6 +9,7 @@
 // bytes   reads x once; writes 2 * acc (and 4 with argmax) a row
 #include "../dispatch.cuh"
 #include "../launch.cuh"
+#include "../primitives/dependent_launch.cuh"
 #include "../primitives/reduce.cuh"
 #include "../primitives/vector_io.cuh"
 #include "blocks.cuh"
@@ -48,6 +49,7 @@ __global__ void __launch_bounds__(kThreads, 4) reduce_packed_rows_kernel(const R
   const int first_row = block.tile * g.tile, rows = min(g.tile, r.x.rows - first_row);
   SharedCarver carver(dynamic_shared_memory());
   const PackedRowShared<T> shared(carver, g);
+  wait_for_previous_launch();
   stage_rows(static_cast<const T*>(r.x.data) + block.sample * r.x.sample_stride +
                  int64_t{first_row} * cols,
              rows * cols, shared.rows);

@@ -9,6 +9,7 @@
 // bytes   reads x once, the factor once a block; writes 2 * acc (and 4 with argmax) a row and split
 #include "../dispatch.cuh"
 #include "../launch.cuh"
+#include "../primitives/dependent_launch.cuh"
 #include "blocks.cuh"
 #include "gather_row.cuh"
 #include "kernels.h"
@@ -50,6 +51,7 @@ __global__ void __launch_bounds__(kThreads, 4) reduce_rows_kernel(const Reductio
   const int first_row = block.tile * g.tile, rows = min(g.tile, r.x.rows - first_row);
   SharedCarver carver(dynamic_shared_memory());
   const RowShared<A> shared(carver, g, kScaled);
+  wait_for_previous_launch();
   if constexpr (kScaled) {
     const A* factor = static_cast<const A*>(r.factor) + block.sample * r.x.cols + first_col;
     for (int c = threadIdx.x; c < count; c += kThreads) shared.factor[c] = factor[c];

@@ -11,6 +11,7 @@
 //         channels' gates and the weights of the convolution
 #include "../dispatch.cuh"
 #include "../launch.cuh"
+#include "../primitives/dependent_launch.cuh"
 #include "../primitives/vector_io.cuh"
 #include "convolution.cuh"
 #include "kernels.h"
@@ -72,20 +73,25 @@ __device__ __forceinline__ void stage_block(const SpatialGate& p, const ScaleBlo
   stage_maps(block, p.space, 0, pixels, staged, maps_at);
 }
 
-// Weights and bias of the convolution, the gates of the chunk's channels, the numbers of the box's
-// pixels.
+// Weights and bias of the convolution and the numbers of the box's pixels.
 template <class T, class A>
 __device__ __forceinline__ void stage_constants(const SpatialGate& p, const ScaleBlock& block,
                                                 const ScaleShared<A>& shared) {
   stage_conv_weights<T>(p.conv_weight, p.conv_bias, p.weight_dtype, p.space, shared.weight);
-  const A* gate =
-      static_cast<const A*>(p.channel_gate) + block.sample * p.channels + block.first_channel;
-  for (int i = threadIdx.x; i < block.channels; i += kThreads) shared.channel[i] = gate[i];
   for (int i = threadIdx.x; i < block.pixels(); i += kThreads) {
     const int x = i % block.width, y = i / block.width % block.height,
               z = i / block.width / block.height;
     shared.pixel[i] = block.pixel(p.space, z, y, x);
   }
+}
+
+// The gates of the chunk's channels.
+template <class A>
+__device__ __forceinline__ void stage_channels(const SpatialGate& p, const ScaleBlock& block,
+                                               A* channel) {
+  const A* gate =
+      static_cast<const A*>(p.channel_gate) + block.sample * p.channels + block.first_channel;
+  for (int i = threadIdx.x; i < block.channels; i += kThreads) channel[i] = gate[i];
 }
 
 // The gate of every pixel of the box, from the staged maps.
@@ -195,6 +201,8 @@ __global__ void __launch_bounds__(kThreads, kScaleBlocks) spatial_gate_kernel(co
   const ScaleShared<A> shared(carver, p.geometry, p.space);
   prefetch_first<kAccess, kChannelsFirst, T>(p, block);
   stage_constants<T>(p, block, shared);
+  wait_for_previous_launch();
+  stage_channels(p, block, shared.channel);
   stage_block<T>(p, block, shared.maps);
   __syncthreads();
   gate_pixels(p, block, shared);

@@ -10,6 +10,7 @@
 //         d_maps, and 2 * taps + 1 sums a block
 #include "../dispatch.cuh"
 #include "../launch.cuh"
+#include "../primitives/dependent_launch.cuh"
 #include "convolution_backward.cuh"
 #include "tile_sums.cuh"
 
@@ -23,6 +24,9 @@ __global__ void __launch_bounds__(kThreads, 2) stencil_kernel(const Stencil p) {
   const int64_t pixels = p.space.pixels(), taps = p.space.taps();
   SharedCarver carver(dynamic_shared_memory());
   const StencilShared<A> shared(carver, p.geometry, p.space, p.d_conv != nullptr);
+  for (int i = threadIdx.x; i < 2 * taps; i += kThreads)
+    shared.weight[i] = weight_at<T>(p.conv_weight, p.weight_dtype, i);
+  wait_for_previous_launch();
   const A* gate = static_cast<const A*>(p.spatial_gate) + box.sample * pixels;
   const A* more = static_cast<const A*>(p.d_spatial_gate);
   const T* maps = static_cast<const T*>(p.maps) + box.sample * 2 * pixels;
@@ -36,8 +40,6 @@ __global__ void __launch_bounds__(kThreads, 2) stencil_kernel(const Stencil p) {
     }
     shared.dz[i] = dz;
   });
-  for (int i = threadIdx.x; i < 2 * taps; i += kThreads)
-    shared.weight[i] = weight_at<T>(p.conv_weight, p.weight_dtype, i);
   __syncthreads();
   A* d_maps = static_cast<A*>(p.d_maps) + box.sample * 2 * pixels;
   map_gradients(box, p.space, shared.dz, shared.weight, [&](int pixel, A mean, A max) {

@@ -31,6 +31,15 @@ struct TileBlock {
   }
 };
 
+// Asks for the first of the block's rows; `first` is where they begin.
+template <Access kAccess, class T>
+__device__ __forceinline__ void prefetch_tile(const TileGeometry& g, const TileBlock& block,
+                                              const T* first, int64_t row_stride) {
+  if constexpr (kAccess != Access::kScalar)
+    prefetch_rows(first, g.row_group * row_stride, block.rows / g.row_group,
+                  g.row_group * block.cols * static_cast<int>(sizeof(T)));
+}
+
 // Rows [first, end) of the block are this warp's, in whole groups.
 struct WarpRows {
   int first, end;

@@ -4,6 +4,7 @@
 // the weights, rounded once: a cast of each afterwards would take a launch.
 #include "../dispatch.cuh"
 #include "../launch.cuh"
+#include "../primitives/dependent_launch.cuh"
 #include "../primitives/reduce.cuh"
 #include "../primitives/vector_io.cuh"
 #include "backward.h"
@@ -93,6 +94,7 @@ __global__ void __launch_bounds__(kThreads, kOuterBlocks<acc_t<T>, kTile>)
   const int row = lane / 4 * kRows, column = lane % 4 * kCols;
   SharedCarver carver(dynamic_shared_memory());
   const OuterShared<A> shared(carver);
+  wait_for_previous_launch();
   A sum[kRows * kCols] = {};
   for (int64_t first_k = 0; first_k < p.a.count; first_k += kDepth) {
     stage(p, first_k, tile, shared);
@@ -149,6 +151,7 @@ __global__ void __launch_bounds__(kSumThreads) vector_sums_kernel(const VectorSu
   const int column = block * kSummedTogether + side;
   SharedCarver carver(dynamic_shared_memory());
   const VectorSumsShared<A> shared(carver);
+  wait_for_previous_launch();
   const A* values = static_cast<const A*>(p.a.values) + column;
   A sum[1] = {};
   if (column < p.a.length)

@@ -40,6 +40,9 @@ const void* in_block(const void* shared, unsigned rank);
 
 void fence();
 
+// Every thread of a launch that overlaps with the one before calls it.
+void wait_for_previous_launch();
+
 // mbarriers. One that copies end in must be published before the first.
 void mbarrier_init(uint64_t* b, unsigned arrivals, Place place);
 void mbarrier_publish_inits();

@@ -33,11 +33,13 @@ enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrCooperativ
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeCooperative = 2,
   cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6,
 };
 
 union cudaLaunchAttributeValue {
   char pad[64];
   int cooperative;
+  int programmaticStreamSerializationAllowed;
   struct {
     unsigned x, y, z;
   } clusterDim;
@@ -97,7 +99,8 @@ struct Launch {
   size_t shared_bytes;
   dim3 cluster;
   bool cooperative;
-  bool known_attributes;  // no others than these two
+  bool overlaps;          // with the launch before
+  bool known_attributes;  // no others than these three
   const void* kernel;
   void (*thread)(const void* arguments);  // runs one thread of the kernel
   const void* arguments;
