@@ -148,6 +148,7 @@ py::dict passes_dict(const cbam::cuda::ForwardPlan& plan) {
   if (plan.resident) {
     py::dict held = resident_dict(*plan.resident);
     held["band"] = plan.resident->band;
+    held["neighbours"] = plan.resident->neighbours;
     return py::dict("resident"_a = held);
   }
   return py::dict("pool"_a = reduction_dict(plan.pool), "maps"_a = reduction_dict(plan.maps),

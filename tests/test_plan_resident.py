@@ -83,7 +83,7 @@ def check_boxes(problem: dict, g: dict) -> None:
 def check_bands(problem: dict, g: dict) -> None:
     if -(-prod(problem["shape"][2:]) // g["band"]) > 1:
         assert g["boxes_each"] == 1
-        assert g["groups"] == 1 or problem["channels_last"]
+        assert g["groups"] == 1 or g["neighbours"] > 1 or problem["channels_last"]
 
 
 def check_loads(problem: dict, g: dict) -> None:
