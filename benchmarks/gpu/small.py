@@ -53,7 +53,7 @@ def _form(name: str, shape: tuple[int, ...], hidden: int, dtype: torch.dtype, la
 
 # Ways of an H100 to hold samples on the chip that no smaller problem takes.
 FORMS = (
-    _form("maps in bands", (1, 192, 64, 64), 8, torch.float32, last=True),
+    _form("maps in bands", (1, 224, 56, 56), 8, torch.float32, last=True),
     _form("maps in bands while training", (1, 32, 112, 112), 2, torch.float32),
     _form("x comes and goes, clusters of 16", (1, 256, 40, 40), 16, torch.float32),
     _form("several boxes a block", (1, 8, 72, 72), 2, torch.float32, last=True),

@@ -25,13 +25,11 @@ constexpr int kMostAlong = 64, kFewestAlong = 16;
 // What short rows take of a block's shared memory, at most, and of that each thread.
 constexpr int64_t kPackedBytes = 32 * 1024, kPackedBytesOfThread = kPackedBytes / kThreads;
 
-// The cost of grouping: every launch waits for the one before (1.3 us on an H100 in a CUDA graph).
-// What passes leave in the cache shares it with what they write.
-constexpr double kLaunchSeconds = 1.3e-6;
-// And what a kernel of a chain takes however little it does: until its first bytes arrive, and
-// until its last block ends. 5 kernels of a forward at batch 1 take 21 us on an H200, 8 of a
-// backward 30.
+// What a kernel of a chain takes however little it does: until its first bytes arrive, and until
+// its last block ends. 5 kernels of a forward at batch 1 take 21 us on an H200, 8 of a backward 30.
+// That is the cost of grouping, too.
 constexpr double kKernelSeconds = 3.8e-6;
+// Of the cache: what passes leave in it shares it with what they write.
 constexpr double kCacheShare = 0.4;
 constexpr double kFirstBytesSeconds = 2e-6;  // of the first launch, until bytes arrive
 // What passes take of the memory's bandwidth, on the whole: so much on an H200, from 100 MB on.
@@ -192,7 +190,7 @@ Group group_samples(const ForwardProblem& p, const DeviceLimits& device, int ten
       ceil_div(ceil_div(p.shape.samples, groups), kSamplesPerWalk) * kSamplesPerWalk;
   const double pass = static_cast<double>(sample / tensors * p.shape.samples) / device.bandwidth;
   const double saved = rereads * pass * (1 - 1 / kCacheSpeed);
-  const double cost = static_cast<double>(groups - 1) * launches * kLaunchSeconds;
+  const double cost = static_cast<double>(groups - 1) * launches * kKernelSeconds;
   return saved > cost ? Group{samples, true} : Group{p.shape.samples, false};
 }
 

@@ -58,6 +58,11 @@ double Teams::measured(const Measured& measured, double estimated) const {
   return measured.more + (whole ? measured.whole : measured.rest) * estimated;
 }
 
+int Teams::fewest_blocks(int samples) const {
+  const int64_t held = samples * s_.channels * s_.pixels() * bytes_of(p_.dtype);
+  return static_cast<int>(ceil_div(held, device_.shared_per_block));
+}
+
 int64_t Teams::limit(const Candidate& c) const {
   return c.blocks == 1 ? device_.shared_per_block
                        : device_.shared_per_multiprocessor / c.blocks - 1024;

@@ -7,10 +7,11 @@
 
 namespace cbam::cuda {
 
-// The costs beside memory, all estimates until measured: a barrier of a cluster (0.5 us for 4
-// blocks, 0.65 us for 8 on an H100) and of a whole grid; a product of the MLP; a tap of the
-// convolution, for what one thread computes of it at a time; the launch and the first bytes.
-constexpr double kClusterBarrier = 0.6e-6, kGridBarrier = 1.3e-6;
+// The costs beside memory, estimates that are measured as a whole: a barrier of a cluster (0.5 us
+// for 4 blocks, 0.65 us for 8 on an H100) and of a whole grid, which costs a visit of 56x56 half a
+// microsecond more each; a product of the MLP; a tap of the convolution, for what one thread
+// computes of it at a time; the launch and the first bytes.
+constexpr double kClusterBarrier = 0.6e-6, kGridBarrier = 0.8e-6;
 constexpr double kProductSeconds = 8e-12, kTapSeconds = 10e-9, kStartSeconds = 3e-6;
 
 // Blocks of a team, samples of a visit, blocks on a multiprocessor.
@@ -37,6 +38,8 @@ class Teams {
   // visit reads of the tensors.
   int samples_per_visit() const;
   double measured(const Measured& measured, double estimated) const;
+  // Blocks without which so many samples have no room.
+  int fewest_blocks(int samples) const;
   // Bytes of shared memory that a block may take.
   int64_t limit(const Candidate& c) const;
 
@@ -113,9 +116,17 @@ ResidentPlan<typename Fitting::Geometry> fastest(const Fitting& fitting, const S
     for (int blocks = 1; blocks <= 2; ++blocks)
       for (int size = 0; size < kClusterSizes; ++size)
         if (device.clusters[size]) consider({true, 1 << size, samples, blocks});
-    if (best.geometry && best.geometry->cluster) return;
-    // The largest teams of which so many run at once.
     const int all = device.multiprocessors;
+    if (best.geometry && best.geometry->cluster) {
+      // Of the whole grid's teams the smallest alone: they leave fewer blocks without a team.
+      for (int team = fitting.fewest_blocks(samples); team <= all; ++team)
+        if (fitting.geometry({false, team, samples, 1})) {
+          consider({false, team, samples, 1});
+          return;
+        }
+      return;
+    }
+    // The largest teams of which so many run at once.
     for (int team = all; team > 0; team = all / (all / team + 1))
       team = consider({false, team, samples, 1});
   };
