@@ -70,7 +70,7 @@ def test_a_call_whose_result_is_not_finite_fails(monkeypatch):
 
 
 FORMS = {
-    "maps in bands": ({"bands": 2}, {"bands": 2}, None),
+    "maps in bands": ({"bands": 2}, {"bands": 2}, {}),
     "maps in bands while training": ({}, {"bands": 2, "copy": "bulk"}, None),
     "x comes and goes, clusters of 16": (
         {"team": 16},

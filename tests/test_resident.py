@@ -100,7 +100,7 @@ REGIMES = (
         "H100",
         8,
         CHANNELS_LAST,
-        plan={"bands": 2, "rounds": 8, "copy": "async"},
+        plan={"bands": 2, "rounds": 4, "copy": "async"},
     ),
     Regime(
         "a short last band",
