@@ -178,9 +178,12 @@ __global__ void __launch_bounds__(kThreads, 2) input_gradient_kernel(const Input
       channel_terms<A>(p, block.sample, kChannelsFirst ? p.dout.rows : p.dout.cols);
   SharedCarver carver(dynamic_shared_memory());
   const InputGradientShared<A> shared(carver, g);
-  stage(block, kChannelsFirst ? channels : pixels, kChannelsFirst ? pixels : channels, shared);
   const T* dout = static_cast<const T*>(p.dout.data) + block.sample * p.dout.sample_stride +
                   block.first_row * p.dout.row_stride + block.first_col;
+  if constexpr (kAccess != Access::kScalar)
+    prefetch_rows(dout, g.row_group * p.dout.row_stride, block.rows / g.row_group,
+                  g.row_group * block.cols * static_cast<int>(sizeof(T)));
+  stage(block, kChannelsFirst ? channels : pixels, kChannelsFirst ? pixels : channels, shared);
   T* dx = static_cast<T*>(p.dx) + block.sample * p.dx_sample_stride +
           block.first_row * p.dx_row_stride + block.first_col;
   // Threads side by side keep the columns of their vectors, those below them take the rows, or
