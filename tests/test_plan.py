@@ -100,15 +100,8 @@ def check_scale(g: dict, problem: dict, channels: int, space: list[int]) -> None
         assert g["chunk"] % g["row_group"] == 0 if first else g["chunk"] == channels
     if g["access"] == "vector" and not first:
         assert g["chunk"] % vector == 0 or g["chunks"] == 1
-    assert 1 <= g["threads_along"] <= 256
-    assert g["threads_along"] >= min(32, vectors_of_a_row(g, problem, first))
-
-
-def vectors_of_a_row(g: dict, problem: dict, first: bool) -> int:
-    if g["access"] == "packed":
-        return g["period"]
-    elements = 16 // BYTES[problem["dtype"]] if g["access"] == "vector" else 1
-    return (prod(g["box"]) if first else g["chunk"]) // elements
+    least = min(32, g["period"]) if g["access"] == "packed" else 0
+    assert least <= g["threads_along"] <= 256
 
 
 def walks_of(mlp: dict, samples: int, group: int) -> dict[str, int]:

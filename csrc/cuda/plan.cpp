@@ -25,12 +25,12 @@ constexpr int kMostAlong = 64, kFewestAlong = 16;
 // What short rows take of a block's shared memory, at most, and of that each thread.
 constexpr int64_t kPackedBytes = 32 * 1024, kPackedBytesOfThread = kPackedBytes / kThreads;
 
-// What a kernel of a chain takes however little it does: until its first bytes arrive, and until
-// its last block ends. 5 kernels of a forward at batch 1 take 21 us on an H200, 8 of a backward 30.
-// That is the cost of grouping, too.
-constexpr double kKernelSeconds = 3.8e-6;
-// Of the cache: what passes leave in it shares it with what they write.
+// What passes leave in the cache shares it with what they write.
 constexpr double kCacheShare = 0.4;
+// What a kernel of a chain takes however little it does: until its first bytes arrive, and
+// until its last block ends. 5 kernels of a forward at batch 1 take 21 us on an H200, 8 of a
+// backward 30.
+constexpr double kKernelSeconds = 3.8e-6;
 constexpr double kFirstBytesSeconds = 2e-6;  // of the first launch, until bytes arrive
 // What passes take of the memory's bandwidth, on the whole: so much on an H200, from 100 MB on.
 constexpr double kStreamedShare = 0.68;
@@ -175,7 +175,7 @@ ForwardGrids grids_of(const ForwardPlan& plan, const ForwardProblem& p, int64_t 
 
 }  // namespace
 
-// Grouping pays where reading a group's x again from the cache saves more than its launches cost.
+// Grouping pays where reading a group's x again from the cache saves more than its launches take.
 // Below kSamplesPerWalk samples it would also read the MLP's weights more often.
 Group group_samples(const ForwardProblem& p, const DeviceLimits& device, int tensors, int rereads,
                     int launches) {
@@ -188,10 +188,11 @@ Group group_samples(const ForwardProblem& p, const DeviceLimits& device, int ten
   const int64_t groups = ceil_div(p.shape.samples, most);
   const int64_t samples =
       ceil_div(ceil_div(p.shape.samples, groups), kSamplesPerWalk) * kSamplesPerWalk;
-  const double pass = static_cast<double>(sample / tensors * p.shape.samples) / device.bandwidth;
-  const double saved = rereads * pass * (1 - 1 / kCacheSpeed);
-  const double cost = static_cast<double>(groups - 1) * launches * kKernelSeconds;
-  return saved > cost ? Group{samples, true} : Group{p.shape.samples, false};
+  const Group grouped{samples, true}, whole{p.shape.samples, false};
+  const auto seconds = [&](const Group& group) {
+    return streamed_seconds(p, device, group, 0, rereads, launches);
+  };
+  return seconds(grouped) < seconds(whole) ? grouped : whole;
 }
 
 double streamed_seconds(const ForwardProblem& p, const DeviceLimits& device, const Group& group,

@@ -70,10 +70,7 @@ ScaleGeometry plan_last_pass(const ForwardProblem& p, int64_t samples, int map_s
   } else {
     set_chunk(g, p, samples, map_splits, device);
   }
-  const int elements = g.access == Access::kScalar ? 1 : vector;
-  g.threads_along = threads_along(packed  ? g.period
-                                  : first ? g.pixels() / elements
-                                          : g.chunk / elements);
+  if (packed) g.threads_along = threads_along(g.period);
   return g;
 }
 

@@ -57,16 +57,13 @@ struct Box {
   }
 };
 
-// What is staged at index i: the number of the pixel in the image, -1 outside of image and halo;
+// What is staged at a place: the number of the pixel in the image, -1 outside of image and halo;
 // and whether it belongs to the box itself.
 struct StagedPixel {
   int pixel;
   bool inside;
 
-  __device__ __forceinline__ StagedPixel(const Box& box, const Space& s, int i)
-      : StagedPixel(box, s, i % box.staged_row, i / box.staged_row % box.staged_height,
-                    i / box.staged_row / box.staged_height) {}
-  // By its place, which counts from the halo's first.
+  // Its place counts from the halo's first.
   __device__ __forceinline__ StagedPixel(const Box& box, const Space& s, int x, int y, int z) {
     const int halo_x = s.kernel_width / 2;
     const int bx = x - halo_x, by = y - s.kernel_height / 2, bz = z - s.kernel_depth / 2;
@@ -78,6 +75,47 @@ struct StagedPixel {
              bx < box.width;
   }
 };
+
+// Every `step`th place of a box of this width and height, counted along rows, from `start` on:
+// without a division for each.
+class Places {
+ public:
+  int x, y, z;
+
+  __device__ __forceinline__ Places(int width, int height, int start, int step)
+      : x(start % width),
+        y(start / width % height),
+        z(start / width / height),
+        width_(width),
+        height_(height),
+        step_x_(step % width),
+        step_y_(step / width % height),
+        step_z_(step / width / height) {}
+  __device__ __forceinline__ void next() {
+    x += step_x_;
+    y += step_y_;
+    z += step_z_;
+    if (x >= width_) {
+      x -= width_;
+      ++y;
+    }
+    if (y >= height_) {
+      y -= height_;
+      ++z;
+    }
+  }
+
+ private:
+  int width_, height_, step_x_, step_y_, step_z_;
+};
+
+// put(i, StagedPixel) for every index i of what is staged of the box and its halo.
+template <class Put>
+__device__ __forceinline__ void for_staged_pixels(const Box& box, const Space& s, Put put) {
+  Places place(box.staged_row, box.staged_height, threadIdx.x, blockDim.x);
+  for (int i = threadIdx.x; i < box.staged; i += blockDim.x, place.next())
+    put(i, StagedPixel(box, s, place.x, place.y, place.z));
+}
 
 // One of the weights, which are stored as x is or in what x is computed in.
 template <class T>

@@ -38,7 +38,7 @@ __device__ __forceinline__ void stage_pooled(const ChannelGate& p, int64_t first
     }
     return channel;
   };
-  for_batches<8 / kSamples>(threadIdx.x, count, kThreads, read, [&](int k, const Channel& channel) {
+  for_batches<16 / kSamples>(threadIdx.x, count, kThreads, read, [&](int k, const Channel& channel) {
     store_shared(pooled + k * HiddenShared<A, kSamples>::kPitch, channel.value);
   });
 }
@@ -89,7 +89,7 @@ __device__ __forceinline__ void add_channels(const ChannelGate& p, int first_uni
           first_unit + u < p.hidden_units ? weights[int64_t{u} * p.channels + k] : W();
     return weight;
   };
-  constexpr int kBatch = kSamples == kFewSamples ? 4 : 2;
+  constexpr int kBatch = 4;
   for_batches<kBatch>(own, count, step, read, [&](int k, const UnitWeights<W>& weight) {
     A value[2 * kSamples];
     load_shared(pooled + k * HiddenShared<A, kSamples>::kPitch, true, value);

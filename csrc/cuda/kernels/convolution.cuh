@@ -14,15 +14,14 @@ namespace cbam::cuda {
 template <class A, class MapsAt>
 __device__ __forceinline__ void stage_maps(const Box& box, const Space& s, int first, int end,
                                            A* staged, MapsAt maps_at) {
-  for (int i = threadIdx.x; i < box.staged; i += blockDim.x) {
-    const StagedPixel at(box, s, i);
+  for_staged_pixels(box, s, [&](int i, const StagedPixel& at) {
     const bool outside = at.pixel < 0;
-    if (outside ? first > 0 : at.pixel < first || at.pixel >= end) continue;
+    if (outside ? first > 0 : at.pixel < first || at.pixel >= end) return;
     A mean = A(0), max = A(0);
     if (!outside) maps_at(at.pixel, at.inside, mean, max);
     staged[i] = mean;
     staged[box.staged + i] = max;
-  }
+  });
 }
 
 // What backward reads of a pixel's maps: x's dtype [samples, 2, pixels].

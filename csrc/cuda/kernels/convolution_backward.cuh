@@ -10,47 +10,6 @@
 
 namespace cbam::cuda {
 
-// Every `step`th place of a box of this width and height, counted along rows, from `start` on:
-// without a division for each.
-class Places {
- public:
-  int x, y, z;
-
-  __device__ __forceinline__ Places(int width, int height, int start, int step)
-      : x(start % width),
-        y(start / width % height),
-        z(start / width / height),
-        width_(width),
-        height_(height),
-        step_x_(step % width),
-        step_y_(step / width % height),
-        step_z_(step / width / height) {}
-  __device__ __forceinline__ void next() {
-    x += step_x_;
-    y += step_y_;
-    z += step_z_;
-    if (x >= width_) {
-      x -= width_;
-      ++y;
-    }
-    if (y >= height_) {
-      y -= height_;
-      ++z;
-    }
-  }
-
- private:
-  int width_, height_, step_x_, step_y_, step_z_;
-};
-
-// put(i, StagedPixel) for every index i of what is staged of the box and its halo.
-template <class Put>
-__device__ __forceinline__ void for_staged_pixels(const Box& box, const Space& s, Put put) {
-  Places place(box.staged_row, box.staged_height, threadIdx.x, blockDim.x);
-  for (int i = threadIdx.x; i < box.staged; i += blockDim.x, place.next())
-    put(i, StagedPixel(box, s, place.x, place.y, place.z));
-}
-
 // Both maps at index i of what is staged: `maps` is x's dtype [2, pixels] of the box's sample, `to`
 // is [2, staged] and zero outside the image, as is what lies behind.
 template <class T, class A>

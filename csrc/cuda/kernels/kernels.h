@@ -244,7 +244,7 @@ struct ScaleGeometry : BoxGeometry {
   int chunks, chunk;  // channels of a block
   Access access;
   int period, row_group;  // as in ReductionGeometry; kPacked only
-  int threads_along;      // threads side by side along a row
+  int threads_along;      // threads side by side along a group of rows; kPacked only
 };
 
 // spatial_gate.cu: sigmoid(conv(maps) + bias), and out = x * channel_gate * spatial_gate.

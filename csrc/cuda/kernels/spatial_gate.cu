@@ -19,6 +19,11 @@
 namespace cbam::cuda {
 namespace {
 
+// What a thread has under way: loads of x, and pixels of both maps.
+constexpr int kScaleLoads = 4;
+template <class A>
+constexpr int kMapLoads = sizeof(A) == 8 ? 3 : 5;
+
 // The box of pixels and the chunk of channels of this block.
 struct ScaleBlock : Box {
   int first_channel, channels;
@@ -51,10 +56,42 @@ __device__ __forceinline__ void prefetch_first(const SpatialGate& p, const Scale
   }
 }
 
-// The maps of the box and its halo; kept for backward where asked for.
+// Both maps at one pixel, on their way to shared memory.
+template <class A>
+struct MapsAt {
+  A mean, max;
+  int saved_at;  // the pixel where backward wants them, -1 else
+};
+
+// The maps of the box and its halo, which have one part: those of several pixels are under way at
+// a time.
 template <class T, class A>
-__device__ __forceinline__ void stage_block(const SpatialGate& p, const ScaleBlock& block,
+__device__ __forceinline__ void stage_whole(const SpatialGate& p, const ScaleBlock& block,
                                             A* staged) {
+  const int pixels = p.space.pixels();
+  Places place(block.staged_row, block.staged_height, threadIdx.x, kThreads);
+  for_batches<kMapLoads<A>>(
+      threadIdx.x, block.staged, kThreads,
+      [&](int) {
+        const StagedPixel at(block, p.space, place.x, place.y, place.z);
+        place.next();
+        Extremes<A, false> e;
+        e.max = A(0);
+        if (at.pixel >= 0) e = read_part<false, A>(p.maps, block.sample, 0, pixels, at.pixel);
+        return MapsAt<A>{e.sum, e.max, block.saves && at.inside ? at.pixel : -1};
+      },
+      [&](int i, const MapsAt<A>& maps) {
+        staged[i] = maps.mean;
+        staged[block.staged + i] = maps.max;
+        if (maps.saved_at >= 0)
+          save_maps<T>(p.saved_maps, block.sample, pixels, maps.saved_at, maps.mean, maps.max);
+      });
+}
+
+// The same, merged from their parts; where they were found is kept for backward as well.
+template <class T, class A>
+__device__ __forceinline__ void stage_merged(const SpatialGate& p, const ScaleBlock& block,
+                                             A* staged) {
   const int pixels = p.space.pixels();
   const auto maps_at = [&](int pixel, bool inside, A& mean, A& max) {
     const bool saves = inside && block.saves;
@@ -78,11 +115,9 @@ template <class T, class A>
 __device__ __forceinline__ void stage_constants(const SpatialGate& p, const ScaleBlock& block,
                                                 const ScaleShared<A>& shared) {
   stage_conv_weights<T>(p.conv_weight, p.conv_bias, p.weight_dtype, p.space, shared.weight);
-  for (int i = threadIdx.x; i < block.pixels(); i += kThreads) {
-    const int x = i % block.width, y = i / block.width % block.height,
-              z = i / block.width / block.height;
-    shared.pixel[i] = block.pixel(p.space, z, y, x);
-  }
+  Places at(block.width, block.height, threadIdx.x, kThreads);
+  for (int i = threadIdx.x; i < block.pixels(); i += kThreads, at.next())
+    shared.pixel[i] = block.pixel(p.space, at.z, at.y, at.x);
 }
 
 // The gates of the chunk's channels.
@@ -100,95 +135,91 @@ __device__ __forceinline__ void gate_pixels(const SpatialGate& p, const ScaleBlo
                                             const ScaleShared<A>& shared) {
   const int64_t first = block.sample * p.space.pixels();
   // The pixel's number as it was staged: computed anew it costs registers.
-  gate_box(block, p.space, shared.maps, shared.weight, [&](int at, int, A gate) {
+  const auto put = [&](int at, int, A gate) {
     shared.spatial[at] = gate;
     if (block.saves) static_cast<A*>(p.saved_gate)[first + shared.pixel[at]] = gate;
-  });
+  };
+  if (block.pixels() <= kThreads)
+    gate_box<1>(block, p.space, shared.maps, shared.weight, put);
+  else
+    gate_box<kRun>(block, p.space, shared.maps, shared.weight, put);
 }
 
-// Where the rows of a thread's vector stand, asked for one after another: every step-th channel or,
-// packed, a channel by its number from the first on; a pixel of a box by its number in the image.
-template <Access kAccess, bool kChannelsFirst, class P>
-class RowWalk {
- public:
-  static constexpr bool kSteps = kChannelsFirst && kAccess != Access::kPacked;
-
-  __device__ __forceinline__ RowWalk(P first, int col, int64_t stride, int step, const int* pixel)
-      : at_(kPacked ? first : first + col),
-        col_(col),
-        stride_(kSteps ? stride * step : stride),
-        pixel_(pixel) {}
-  __device__ __forceinline__ P next(int row) {
-    if constexpr (kSteps) {
-      const P at = at_;
-      at_ += stride_;
-      return at;
-    } else if constexpr (kPacked) {
-      return at_ + (row * static_cast<int>(stride_) + col_);  // no longer than kThreads vectors
-    } else {
-      return at_ + pixel_[row] * stride_;
-    }
-  }
-
- private:
-  static constexpr bool kPacked = kAccess == Access::kPacked;
-  P at_;
-  int col_;
-  int64_t stride_;
-  const int* pixel_;
-};
-
-// The last pass. `threads_along` threads side by side take the vectors of a row of x's matrix, the
-// others rows below; the gates of a vector's columns stay in registers.
+// The last pass where every row of x's matrix is whole vectors. Threads take the vectors of the box
+// and the chunk in the order in which they stand in x: neighbours are under way together.
 template <Access kAccess, bool kChannelsFirst, class T, class A>
-__device__ __forceinline__ void scale(const SpatialGate& p, const ScaleBlock& block,
-                                      const ScaleShared<A>& shared) {
+__device__ __forceinline__ void scale_rows(const SpatialGate& p, const ScaleBlock& block,
+                                           const ScaleShared<A>& shared) {
   constexpr int kCount = kAccess == Access::kScalar ? 1 : kVector<T>;
-  constexpr bool kPacked = kAccess == Access::kPacked;
-  // The choice between two rows takes registers.
-  constexpr int kBatch = !kPacked ? 4 : kNarrowsSlowly<T> ? 2 : 3;
   const A* row_gate = kChannelsFirst ? shared.channel : shared.spatial;
   const A* col_gate = kChannelsFirst ? shared.spatial : shared.channel;
   const int rows = kChannelsFirst ? block.channels : block.pixels();
-  const int cols = kChannelsFirst ? block.pixels() : block.channels;
-  const int vectors = kPacked ? p.geometry.period : cols / kCount;
-  const int group = kPacked ? p.geometry.row_group : 1;
-  const int threads_below = kThreads / p.geometry.threads_along;
-  const int side = threadIdx.x % p.geometry.threads_along,
-            below = threadIdx.x / p.geometry.threads_along;
-  if (below >= threads_below) return;
-  const int start = below * group, step = threads_below * group;
-  using From = RowWalk<kAccess, kChannelsFirst, const T*>;
-  using To = RowWalk<kAccess, kChannelsFirst, T*>;
-  const int first_row = (kChannelsFirst ? block.first_channel : 0) + (From::kSteps ? start : 0);
+  const int vectors = (kChannelsFirst ? block.pixels() : block.channels) / kCount;
   const T* x = static_cast<const T*>(p.x.data) + block.sample * p.x.sample_stride +
-               first_row * p.x.row_stride;
-  T* out =
-      static_cast<T*>(p.out) + block.sample * p.out_sample_stride + first_row * p.out_row_stride;
-  for (int v = side; v < vectors; v += p.geometry.threads_along) {
-    const VectorOfTwoRows<kPacked> columns(v * kCount, cols, kCount);
+               block.first_channel * (kChannelsFirst ? p.x.row_stride : 1);
+  T* out = static_cast<T*>(p.out) + block.sample * p.out_sample_stride +
+           block.first_channel * (kChannelsFirst ? p.out_row_stride : 1);
+  const auto offset = [&](const Places& at, int64_t stride) {
+    const int row = kChannelsFirst ? at.y : shared.pixel[at.y];
+    return row * stride + (kChannelsFirst ? shared.pixel[at.x * kCount] : at.x * kCount);
+  };
+  Places from(vectors, rows, threadIdx.x, kThreads), to = from;
+  for_batches<kScaleLoads>(
+      threadIdx.x, rows * vectors, kThreads,
+      [&](int) {
+        const auto raw = load<kCount>(x + offset(from, p.x.row_stride));
+        from.next();
+        return raw;
+      },
+      [&](int, const Raw<T, kCount>& raw) {
+        auto pack = widen(raw);
+        const A of_row = row_gate[to.y];
+        A gate[kCount];
+        load_shared(col_gate + to.x * kCount, true, gate);
+    // As the plain form does: first the channel's gate, then the pixel's.
+#pragma unroll
+        for (int i = 0; i < kCount; ++i)
+          pack.value[i] = pack.value[i] * (kChannelsFirst ? of_row : gate[i]) *
+                          (kChannelsFirst ? gate[i] : of_row);
+        store(out + offset(to, p.out_row_stride), pack);
+        to.next();
+      });
+}
+
+// The same where channels are packed rows: `threads_along` threads side by side take the vectors of
+// a group of rows, the others groups below; the gates of a vector's pixels stay in registers.
+template <class T, class A>
+__device__ __forceinline__ void scale_packed(const SpatialGate& p, const ScaleBlock& block,
+                                             const ScaleShared<A>& shared) {
+  constexpr int kCount = kVector<T>;
+  // The choice between two rows takes registers.
+  constexpr int kBatch = kNarrowsSlowly<T> ? 2 : 3;
+  const int cols = block.pixels(), group = p.geometry.row_group;
+  const int below = threadIdx.x / p.geometry.threads_along,
+            threads_below = kThreads / p.geometry.threads_along;
+  if (below >= threads_below) return;
+  const T* x = static_cast<const T*>(p.x.data) + block.sample * p.x.sample_stride +
+               int64_t{block.first_channel} * cols;
+  T* out = static_cast<T*>(p.out) + block.sample * p.out_sample_stride +
+           int64_t{block.first_channel} * cols;
+  for (int v = threadIdx.x % p.geometry.threads_along; v < p.geometry.period;
+       v += p.geometry.threads_along) {
+    const VectorOfTwoRows<true> columns(v * kCount, cols, kCount);
     A gate[kCount];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) gate[i] = col_gate[columns.column(i)];
-    const int col = kPacked          ? v * kCount
-                    : kChannelsFirst ? shared.pixel[v * kCount]
-                                     : block.first_channel + v * kCount;
-    From from(x, col, p.x.row_stride, step, shared.pixel);
-    To to(out, col, p.out_row_stride, step, shared.pixel);
+    for (int i = 0; i < kCount; ++i) gate[i] = shared.spatial[columns.column(i)];
+    const auto at = [&](int row) { return row * cols + v * kCount; };
     for_batches<kBatch>(
-        start, rows, step, [&](int row) { return load<kCount>(from.next(row)); },
+        below * group, block.channels, threads_below * group,
+        [&](int row) { return load<kCount>(x + at(row)); },
         [&](int row, const Raw<T, kCount>& raw) {
           auto pack = widen(raw);
-          const A of_first = row_gate[row + columns.first_row];
-          const A of_last = row_gate[row + columns.last_row];
+          const A of_first = shared.channel[row + columns.first_row];
+          const A of_last = shared.channel[row + columns.last_row];
 #pragma unroll
-          for (int i = 0; i < kCount; ++i) {
-            const A of_row = columns.of_element(i, of_first, of_last);
-            // As the plain form does: first the channel's gate, then the pixel's.
-            pack.value[i] = pack.value[i] * (kChannelsFirst ? of_row : gate[i]) *
-                            (kChannelsFirst ? gate[i] : of_row);
-          }
-          store(to.next(row), pack);
+          for (int i = 0; i < kCount; ++i)
+            pack.value[i] = pack.value[i] * columns.of_element(i, of_first, of_last) * gate[i];
+          store(out + at(row), pack);
         });
   }
 }
@@ -203,11 +234,17 @@ __global__ void __launch_bounds__(kThreads, kScaleBlocks) spatial_gate_kernel(co
   stage_constants<T>(p, block, shared);
   wait_for_previous_launch();
   stage_channels(p, block, shared.channel);
-  stage_block<T>(p, block, shared.maps);
+  if (p.maps.splits == 1)
+    stage_whole<T>(p, block, shared.maps);
+  else
+    stage_merged<T>(p, block, shared.maps);
   __syncthreads();
   gate_pixels(p, block, shared);
   __syncthreads();
-  scale<kAccess, kChannelsFirst, T>(p, block, shared);
+  if constexpr (kAccess == Access::kPacked)
+    scale_packed<T>(p, block, shared);
+  else
+    scale_rows<kAccess, kChannelsFirst, T>(p, block, shared);
 }
 
 }  // namespace
