@@ -49,8 +49,9 @@ def plan(
         ``strategy``, with its ``reason`` and ``predicted_seconds``; ``group`` (samples
         that take all launches together), ``in_cache`` (whether x of a group stays in the L2
         cache), ``stages`` (of a full group: name, blocks, threads, shared_bytes, ``overlaps``
-        where it starts before the launch before it has ended, traffic in bytes), ``traffic`` (of all groups), ``device_memory_bytes`` and the ``seconds`` that these
-        take at the device's full bandwidth; ``passes``, the geometry of the passes over x by name;
+        where it starts before the launch before it has ended, traffic in bytes), ``traffic`` (of
+        all groups), ``device_memory_bytes`` and the ``seconds`` that these take at the device's
+        full bandwidth; ``passes``, the geometry of the passes over x by name;
         ``summing_launches``, small ones that follow a backward and make the gradients of the
         weights; ``scratch_bytes``; ``device``, its limits.
 

@@ -5,7 +5,7 @@
 //
 // grid    samples * boxes * chunks blocks of 256 threads; a block takes a box of pixels and a chunk
 //         of channels: maps with their halo come to shared memory, then the gate of every pixel of
-//         the box, then x passes
+//         the box, then x passes; weights come, and x is asked for, while the launch before ends
 // shared  the box with its halo, twice; the weights; the gate of each pixel and of each channel
 // bytes   reads x once, writes out once; every block reads the maps of its box and halo, its
 //         channels' gates and the weights of the convolution
