@@ -141,14 +141,15 @@ def test_every_tool_is_run_over_the_small_program(monkeypatch, tmp_path):
 
 
 def test_parts_of_a_tool_watch_everything_once(monkeypatch):
-    parts = [arguments[-1] for name, arguments in sanitizers.runs().items() if "race" in name]
-    assert parts == ["1/5", "2/5", "3/5", "4/5", "5/5"]
+    last = [arguments[-2:] for name, arguments in sanitizers.runs().items() if "race" in name]
+    assert last == [[f"{part}/8", "float16"] for part in range(1, 9)]
     made = []
     monkeypatch.setattr(small, "_make_calls", lambda problem, *_: made.append(problem))
     monkeypatch.setattr(small.Tally, "said", lambda *_: "")
-    for part in range(1, 6):
-        small.run("cpu", part, 5)
-    assert sorted(map(str, made)) == sorted(map(str, small.problems()))
+    for part in range(1, 9):
+        small.run("cpu", part, 8, [torch.float16])
+    assert sorted(map(str, made)) == sorted(map(str, small.problems([torch.float16])))
+    assert {problem.dtype for problem in small.problems()} == set(small.DTYPES)
 
 
 JUNIT = """<testsuites><testsuite>

@@ -11,8 +11,10 @@ from ..outcome import FAILED, PASSED, SKIPPED, Folder, Outcome
 from .commands import Finished, find_tool, run_all, tail
 from .small import FINISHED, WATCHED
 
-# In so many processes, which share the problems: racecheck takes ten times as long as the others.
-TOOLS = {"memcheck": 1, "racecheck": 5, "initcheck": 1, "synccheck": 1}
+# In so many processes, which share the problems, and in which dtypes: racecheck takes ten times as
+# long as the others, and kernels of 16 bits differ from those of 32 in their conversions.
+TOOLS = {"memcheck": 1, "racecheck": 8, "initcheck": 1, "synccheck": 1}
+DTYPES = {"racecheck": ["float16"]}
 OPTIONS = (
     "--target-processes",
     "all",
@@ -20,7 +22,7 @@ OPTIONS = (
     "--report-api-errors=no",  # torch asks for functions that a driver may lack
     "--print-limit=20",
 )
-CORES_A_TOOL = 2
+CORES_A_TOOL = 1
 # Each tensor an allocation of its own, so that what is beside it is out of bounds.
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
@@ -52,7 +54,7 @@ def runs() -> dict[str, list[str]]:
     for tool, parts in TOOLS.items():
         for part in range(1, parts + 1):
             name = f"{tool} {part}/{parts}" if parts > 1 else tool
-            found[name] = ["--tool", tool, *small, f"{part}/{parts}"]
+            found[name] = ["--tool", tool, *small, f"{part}/{parts}", *DTYPES.get(tool, [])]
     return found
 
 

@@ -1,13 +1,13 @@
 """``python -m benchmarks.gpu.small 1/1``: all kinds of calls, small, for compute-sanitizer.
 
-``2/5`` makes the second fifth of them.
+``2/5`` makes the second fifth of them; dtypes behind it leave out the others.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,16 +63,18 @@ FORMS = (
 )
 
 
-def problems() -> Iterator[Watched]:
-    """All of them."""
+def problems(dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[Watched]:
+    """All of them in these dtypes, and the forms in theirs."""
     for case in CASES:
-        for dtype in DTYPES:
+        for dtype in dtypes:
             for layout in cases.NATIVE_LAYOUTS:
                 yield Watched(case, dtype, layout)
     yield from FORMS
 
 
-def run(device: str = "cuda", part: int = 1, parts: int = 1) -> dict[str, str]:
+def run(
+    device: str = "cuda", part: int = 1, parts: int = 1, dtypes: Sequence[torch.dtype] = DTYPES
+) -> dict[str, str]:
     """Make a part of all calls; returns how many of each strategy, and what it has no plan for.
 
     Inputs are made on the CPU and copied, so that hardly any kernels run but those in question.
@@ -81,7 +83,7 @@ def run(device: str = "cuda", part: int = 1, parts: int = 1) -> dict[str, str]:
         SkippedError: a strategy made no call at all.
     """
     tallies = {strategy: Tally() for strategy in STRATEGIES}
-    for problem in itertools.islice(problems(), part - 1, None, parts):
+    for problem in itertools.islice(problems(dtypes), part - 1, None, parts):
         _make_calls(problem, device, tallies)
     return {strategy: tally.said("calls") for strategy, tally in tallies.items()}
 
@@ -112,7 +114,7 @@ def _make_calls(problem: Watched, device: str, tallies: Mapping[str, Tally]) -> 
 
 if __name__ == "__main__":
     part, parts = map(int, sys.argv[1].split("/"))
-    said = run("cuda", part, parts)
+    said = run("cuda", part, parts, [getattr(torch, name) for name in sys.argv[2:]] or DTYPES)
     torch.cuda.synchronize()
     for strategy, calls in said.items():
         print(f"{WATCHED}{strategy}: {calls}")
