@@ -38,7 +38,7 @@ __device__ __forceinline__ void stage_pooled(const ChannelGate& p, int64_t first
     }
     return channel;
   };
-  for_batches<16 / kSamples>(threadIdx.x, count, kThreads, read, [&](int k, const Channel& channel) {
+  for_batches<8 / kSamples>(threadIdx.x, count, kThreads, read, [&](int k, const Channel& channel) {
     store_shared(pooled + k * HiddenShared<A, kSamples>::kPitch, channel.value);
   });
 }

@@ -56,46 +56,36 @@ __device__ __forceinline__ void prefetch_first(const SpatialGate& p, const Scale
   }
 }
 
-// Both maps at one pixel, on their way to shared memory.
-template <class A>
-struct MapsAt {
-  A mean, max;
-  int saved_at;  // the pixel where backward wants them, -1 else
-};
-
 // The maps of the box and its halo, which have one part: those of several pixels are under way at
 // a time.
-template <class T, class A>
+template <class A>
 __device__ __forceinline__ void stage_whole(const SpatialGate& p, const ScaleBlock& block,
                                             A* staged) {
-  const int pixels = p.space.pixels();
   Places place(block.staged_row, block.staged_height, threadIdx.x, kThreads);
   for_batches<kMapLoads<A>>(
       threadIdx.x, block.staged, kThreads,
       [&](int) {
-        const StagedPixel at(block, p.space, place.x, place.y, place.z);
+        const int pixel = StagedPixel(block, p.space, place.x, place.y, place.z).pixel;
         place.next();
-        Extremes<A, false> e;
-        e.max = A(0);
-        if (at.pixel >= 0) e = read_part<false, A>(p.maps, block.sample, 0, pixels, at.pixel);
-        return MapsAt<A>{e.sum, e.max, block.saves && at.inside ? at.pixel : -1};
+        Extremes<A, false> maps;
+        maps.max = A(0);
+        if (pixel >= 0)
+          maps = read_part<false, A>(p.maps, block.sample, 0, p.space.pixels(), pixel);
+        return maps;
       },
-      [&](int i, const MapsAt<A>& maps) {
-        staged[i] = maps.mean;
+      [&](int i, const Extremes<A, false>& maps) {
+        staged[i] = maps.sum;
         staged[block.staged + i] = maps.max;
-        if (maps.saved_at >= 0)
-          save_maps<T>(p.saved_maps, block.sample, pixels, maps.saved_at, maps.mean, maps.max);
       });
 }
 
-// The same, merged from their parts; where they were found is kept for backward as well.
-template <class T, class A>
+// The same, merged from their parts; where the maxima are is kept for backward.
+template <class A>
 __device__ __forceinline__ void stage_merged(const SpatialGate& p, const ScaleBlock& block,
                                              A* staged) {
   const int pixels = p.space.pixels();
   const auto maps_at = [&](int pixel, bool inside, A& mean, A& max) {
-    const bool saves = inside && block.saves;
-    if (saves && p.saved_argmax) {
+    if (inside && block.saves && p.saved_argmax) {
       const auto e = merge_parts<true, A, 6>(p.maps, block.sample, pixels, pixel);
       p.saved_argmax[block.sample * pixels + pixel] = e.argmax;
       mean = e.sum;
@@ -105,28 +95,35 @@ __device__ __forceinline__ void stage_merged(const SpatialGate& p, const ScaleBl
       mean = e.sum;
       max = e.max;
     }
-    if (saves) save_maps<T>(p.saved_maps, block.sample, pixels, pixel, mean, max);
   };
   stage_maps(block, p.space, 0, pixels, staged, maps_at);
 }
 
-// Weights and bias of the convolution and the numbers of the box's pixels.
+// What backward reads of the maps.
 template <class T, class A>
+__device__ __forceinline__ void save_block(const SpatialGate& p, const ScaleBlock& block,
+                                           const A* staged) {
+  const Space& s = p.space;
+  const A* centre = staged + block.at(s.kernel_depth / 2, s.kernel_height / 2, s.kernel_width / 2);
+  Places at(block.width, block.height, threadIdx.x, kThreads);
+  for (int i = threadIdx.x; i < block.pixels(); i += kThreads, at.next()) {
+    const A* maps = centre + block.at(at.z, at.y, at.x);
+    save_maps<T>(p.saved_maps, block.sample, s.pixels(), block.pixel(s, at.z, at.y, at.x), maps[0],
+                 maps[block.staged]);
+  }
+}
+
+// The gates of the chunk's channels and the numbers of the box's pixels: before the wait these
+// would take registers.
+template <class A>
 __device__ __forceinline__ void stage_constants(const SpatialGate& p, const ScaleBlock& block,
                                                 const ScaleShared<A>& shared) {
-  stage_conv_weights<T>(p.conv_weight, p.conv_bias, p.weight_dtype, p.space, shared.weight);
+  const A* gate =
+      static_cast<const A*>(p.channel_gate) + block.sample * p.channels + block.first_channel;
+  for (int i = threadIdx.x; i < block.channels; i += kThreads) shared.channel[i] = gate[i];
   Places at(block.width, block.height, threadIdx.x, kThreads);
   for (int i = threadIdx.x; i < block.pixels(); i += kThreads, at.next())
     shared.pixel[i] = block.pixel(p.space, at.z, at.y, at.x);
-}
-
-// The gates of the chunk's channels.
-template <class A>
-__device__ __forceinline__ void stage_channels(const SpatialGate& p, const ScaleBlock& block,
-                                               A* channel) {
-  const A* gate =
-      static_cast<const A*>(p.channel_gate) + block.sample * p.channels + block.first_channel;
-  for (int i = threadIdx.x; i < block.channels; i += kThreads) channel[i] = gate[i];
 }
 
 // The gate of every pixel of the box, from the staged maps.
@@ -231,14 +228,15 @@ __global__ void __launch_bounds__(kThreads, kScaleBlocks) spatial_gate_kernel(co
   SharedCarver carver(dynamic_shared_memory());
   const ScaleShared<A> shared(carver, p.geometry, p.space);
   prefetch_first<kAccess, kChannelsFirst, T>(p, block);
-  stage_constants<T>(p, block, shared);
+  stage_conv_weights<T>(p.conv_weight, p.conv_bias, p.weight_dtype, p.space, shared.weight);
   wait_for_previous_launch();
-  stage_channels(p, block, shared.channel);
+  stage_constants(p, block, shared);
   if (p.maps.splits == 1)
-    stage_whole<T>(p, block, shared.maps);
+    stage_whole(p, block, shared.maps);
   else
-    stage_merged<T>(p, block, shared.maps);
+    stage_merged(p, block, shared.maps);
   __syncthreads();
+  if (block.saves) save_block<T>(p, block, shared.maps);
   gate_pixels(p, block, shared);
   __syncthreads();
   if constexpr (kAccess == Access::kPacked)
