@@ -61,6 +61,7 @@ def test_calls_without_a_plan_are_told_and_not_all_may_be(monkeypatch):
     refused += ["attention", "inference"]
     with pytest.raises(SkippedError, match="no resident plan for 18"):
         small.run("cpu")
+    assert small.run("cpu", 2, 3) == {"streaming": "6 calls"}
 
 
 def test_a_call_whose_result_is_not_finite_fails(monkeypatch):
