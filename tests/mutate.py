@@ -161,8 +161,8 @@ REDUNDANT = {
     "kPacked && block.cols() <= kVector<T>)": ("rows of just a vector are not packed"),
     "resident_extremes.cuh: const int to = min(block.rows(), from + step); -> const int to = "
     "(block.rows());": WAITS_LONGER,
-    "resident_extremes.cuh: ready(sample, row, min(row + kRowsAlong, end) - 1); -> "
-    "ready(sample, row, (end) - 1);": WAITS_LONGER,
+    "resident_extremes.cuh: ready(sample, min(row + kRowsAlong, end) - 1); -> "
+    "ready(sample, (end) - 1);": WAITS_LONGER,
     "resident_extremes.cuh: if (row < to) row += (to - row + g.groups - 1) / g.groups * "
     "g.groups; -> if (row <= to) row += (to - row + g.groups - 1) / g.groups * g.groups;": (
         "from there to there it adds 0"

@@ -200,12 +200,18 @@ LITTLE = 0.10
 # Of a channel of 7x7, x has 49 words. Each launch needs some from the one before; several blocks
 # need the same ones. And blocks that are no cluster tell each other everything through memory, at
 # most from the cache. By pixels, direction, and strategy or kind of team; behind it what
-# least_words gives, of the grid for a team of 43 blocks. At 56x56 these have boxes of two rows,
+# least_words gives, of the grid for a team of 43 blocks, forwards of 16. At 56x56 these have boxes of two rows,
 # which stage six others as their halo.
 NOT_LITTLE = {
     (49, "inference", "streaming"): 0.33,  # 0.150
     (49, "training", "streaming"): 0.36,  # 0.172
-    (49, "backward", "streaming"): 0.38,  # 0.280
+    (49, "backward", "streaming"): 0.40,  # 0.280
+    (196, "backward", "streaming"): 0.11,  # 0.083
+    (3136, "backward", "streaming"): 0.12,  # 0.063
+    (49, "inference", "grid"): 0.76,  # 0.733
+    (49, "training", "grid"): 0.86,  # 0.733
+    (3136, "inference", "grid"): 0.51,  # 0.327
+    (3136, "training", "grid"): 0.74,  # 0.327
     (49, "backward", "grid"): 2.9,  # 2.604
     (3136, "backward", "grid"): 1.7,  # 1.078
 }
@@ -216,6 +222,11 @@ def least_words(shape, hidden: int, direction: str, team: int) -> int:
     read once by each launch, or by each of the `team` blocks of a grid, that needs it.
     """
     channels, pixels = shape[1], prod(shape[2:])
+    if team and direction != "backward":
+        # Each block puts out its share of the sums of hidden units and of both maps, one of them a
+        # pixel's gate; all of them read all sums and all gates, one a pixel's maps.
+        put_out = 2 * team * (hidden + pixels) + pixels
+        return put_out + team * (2 * team * hidden + 3 * pixels)
     if team:
         # Backwards. Each block puts out its share of the sums of hidden units and of pixels, one of
         # them a pixel's gate, its maps' gradients and its position; all of them read all of these.

@@ -66,7 +66,7 @@ SAMPLE = (
     "__syncthreads after stage_hidden",
     "within <= rows) write_part",
     "__syncthreads after for (int v = 2 * block.samples",
-    "v <= vectors; v += along",
+    "v <= end; v += along",
     "publish_inits after init_landed(g, m.shared.landed",
 )
 

@@ -42,7 +42,6 @@ TEAMS = (
         "H100",
         Case("a cluster", (2, 128, 28, 28), 8, (7, 7)),
         {"forward": 4, "backward": 4},
-        picked=("forward",),
     ),
     # 104 blocks, all of which must run at once.
     Team(
