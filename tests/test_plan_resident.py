@@ -141,7 +141,9 @@ def test_the_choice_does_not_flap(device, dtype, backward):
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 
 
-@pytest.mark.parametrize(("device", "folder"), [("H100", "nvidia-h100-80gb-hbm3"), ("H200", "nvidia-h200")])
+@pytest.mark.parametrize(
+    ("device", "folder"), [("H100", "nvidia-h100-80gb-hbm3"), ("H200", "nvidia-h200")]
+)
 def test_the_choice_is_what_was_measured_to_be_faster(device, folder):
     """But for one cell in ten at most, where it takes a seventh longer or more."""
     slow, rows = [], json.loads((RESULTS / folder / "acceptance/sweep.json").read_text())["rows"]
