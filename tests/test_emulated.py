@@ -199,9 +199,9 @@ LARGE_BATCHES = counting(RESNET, "float32", RUNS)
 LITTLE = 0.10
 # Of a channel of 7x7, x has 49 words. Each launch needs some from the one before; several blocks
 # need the same ones. And blocks that are no cluster tell each other everything through memory, at
-# most from the cache. By pixels, direction, and strategy or kind of team; behind it what
-# least_words gives, of the grid for a team of 43 blocks, forwards of 16. At 56x56 these have boxes of two rows,
-# which stage six others as their halo.
+# most from the cache; an H100 is the faster for it. By pixels, direction, and strategy or kind of
+# team; behind it what least_words gives, of the grid for teams of 43 blocks backwards and 16
+# forwards. At 56x56 these have boxes of two rows and four, which stage six others as their halo.
 NOT_LITTLE = {
     (49, "inference", "streaming"): 0.33,  # 0.150
     (49, "training", "streaming"): 0.36,  # 0.172
