@@ -170,10 +170,10 @@ __device__ __forceinline__ void scale_rows(const SpatialGate& p, const ScaleBloc
       },
       [&](int, const Raw<T, kCount>& raw) {
         auto pack = widen(raw);
+        // As the plain form does: first the channel's gate, then the pixel's.
         const A of_row = row_gate[to.y];
         A gate[kCount];
         load_shared(col_gate + to.x * kCount, true, gate);
-    // As the plain form does: first the channel's gate, then the pixel's.
 #pragma unroll
         for (int i = 0; i < kCount; ++i)
           pack.value[i] = pack.value[i] * (kChannelsFirst ? of_row : gate[i]) *
