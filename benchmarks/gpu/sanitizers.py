@@ -11,8 +11,8 @@ from ..outcome import FAILED, PASSED, SKIPPED, Folder, Outcome
 from .commands import Finished, find_tool, run_all, tail
 from .small import FINISHED, WATCHED
 
-# In so many processes, which share the problems, and in which dtypes: racecheck takes ten times as
-# long as the others, and kernels of 16 bits differ from those of 32 in their conversions.
+# In so many processes, which share the problems, and in which dtypes: racecheck takes many times as
+# long as the others, and kernels of 16 and 32 bits differ in conversions and in a vector's length.
 TOOLS = {"memcheck": 1, "racecheck": 8, "initcheck": 1, "synccheck": 1}
 DTYPES = {"racecheck": ["float16"]}
 OPTIONS = (

@@ -119,11 +119,9 @@ ResidentPlan<typename Fitting::Geometry> fastest(const Fitting& fitting, const S
     const int all = device.multiprocessors;
     if (best.geometry && best.geometry->cluster) {
       // Of the whole grid's teams the smallest alone: they leave fewer blocks without a team.
-      for (int team = fitting.fewest_blocks(samples); team <= all; ++team)
-        if (fitting.geometry({false, team, samples, 1})) {
-          consider({false, team, samples, 1});
-          return;
-        }
+      int team = fitting.fewest_blocks(samples);
+      while (team < all && !fitting.geometry({false, team, samples, 1})) ++team;
+      consider({false, team, samples, 1});
       return;
     }
     // The largest teams of which so many run at once.
