@@ -30,11 +30,13 @@ from test_emulator import (
 TILES = INPUT.view(-1, BLOCK)
 REVERSED = TILES.flip(1).flatten()
 SUMS = TILES.sum(0).int().repeat(N // BLOCK)
+PARTED = N // BLOCK // 2  # blocks of one of two parts
 
 RESULTS = {
     "rotate": TILES.view(2, 2, BLOCK).flip(1).flatten(),
     "reverse_alone": REVERSED,
     "sum_over_grid": SUMS,
+    "sum_over_parts": TILES.view(2, -1, BLOCK).sum(1).int().repeat_interleave(PARTED, 0).flatten(),
     "sum_over_clusters": SUMS,
     "stream": REVERSED,
     "stream_without_syncthreads": REVERSED,
@@ -50,6 +52,7 @@ UNWRITTEN = r"uninitialised: read of `tiles?` \+ \d+"
 POISON = "AddressSanitizer: use-after-poison"
 CLUSTER = r"cluster_barrier at .*catalogue_team.cu:\d+"
 GRID = r"grid_barrier at .*catalogue_team.cu:\d+"
+PART = r"part_barrier at .*catalogue_team.cu:\d+"
 WAIT = r"mbarrier_wait at .*catalogue_copies.cu:\d+"
 STUCK = rf"deadlock:\n(.*\n)*? +\d+ threads? wait in {WAIT}"
 COPY = r"copy of 16 bytes at .*catalogue_copies.cu:\d+"
@@ -91,6 +94,19 @@ MISTAKES = {
     * 3,
     ("sum_over_grid", 4): (rf"exits while .* wait in {GRID}|{GRID} after \d+ threads? exited",) * 3,
     ("sum_over_grid", 5): (rf"{GRID} in a launch that is not cooperative",) * 3,
+    ("sum_over_parts", 1): (WRONG, HAZARD, None),
+    ("sum_over_parts", 2): (
+        rf"{PART}: \d+ blocks do not come in parts of \d+, and came in parts of \d+",
+    )
+    * 3,
+    ("sum_over_parts", 3): (
+        rf"deadlock:\n +\d+ threads of \d+ blocks wait in {GRID}\n"
+        rf" +\d+ threads of \d+ blocks wait in {PART}",
+    )
+    * 3,
+    ("sum_over_parts", 4): (rf"exits while .* wait in {PART}|{PART} after \d+ threads? exited",)
+    * 3,
+    ("sum_over_parts", 5): (rf"{PART} in a launch that is not cooperative",) * 3,
     ("sum_over_clusters", 1): (WRONG, HAZARD, None),
     ("stream", 1): (WRONG, COPY_HAZARD, None),
     ("stream", 2): (WRONG, f"{COPY_HAZARD}|{STUCK}", None),

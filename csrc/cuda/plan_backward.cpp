@@ -246,7 +246,7 @@ BackwardScratch scratch(const BackwardPlan& plan, const BackwardProblem& p) {
   bytes.d_hidden = padded(s.samples * 2 * s.hidden * acc);
   bytes.d_conv = padded(conv * (2 * s.taps() + 1) * acc);
   if (const auto& r = plan.resident) {
-    bytes.exchange = r->teams * r->team * r->exchange;
+    bytes.exchange = r->exchanged();
     if (p.gradients.mlp()) return bytes;
     bytes.dm = bytes.d_hidden = 0;
     return bytes;

@@ -61,7 +61,7 @@ inline void set_resident(Resident& r, const ForwardProblem& p, void* exchange) {
   r.x = matrix_of(p, p.x, p.strides);
   r.weights = p.weights;
   r.saved = p.saved;
-  r.exchange = exchange;
+  r.exchange = static_cast<char*>(exchange);
 }
 
 // Hands out the parts of one block of scratch memory, one after another; null for a part of 0

@@ -202,13 +202,16 @@ Traffic of_weights(const BackwardPlan& plan, const BackwardProblem& p, const Siz
   return t;
 }
 
+// Where a team that is no cluster counts its blocks: it is set to zero.
+constexpr int64_t kCountBytes = 4;
+
 // What the blocks of a team that is no cluster tell each other.
 Traffic of_exchange(const ResidentForwardGeometry& g, const ForwardProblem& p, const Sizes& n) {
   const int64_t visits = ceil_div(n.samples, g.samples), each_map = 2 * n.acc + n.index;
   const int64_t hidden = visits * n.hidden * g.vectors() * n.acc;
   Traffic t;
-  t.small_written =
-      g.team * (hidden + n.samples * n.pixels * each_map) + n.samples * n.pixels * n.acc;
+  t.small_written = g.teams * kCountBytes + g.team * (hidden + n.samples * n.pixels * each_map) +
+                    n.samples * n.pixels * n.acc;
   t.small_read = g.team * (g.team * hidden + n.samples * n.pixels * n.acc +
                            n.samples * read_by_boxes(g.boxes, p.shape) * each_map);
   return t;
@@ -237,7 +240,8 @@ Traffic of_resident(const ForwardPlan& plan, const ForwardProblem& p, const Size
 Traffic of_exchange(const ResidentBackwardGeometry& g, const Sizes& n, int64_t staged) {
   const int64_t visits = ceil_div(n.samples, g.samples), each_pixel = 3 * n.acc + 4;
   Traffic t;
-  t.small_written = g.team * (visits * n.hidden * g.mlp_samples() + n.samples * n.pixels) * n.acc +
+  t.small_written = g.teams * kCountBytes +
+                    g.team * (visits * n.hidden * g.mlp_samples() + n.samples * n.pixels) * n.acc +
                     n.samples * n.pixels * each_pixel;
   t.small_read =
       g.team * n.samples * (n.pixels * each_pixel + staged * n.acc + g.team * n.hidden * n.acc);

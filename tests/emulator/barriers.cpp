@@ -14,6 +14,7 @@ namespace {
 constexpr const char kOfBlock[] = "__syncthreads";
 constexpr const char kOfCluster[] = "cluster_barrier";
 constexpr const char kOfGrid[] = "grid_barrier";
+constexpr const char kOfPart[] = "part_barrier";
 
 std::string waiting_in(const Barrier& barrier, const char* operation) {
   return threads_that(barrier.arrived, "wait in ") + operation + " at " + describe(barrier.place);
@@ -72,6 +73,30 @@ void team_barrier(Team& team, const char* operation, Place place) {
   wait_for_others();
 }
 
+// The parts of so many blocks each that the grid is cut into; some threads may have left.
+void cut_grid(int blocks) {
+  for (int first = 0; first < machine.gang; first += blocks) {
+    Team part = {first, blocks};
+    for (int slot = first; slot < first + blocks; ++slot) {
+      const Block& block = *machine.slots[static_cast<size_t>(slot)];
+      part.threads += static_cast<int>(block.threads.size());
+      part.live += block.live;
+    }
+    machine.parts.push_back(part);
+  }
+}
+
+Team* part_of(const Block& block) {
+  if (machine.parts.empty()) return nullptr;
+  return &machine.parts[static_cast<size_t>(block.slot / machine.parts[0].blocks)];
+}
+
+void expect_cooperative(const char* operation, Place place) {
+  if (!machine.launch->cooperative)
+    fail({std::string(operation) + " at " + describe(place) +
+          " in a launch that is not cooperative"});
+}
+
 void leave(const Barrier& barrier, const char* operation) {
   if (barrier.arrived) fail({"exits while " + waiting_in(barrier, operation)});
 }
@@ -121,9 +146,19 @@ int block_barrier(Vote vote, bool predicate, Place place) {
 void cluster_barrier(Place place) { team_barrier(*machine.block->cluster, kOfCluster, place); }
 
 void grid_barrier(Place place) {
-  if (!machine.launch->cooperative)
-    fail({"grid_barrier at " + describe(place) + " in a launch that is not cooperative"});
+  expect_cooperative(kOfGrid, place);
   team_barrier(machine.grid, kOfGrid, place);
+}
+
+void part_barrier(int blocks, Place place) {
+  expect_cooperative(kOfPart, place);
+  const int parted = machine.parts.empty() ? blocks : machine.parts[0].blocks;
+  if (blocks < 1 || machine.gang % blocks || blocks != parted)
+    fail({std::string(kOfPart) + " at " + describe(place) + ": " + std::to_string(machine.gang) +
+          " blocks do not come in parts of " + std::to_string(blocks) +
+          (blocks == parted ? "" : ", and came in parts of " + std::to_string(parted))});
+  if (machine.parts.empty()) cut_grid(blocks);
+  team_barrier(*part_of(*machine.block), kOfPart, place);
 }
 
 void wait_for_previous_launch() { machine.current->after_previous = true; }
@@ -139,9 +174,12 @@ void leave_barriers(Thread& thread) {
   --block.live;
   --block.cluster->live;
   --machine.grid.live;
+  Team* const part = part_of(block);
+  if (part) --part->live;
   leave(block.barrier, kOfBlock);
   leave(block.cluster->barrier, kOfCluster);
   leave(machine.grid.barrier, kOfGrid);
+  if (part) leave(part->barrier, kOfPart);
   leave_warp(thread);
   if (!block.live) end_block(block);
 }

@@ -9,6 +9,7 @@ namespace {
 
 using cbam::cuda::cluster_barrier;
 using cbam::cuda::grid_barrier;
+using cbam::cuda::part_barrier;
 using cbam::cuda::read_in_block;
 
 // Where another block's array is, to look for it and to read it at different times.
@@ -64,6 +65,21 @@ __global__ void sum_over_grid(const int* in, int* partial, int* out, int variant
   out[i] = sum;
 }
 
+// Every thread adds up what the blocks of its part have put out. 1: no barrier. 2: a part waits for
+// fewer blocks than it has. 3: some threads wait for the grid. 4: one block leaves early.
+__global__ void sum_over_parts(const int* in, int* partial, int* out, int part, int variant) {
+  const int t = threadIdx.x, i = blockIdx.x * kThreads + t, first = blockIdx.x / part * part;
+  partial[i] = in[i];
+  if (variant == 4 && blockIdx.x == 2) return;
+  if (variant == 3 && t < 32)
+    grid_barrier();
+  else if (variant != 1)
+    part_barrier(nullptr, variant == 2 && first > 0 ? part / 2 : part);
+  int sum = 0;
+  for (int block = first; block < first + part; ++block) sum += partial[block * kThreads + t];
+  out[i] = sum;
+}
+
 // Sums of clusters, exchanged over the grid: both at once.
 __global__ void sum_over_clusters(const int* in, int* partial, int* out, int cluster, int variant) {
   SharedCarver carver(dynamic_shared_memory());
@@ -111,6 +127,16 @@ const char* catalogue_sum_over_grid(int* in, int* out, int n, int variant) {
   emulator::watch(partial.data(), n * sizeof(int), "partial", true);
   return try_together({1, variant != 5}, sum_over_grid, n / kThreads, kThreads, 0, in,
                       partial.data(), out, variant);
+}
+
+// 5: not launched as a kernel whose blocks cooperate.
+const char* catalogue_sum_over_parts(int* in, int* out, int n, int variant) {
+  const Arrays arrays(in, out, n);
+  std::vector<int> partial(n);
+  emulator::watch(partial.data(), n * sizeof(int), "partial", true);
+  const int part = n / kThreads / 2;
+  return try_together({1, variant != 5}, sum_over_parts, n / kThreads, kThreads, 0, in,
+                      partial.data(), out, part, variant);
 }
 
 const char* catalogue_sum_over_clusters(int* in, int* out, int n, int variant) {

@@ -152,6 +152,7 @@ void run_gang(uint64_t first) {
     start_block(*machine.slots[static_cast<size_t>(slot)], first + static_cast<uint64_t>(slot));
   for (Team& cluster : machine.clusters) start_team(cluster);
   start_team(machine.grid);
+  machine.parts.clear();
   machine.block = nullptr;
   switch_context(machine.host, start_or_resume(take_ready()));
 }

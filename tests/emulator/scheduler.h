@@ -49,7 +49,8 @@ struct Barrier {
   const Thread* first;
 };
 
-// Blocks that follow each other and have a barrier together: a cluster, or a cooperative grid.
+// Blocks that follow each other and have a barrier together: a cluster, a cooperative grid, or a
+// part of one.
 struct Team {
   int first, blocks;  // slots of the gang
   int threads = 0;
@@ -83,7 +84,8 @@ struct Machine {
   int gang = 1;           // how many slots this launch uses
   Block* only = nullptr;  // the first, often the only one
   std::vector<Team> clusters;
-  Team grid = {};  // all of the gang
+  Team grid = {};           // all of the gang
+  std::vector<Team> parts;  // of the grid; none before blocks come to a barrier of theirs
   ReadyBlocks ready;
   bool failed = false;
 };

@@ -42,48 +42,86 @@ __device__ __forceinline__ void stage_conv_weights(const void* weights, const vo
   if (threadIdx.x == 0) to[count] = bias ? weight_at<T>(bias, dtype, 0) : A(0);
 }
 
-// kCount neighbours of a row of the box, from x on: every value of the maps is read once for all.
+// Every `step`th row of the kernel, which is [2, depth, height] rows of weights.
+struct KernelRows {
+  int m = 0, z = 0, y, row;
+
+  __device__ __forceinline__ KernelRows(const Space& s, int first) : y(first), row(first) {
+    carry(s);
+  }
+  __device__ __forceinline__ void next(const Space& s, int step) {
+    row += step;
+    y += step;
+    carry(s);
+  }
+
+ private:
+  __device__ __forceinline__ void carry(const Space& s) {
+    while (y >= s.kernel_height) {
+      y -= s.kernel_height;
+      if (++z < s.kernel_depth) continue;
+      z = 0;
+      ++m;
+    }
+  }
+};
+
+// kCount neighbours of a row of the box, from x on, and the kernel's rows `part`, part + parts and
+// so on: every value of the maps is read once for all neighbours.
 template <int kCount, class A>
 __device__ __forceinline__ void correlate_run(const Box& box, const Space& s, const A* staged,
-                                              const A* weight, int z, int y, int x,
-                                              A (&sum)[kCount]) {
-  for (int m = 0; m < 2; ++m)
-    for (int kz = 0; kz < s.kernel_depth; ++kz)
-      for (int ky = 0; ky < s.kernel_height; ++ky) {
-        const A* row = staged + m * box.staged + box.at(z + kz, y + ky, 0);
-        A window[kCount];
+                                              const A* weights, int z, int y, int x, int part,
+                                              int parts, A (&sum)[kCount]) {
+  for (KernelRows of(s, part); of.m < 2; of.next(s, parts)) {
+    const A* row = staged + of.m * box.staged + box.at(z + of.z, y + of.y, x);
+    const A* weight = weights + of.row * s.kernel_width;
+    A window[kCount];
 #pragma unroll
-        for (int i = 0; i < kCount - 1; ++i) window[i] = row[x + i];
+    for (int i = 0; i < kCount - 1; ++i) window[i] = row[i];
 #pragma unroll 4
-        for (int kx = 0; kx < s.kernel_width; ++kx) {
-          window[kCount - 1] = row[x + kx + kCount - 1];
-          const A w = *weight++;
+    for (int kx = 0; kx < s.kernel_width; ++kx) {
+      window[kCount - 1] = row[kx + kCount - 1];
 #pragma unroll
-          for (int i = 0; i < kCount; ++i) sum[i] += w * window[i];
+      for (int i = 0; i < kCount; ++i) sum[i] += weight[kx] * window[i];
 #pragma unroll
-          for (int i = 0; i < kCount - 1; ++i) window[i] = window[i + 1];
-        }
-      }
+      for (int i = 0; i < kCount - 1; ++i) window[i] = window[i + 1];
+    }
+  }
 }
 
 // put(index within the box, pixel of the image, gate) for every pixel of the box, kCount neighbours
-// to a thread, at most kRun: fewer where there are threads for them.
-template <int kCount = kRun, class A, class Put>
+// to kSharing threads side by side, each of which takes some of the kernel's rows.
+template <int kCount, int kSharing, class A, class Put>
 __device__ __forceinline__ void gate_box(const Box& box, const Space& s, const A* staged,
                                          const A* weight, Put put) {
   const A bias = weight[2 * s.taps()];
-  const int runs = (box.width + kCount - 1) / kCount;
-  for (int i = threadIdx.x; i < runs * box.height * box.depth; i += blockDim.x) {
+  const int runs = (box.width + kCount - 1) / kCount, total = runs * box.height * box.depth;
+  const int part = threadIdx.x % kSharing;
+  for (int done = 0; done < total * kSharing; done += blockDim.x) {
+    const int i = (done + static_cast<int>(threadIdx.x)) / kSharing;
     const int x = i % runs * kCount, y = i / runs % box.height, z = i / runs / box.height;
-    A sum[kCount];
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) sum[k] = bias;
-    correlate_run(box, s, staged, weight, z, y, x, sum);
+    A sum[kCount] = {};
+    if (i < total) correlate_run(box, s, staged, weight, z, y, x, part, kSharing, sum);
+    if constexpr (kSharing > 1) sum_lanes(sum, kSharing);
 #pragma unroll
     for (int k = 0; k < kCount; ++k)
-      if (x + k < box.width)
-        put((z * box.height + y) * box.width + x + k, box.pixel(s, z, y, x + k), sigmoid(sum[k]));
+      if (i < total && k % kSharing == part && x + k < box.width)
+        put((z * box.height + y) * box.width + x + k, box.pixel(s, z, y, x + k),
+            sigmoid(sum[k] + bias));
   }
+}
+
+// The same, with as many threads to a run as there are for all of them at once.
+template <class A, class Put>
+__device__ __forceinline__ void gate_box(const Box& box, const Space& s, const A* staged,
+                                         const A* weight, Put put) {
+  const int pixels = box.pixels(), threads = static_cast<int>(blockDim.x);
+  if (2 * pixels <= threads)
+    gate_box<kRun, 8>(box, s, staged, weight, put);
+  else if (pixels <= threads)
+    gate_box<1, 1>(box, s, staged, weight, put);
+  else
+    gate_box<kRun, 1>(box, s, staged, weight, put);
 }
 
 }  // namespace cbam::cuda

@@ -17,6 +17,8 @@ namespace cbam::cuda {
 
 // Bytes of a vector: one load or store of a thread.
 constexpr int kVectorBytes = 16;
+// Of a line of the caches.
+constexpr int kLineBytes = 128;
 
 // Threads of a block where the kernel's registers allow any number: 8 warps.
 constexpr int kThreads = 256;

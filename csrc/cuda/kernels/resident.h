@@ -41,6 +41,12 @@ struct ResidentGeometry {
 
   // The samples that the MLP's sums are made for; what belongs to absent ones is zero.
   CBAM_INLINE_MEMBER int mlp_samples() const { return samples == 1 ? 1 : kMostVisited; }
+  // Bytes of global memory through which all teams exchange: a line in which each counts its
+  // blocks, then what every block puts out.
+  CBAM_INLINE_MEMBER int64_t counts() const { return teams * kLineBytes; }
+  CBAM_INLINE_MEMBER int64_t exchanged() const {
+    return cluster ? 0 : counts() + teams * team * exchange;
+  }
 };
 
 // What is the same in both directions.
@@ -51,7 +57,7 @@ struct Resident {
   Matrix x;
   Weights weights;
   Saved saved;     // written by the forward, all null in inference; read by the backward
-  void* exchange;  // teams * team * geometry.exchange bytes, or null
+  char* exchange;  // geometry.exchanged() bytes, or null
   SharedLayout layout;
 };
 
@@ -66,7 +72,7 @@ struct ColumnScratch {
 // Hands out parts of global memory as SharedCarver does of shared memory.
 class ExchangeCarver {
  public:
-  CBAM_INLINE_MEMBER explicit ExchangeCarver(void* base) : base_(static_cast<char*>(base)) {}
+  CBAM_INLINE_MEMBER explicit ExchangeCarver(char* base) : base_(base) {}
 
   template <class E>
   CBAM_INLINE_MEMBER E* array(int64_t count, const char*) {

@@ -30,7 +30,7 @@ __device__ __forceinline__ BackwardMemory<T> memory_of(const ResidentBackward& p
   const ResidentBackwardShared<T, A> shared(carver, g, p.hidden, p.space);
   if (kHasClusters && g.cluster)
     return {shared, BackwardExchange<A>(carver, g, p.hidden, p.space, shared.of_pixels)};
-  ExchangeCarver global(static_cast<char*>(p.exchange) + blockIdx.x * g.exchange);
+  ExchangeCarver global(p.exchange + g.counts() + blockIdx.x * g.exchange);
   return {shared, BackwardExchange<A>(global, g, p.hidden, p.space)};
 }
 
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     if (sample < block.samples_in(0)) load_dout(0, sample, n % g.chunks);
   }
   prefetch_weights(p, block);
-  for (int round = 0; round < rounds_of(p, g); ++round) {
-    block.start(round);
+  block.team.open();
+  for (block.start(0); block.samples > 0; block.start(block.round + 1)) {
     stage_channels(p, block, m);
     put_out_spatial_shares<kAccess == Access::kVector>(p, loads, m);
     block.team.barrier();
@@ -131,10 +131,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     if (g.holds_x())
       for (int n = 0; n < loads.per_walk(); ++n) loads.load(loads.first + loads.slots + n);
     channel_gate_backward(p, block, m);
-    const int following = block.samples_in(round + 1);
+    const int following = block.samples_in(block.round + 1);
     for (int sample = 0; sample < block.samples; ++sample)
       write_sample<kAccess == Access::kPacked>(p, block, m, sample, [&](int number) {
-        if (sample < following) load_dout(round + 1, sample, number);
+        if (sample < following) load_dout(block.round + 1, sample, number);
       });
     if (p.d_conv) write_conv_shares(p, block, m);
   }

@@ -106,12 +106,11 @@ __device__ __forceinline__ void gate_all_channels(const ResidentForward& p,
                                                   const ResidentBlock<T, kChannelsFirst>& block,
                                                   const ForwardMemory<T>& m) {
   const bool one = p.geometry.samples == 1;
-  if (block.samples > 0 && one)
+  if (one)
     hidden_shares<2>(p, block, m);
-  else if (block.samples > 0)
+  else
     hidden_shares<2 * kMostVisited>(p, block, m);
   block.team.barrier();
-  if (block.samples == 0) return;
   merge_hidden<kTraining>(p, block, m);
   if (one)
     gate_channels<1, kTraining>(p, block, m);

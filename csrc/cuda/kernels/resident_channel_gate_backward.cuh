@@ -134,15 +134,13 @@ __device__ __forceinline__ void mlp_backward(const ResidentBackward& p,
                                              const BackwardMemory<T>& m) {
   using A = acc_t<T>;
   const Weights& w = p.weights;
-  if (block.samples > 0)
-    with_weights<T>(w.fc2_weight, w.dtype, [&](const auto* weights) {
-      column_products<kSamples>(
-          weights + int64_t{block.first_channel} * p.hidden, p.hidden, block.channels, p.hidden,
-          m.shared.dm, m.shared.sum,
-          [&](int sample, int unit, A sum) { m.exchange.hidden[sample * p.hidden + unit] = sum; });
-    });
+  with_weights<T>(w.fc2_weight, w.dtype, [&](const auto* weights) {
+    column_products<kSamples>(
+        weights + int64_t{block.first_channel} * p.hidden, p.hidden, block.channels, p.hidden,
+        m.shared.dm, m.shared.sum,
+        [&](int sample, int unit, A sum) { m.exchange.hidden[sample * p.hidden + unit] = sum; });
+  });
   block.team.barrier();
-  if (block.samples == 0) return;
   merge_d_hidden(p, block, m);
   const StagedTerms<A>& terms = m.shared.of_channels;
   with_weights<T>(w.fc1_weight, w.dtype, [&](const auto* weights) {

@@ -30,7 +30,7 @@ __device__ __forceinline__ ForwardMemory<T> memory_of(const ResidentForward& p) 
     const ForwardExchange<A> exchange(carver, g, p.hidden, p.space, kTraining);
     return {shared, exchange, exchange.maps};
   }
-  ExchangeCarver global(static_cast<char*>(p.exchange) + blockIdx.x * g.exchange);
+  ExchangeCarver global(p.exchange + g.counts() + blockIdx.x * g.exchange);
   return {shared, ForwardExchange<A>(global, g, p.hidden, p.space, kTraining), shared.spatial};
 }
 
@@ -141,7 +141,7 @@ struct ScaledColumns {
 // out of a sample, chunk by chunk: done(number) is called by all threads once nothing reads a chunk
 // any more. A thread keeps to the columns of one vector, or of a few where rows are long; rows that
 // do not end with vectors are taken in groups that do, of g.channel_group.
-template <class Columns, bool kChannelsFirst, class T, class Done>
+template <bool kTraining, class Columns, bool kChannelsFirst, class T, class Done>
 __device__ __forceinline__ void scale_sample(const ResidentForward& p,
                                              const ResidentBlock<T, kChannelsFirst>& block,
                                              const ForwardMemory<T>& m, int sample, Done done) {
@@ -167,7 +167,7 @@ __device__ __forceinline__ void scale_sample(const ResidentForward& p,
     for (int v = side; v < end; v += along) {
       if (v != held) by = {v * kCount, block.cols(), of_column};
       held = v;
-      for_batches(
+      for_batches<kTraining ? 2 : 4>(
           chunk.first + row_below, chunk.first + chunk.count, below * group,
           [&](int row) { return load_staged<kCount>(tile + row * g.pitch + v * kCount); },
           [&](int row, const Raw<T, kCount>& raw) {
@@ -182,17 +182,17 @@ __device__ __forceinline__ void scale_sample(const ResidentForward& p,
 }
 
 // The same for any rows.
-template <bool kChannelsFirst, class T, class Done>
+template <bool kTraining, bool kChannelsFirst, class T, class Done>
 __device__ __forceinline__ void scale_rows(const ResidentForward& p,
                                            const ResidentBlock<T, kChannelsFirst>& block,
                                            const ForwardMemory<T>& m, int sample, Done done) {
   constexpr int kCount = kVector<T>;
   if (!kChannelsFirst || block.cols() % kCount == 0)
-    scale_sample<VectorOfTwoRows<false>>(p, block, m, sample, done);
+    scale_sample<kTraining, VectorOfTwoRows<false>>(p, block, m, sample, done);
   else if (block.cols() >= kCount - 1)
-    scale_sample<VectorOfTwoRows<true>>(p, block, m, sample, done);
+    scale_sample<kTraining, VectorOfTwoRows<true>>(p, block, m, sample, done);
   else
-    scale_sample<VectorColumns<true>>(p, block, m, sample, done);
+    scale_sample<kTraining, VectorColumns<true>>(p, block, m, sample, done);
 }
 
 template <class T, bool kChannelsFirst, bool kTraining>
@@ -210,16 +210,16 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   for (int sample = 0; sample < block.samples_in(0); ++sample)
     for (int number = 0; number < g.chunks; ++number) load(0, sample, number);
   prefetch_weights(p, block);
-  for (int round = 0; round < rounds_of(p, g); ++round) {
-    block.start(round);
+  block.team.open();
+  for (block.start(0); block.samples > 0; block.start(block.round + 1)) {
     __syncthreads();
     pool<kTraining>(p, block, m);
     gate_all_channels<kTraining>(p, block, m);
     gate_all_pixels<kTraining>(p, block, m);
-    const int following = block.samples_in(round + 1);
+    const int following = block.samples_in(block.round + 1);
     for (int sample = 0; sample < block.samples; ++sample)
-      scale_rows(p, block, m, sample, [&](int number) {
-        if (sample < following) load(round + 1, sample, number);
+      scale_rows<kTraining>(p, block, m, sample, [&](int number) {
+        if (sample < following) load(block.round + 1, sample, number);
       });
   }
   if (kHasClusters && g.cluster)

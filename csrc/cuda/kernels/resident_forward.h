@@ -76,9 +76,9 @@ struct ResidentForwardShared {
   CopyBarrier* landed;  // [samples, chunks]; none where copies go through registers
   A* pooled;            // [channels, vectors]: mean and max of each sample in turn
   A* both;              // [hidden, vectors / 2]: the sum of both hidden vectors; in the same place
+  A* staged;            // [2, a box with its halo, rows padded]; in the same place
   A* gate;              // [samples, channels]
   A* weight;            // [2, taps], and the bias
-  A* staged;            // [2, a box with its halo, rows padded]
   A* spatial;           // [samples, pixels]; null where ForwardExchange has room for it
   ColumnScratch<A> scratch;
 
@@ -88,11 +88,11 @@ struct ResidentForwardShared {
       : tile(carver.template array<T>(int64_t{g.samples} * g.rows * g.pitch, "tile")),
         landed(carver.template array<CopyBarrier>(
             g.copy == Copy::kPlain ? 0 : int64_t{g.samples} * g.chunks, "landed")),
-        pooled(carver.template array<A>(mlp_values(g, units), "pooled or both")),
+        pooled(carver.template array<A>(passing_values(g, units, space), "pooled, both or staged")),
         both(pooled),
+        staged(pooled),
         gate(carver.template array<A>(int64_t{g.samples} * g.channels, "gate")),
         weight(carver.template array<A>(int64_t{2} * space.taps() + 1, "weight")),
-        staged(carver.template array<A>(2 * g.boxes.staged(space), "staged")),
         spatial(carver.template array<A>(g.cluster ? 0 : int64_t{g.samples} * space.pixels(),
                                          "spatial")),
         scratch{carver.template array<A>(shared_columns(g), "sum"),
@@ -100,10 +100,13 @@ struct ResidentForwardShared {
                 carver.template array<int32_t>(training ? shared_columns(g) : 0, "argmax")} {}
 
  private:
-  CBAM_INLINE_MEMBER static int64_t mlp_values(const ResidentForwardGeometry& g, int units) {
+  // What is looked at in one stage after the other.
+  CBAM_INLINE_MEMBER static int64_t passing_values(const ResidentForwardGeometry& g, int units,
+                                                   const Space& space) {
     const int64_t pooled = int64_t{g.pooled_pitch()} * g.channels;
-    const int64_t both = int64_t{g.mlp_samples()} * units;
-    return pooled > both ? pooled : both;
+    const int64_t both = int64_t{g.mlp_samples()} * units, staged = 2 * g.boxes.staged(space);
+    const int64_t of_gate = pooled > both ? pooled : both;
+    return of_gate > staged ? of_gate : staged;
   }
   CBAM_INLINE_MEMBER static int shared_columns(const ResidentForwardGeometry& g) {
     return g.groups > 1 && g.neighbours == 1 ? g.threads : 0;

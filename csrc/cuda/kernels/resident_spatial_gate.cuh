@@ -82,15 +82,16 @@ __device__ __forceinline__ void put_out_maps(const ResidentForward& p,
                                   block.rows(), ready, put);
 }
 
-// Neighbours among the pixels of a map, which are read together.
-template <class A>
-constexpr int kNeighbours = kVectorBytes / static_cast<int>(sizeof(A));
+// Neighbours among the pixels of a map, which are read together: as many as registers allow for the
+// blocks under way.
+template <class A, bool kTraining>
+constexpr int kNeighbours = kVectorBytes / static_cast<int>(sizeof(A)) / (kTraining ? 2 : 1);
 
 // What a block has of the maps of some neighbours.
 template <class A, bool kTraining>
 struct MapsOfBlock {
-  Raw<A, kNeighbours<A>> sum, max;
-  Raw<int32_t, kNeighbours<A>> argmax;
+  Raw<A, kNeighbours<A, kTraining>> sum, max;
+  Raw<int32_t, kNeighbours<A, kTraining>> argmax;
 
   __device__ __forceinline__ Extremes<A, kTraining> of(int i) const {
     Extremes<A, kTraining> e;
@@ -104,31 +105,32 @@ struct MapsOfBlock {
 // The maps of neighbours, merged over the team in the order of ranks; `at` is where a block has the
 // first of them.
 template <bool kTraining, bool kChannelsFirst, class T, class A>
-__device__ __forceinline__ void merge_maps(const ResidentForward& p,
-                                           const ResidentBlock<T, kChannelsFirst>& block,
-                                           const ForwardMemory<T>& m, int at,
-                                           Extremes<A, kTraining> (&merged)[kNeighbours<A>]) {
+__device__ __forceinline__ void merge_maps(
+    const ResidentForward& p, const ResidentBlock<T, kChannelsFirst>& block,
+    const ForwardMemory<T>& m, int at,
+    Extremes<A, kTraining> (&merged)[kNeighbours<A, kTraining>]) {
   using Maps = MapsOfBlock<A, kTraining>;
   const ResidentForwardGeometry& g = p.geometry;
   const A *sum = m.exchange.maps + at, *max = sum + g.samples * g.map_pitch();
   read_from(block.team, [&](auto read) {
     const auto maps_of = [&](int from) {
+      using Words = decltype(Maps::sum.words);
       Maps maps{};
-      maps.sum.words = read(reinterpret_cast<const uint4*>(sum), from);
-      maps.max.words = read(reinterpret_cast<const uint4*>(max), from);
+      maps.sum.words = read(reinterpret_cast<const Words*>(sum), from);
+      maps.max.words = read(reinterpret_cast<const Words*>(max), from);
       if constexpr (kTraining)
-        maps.argmax.words = read(reinterpret_cast<const uint4*>(m.exchange.argmax + at), from);
+        maps.argmax.words = read(reinterpret_cast<const Words*>(m.exchange.argmax + at), from);
       return maps;
     };
     const auto add = [&](int from, const Maps& maps) {
 #pragma unroll
-      for (int i = 0; i < kNeighbours<A>; ++i)
+      for (int i = 0; i < kNeighbours<A, kTraining>; ++i)
         if (from == 0)
           merged[i] = maps.of(i);  // as it is, NaN and all
         else
           merged[i].merge(maps.of(i));
     };
-    for_batches<kTraining ? 2 : 4>(0, g.team, 1, maps_of, add);
+    for_batches<kTraining ? 3 : 4>(0, g.team, 1, maps_of, add);
   });
 }
 
@@ -190,7 +192,7 @@ __device__ __forceinline__ void stage_merged_maps(const ResidentForward& p,
                                                   const ForwardMemory<T>& m, const Box& box,
                                                   int first, int end) {
   using A = acc_t<T>;
-  constexpr int kCount = kNeighbours<A>;
+  constexpr int kCount = kNeighbours<A, kTraining>;
   const ResidentForwardGeometry& g = p.geometry;
   const Space& s = p.space;
   if (first == 0) {
@@ -242,10 +244,7 @@ __device__ __forceinline__ void gate_boxes(const ResidentForward& p,
             p.saved.spatial_gate)[(block.first_sample() + box.sample) * block.pixels() + pixel] =
             gate;
     };
-    if (box.pixels() <= g.threads)
-      gate_box<1>(box, p.space, m.shared.staged, m.shared.weight, put);
-    else
-      gate_box<kRun>(box, p.space, m.shared.staged, m.shared.weight, put);
+    gate_box(box, p.space, m.shared.staged, m.shared.weight, put);
     __syncthreads();
   });
 }

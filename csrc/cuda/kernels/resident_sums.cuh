@@ -109,7 +109,6 @@ template <bool kChannelsFirst, class T, class Body>
 __device__ __forceinline__ void walk_both(Loads<T, kChannelsFirst>& loads, int walk, Body body) {
   const ResidentBackwardGeometry& g = loads.p.geometry;
   loads.start(walk);
-  if (loads.block.samples == 0) return;
   const int rows = loads.block.rows(), step = g.holds_x() ? rows : g.chunk;
   for (int first = 0; first < rows; first += step) {
     if (!g.holds_x()) loads.wait(0, first / g.chunk);

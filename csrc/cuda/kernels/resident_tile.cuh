@@ -24,8 +24,9 @@ struct ResidentBlock {
 
   __device__ __forceinline__ ResidentBlock(const Resident& p_, const ResidentGeometry& g_)
       : p(p_), g(g_) {
-    team = {g.cluster, g.team, static_cast<int>(blockIdx.x) % g.team, static_cast<int>(g.exchange)};
     number = blockIdx.x / g.team;
+    team = {g.cluster, g.team, static_cast<int>(blockIdx.x) % g.team, static_cast<int>(g.exchange),
+            p.exchange};
     // Shares of the channels are even but for one group; the first blocks have one more.
     const int groups = p.channels / g.channel_group;
     const int each = groups / g.team, more = groups - each * g.team;
@@ -53,12 +54,6 @@ struct ResidentBlock {
   // Of what is loaded once a visit.
   __device__ __forceinline__ int parity() const { return round & 1; }
 };
-
-// Of every team, for its barriers' sake.
-__device__ __forceinline__ int rounds_of(const Resident& p, const ResidentGeometry& g) {
-  const int64_t visits = (p.samples + g.samples - 1) / g.samples;
-  return static_cast<int>((visits + g.teams - 1) / g.teams);
-}
 
 // does(sample, channel of the block) for the block's own channels of so many samples.
 template <bool kChannelsFirst, class T, class Does>

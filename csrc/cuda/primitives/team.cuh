@@ -1,6 +1,7 @@
 // The blocks that hold a sample together: who they are, a barrier, and what they put out for each
-// other to read. Two kinds: a thread-block cluster, which reads its blocks' shared memory, and the
-// blocks of a cooperative launch, which exchange through global memory.
+// other to read. Two kinds: a thread-block cluster, which reads its blocks' shared memory, and
+// blocks of a cooperative launch, which exchange through global memory. No team waits for another
+// one: while some load or store, others compute.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,6 +20,12 @@
 
 namespace cbam::cuda {
 
+// Where a part of a cooperative launch counts its blocks: at first 0, and from there on barrier
+// after barrier.
+__device__ __forceinline__ unsigned* arrivals(char* counts, int blocks) {
+  return reinterpret_cast<unsigned*>(counts + blockIdx.x / blocks * kLineBytes);
+}
+
 #if defined(CBAM_EMULATED)
 
 __device__ __forceinline__ void cluster_barrier(emulator::Place place = emulator::Place::here()) {
@@ -26,6 +33,10 @@ __device__ __forceinline__ void cluster_barrier(emulator::Place place = emulator
 }
 __device__ __forceinline__ void grid_barrier(emulator::Place place = emulator::Place::here()) {
   emulator::grid_barrier(place);
+}
+__device__ __forceinline__ void part_barrier(char*, int blocks,
+                                             emulator::Place place = emulator::Place::here()) {
+  emulator::part_barrier(blocks, place);
 }
 template <class E>
 __device__ __forceinline__ E read_in_block(const E* own, int rank) {
@@ -57,6 +68,11 @@ __device__ __forceinline__ E read_in_block(const E* own, [[maybe_unused]] int ra
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                  : "r"(at)
                  : "memory");
+  } else if constexpr (sizeof(E) == 8) {
+    asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(value.x), "=r"(value.y)
+                 : "r"(at)
+                 : "memory");
   } else {
     static_assert(sizeof(E) == 4);
     unsigned bits;
@@ -71,6 +87,23 @@ __device__ __forceinline__ E read_in_block(const E* own, [[maybe_unused]] int ra
 
 // All threads of a cooperative launch.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
+
+// All threads of the part, which are so many blocks.
+__device__ __forceinline__ void part_barrier(char* counts, int blocks) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const unsigned* arrived = arrivals(counts, blocks);
+    unsigned count;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
+                 : "=r"(count)
+                 : "l"(arrived)
+                 : "memory");
+    const unsigned all = (count / blocks + 1) * blocks;
+    for (++count; count < all;)
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(arrived) : "memory");
+  }
+  __syncthreads();
+}
 
 #endif
 
@@ -87,22 +120,29 @@ struct Team {
   int size, rank;  // of this block
   int stride;      // bytes from what one block puts out in global memory to what the next one does;
                    // for a whole team far below 2 GB, as all of it is made in shared memory
+  char* counts;    // a line for each team, where its blocks count themselves; null in a cluster
 
-  // Between what blocks put out and where others read it. Without clusters all teams wait for each
-  // other, so that every team must come to as many barriers.
+  // By all blocks of the launch, before the first barrier.
+  __device__ __forceinline__ void open() const {
+    if (kHasClusters && cluster) return;
+    if (rank == 0 && threadIdx.x == 0) *arrivals(counts, size) = 0;
+    grid_barrier();
+  }
+
+  // Between what blocks put out and where others read it.
 #if defined(CBAM_EMULATED)
   void barrier(emulator::Place place = emulator::Place::here()) const {
     if (cluster)
       emulator::cluster_barrier(place);
     else
-      emulator::grid_barrier(place);
+      emulator::part_barrier(size, place);
   }
 #else
   __device__ __forceinline__ void barrier() const {
     if (kHasClusters && cluster)
       cluster_barrier();
     else
-      grid_barrier();
+      part_barrier(counts, size);
   }
 #endif
 };

@@ -89,9 +89,6 @@ __device__ __forceinline__ void for_batches(int first, int end, int step, Load l
   }
 }
 
-// Bytes that the cache fetches together.
-constexpr int kLineBytes = 128;
-
 // Brings a line of global memory to the second-level cache.
 __device__ __forceinline__ void prefetch([[maybe_unused]] const void* p) {
 #if !defined(CBAM_EMULATED)
