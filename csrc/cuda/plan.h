@@ -51,19 +51,6 @@ ForwardPlan plan(const ForwardProblem& problem, const DeviceLimits& device,
 // What is thrown where a resident plan is asked for and there is none, for a reason.
 std::invalid_argument not_possible(const char* reason);
 
-// The plan of the strategy that the environment asks for; why_not_run(plan) tells why the teams of
-// a resident one do not run on the device, as far as this process may use it, or null where they
-// do.
-template <class Problem, class WhyNotRun>
-auto plan_that_runs(const Problem& p, const DeviceLimits& device, WhyNotRun why_not_run) {
-  const Strategy strategy = strategy_asked_for();
-  const auto found = plan(p, device, strategy);
-  const char* reason = found.resident ? why_not_run(found) : nullptr;
-  if (!reason) return found;
-  if (strategy == Strategy::kResident) throw not_possible(reason);
-  return plan(p, device, Strategy::kStreaming);
-}
-
 // Bytes of shared memory of a block that holds samples, and where its arrays stand.
 int64_t resident_shared_bytes(const ForwardProblem& problem, const ResidentForwardGeometry& g,
                               SharedLayout& layout);
@@ -109,6 +96,25 @@ struct BackwardPlan {
 };
 BackwardPlan plan(const BackwardProblem& problem, const DeviceLimits& device,
                   Strategy strategy = Strategy::kAuto);
+
+// plan_known.cpp: the same, kept from one call to the next.
+ForwardPlan known_plan(const ForwardProblem& problem, const DeviceLimits& device,
+                       Strategy strategy);
+BackwardPlan known_plan(const BackwardProblem& problem, const DeviceLimits& device,
+                        Strategy strategy);
+
+// The plan of the strategy that the environment asks for; why_not_run(plan) tells why the teams of
+// a resident one do not run on the device, as far as this process may use it, or null where they
+// do.
+template <class Problem, class WhyNotRun>
+auto plan_that_runs(const Problem& p, const DeviceLimits& device, WhyNotRun why_not_run) {
+  const Strategy strategy = strategy_asked_for();
+  const auto found = known_plan(p, device, strategy);
+  const char* reason = found.resident ? why_not_run(found) : nullptr;
+  if (!reason) return found;
+  if (strategy == Strategy::kResident) throw not_possible(reason);
+  return known_plan(p, device, Strategy::kStreaming);
+}
 
 struct BackwardGrids {
   Grid cross, stencil, terms, gate, hidden, input;

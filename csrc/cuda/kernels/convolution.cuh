@@ -111,17 +111,4 @@ __device__ __forceinline__ void gate_box(const Box& box, const Space& s, const A
   }
 }
 
-// The same, with as many threads to a run as there are for all of them at once.
-template <class A, class Put>
-__device__ __forceinline__ void gate_box(const Box& box, const Space& s, const A* staged,
-                                         const A* weight, Put put) {
-  const int pixels = box.pixels(), threads = static_cast<int>(blockDim.x);
-  if (2 * pixels <= threads)
-    gate_box<kRun, 8>(box, s, staged, weight, put);
-  else if (pixels <= threads)
-    gate_box<1, 1>(box, s, staged, weight, put);
-  else
-    gate_box<kRun, 1>(box, s, staged, weight, put);
-}
-
 }  // namespace cbam::cuda

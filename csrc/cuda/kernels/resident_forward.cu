@@ -138,6 +138,10 @@ struct ScaledColumns {
   }
 };
 
+// Vectors of a thread that are under way: what registers allow.
+template <bool kTraining>
+constexpr int kScaledTogether = kTraining || !kHasClusters ? 2 : 4;
+
 // out of a sample, chunk by chunk: done(number) is called by all threads once nothing reads a chunk
 // any more. A thread keeps to the columns of one vector, or of a few where rows are long; rows that
 // do not end with vectors are taken in groups that do, of g.channel_group.
@@ -167,7 +171,7 @@ __device__ __forceinline__ void scale_sample(const ResidentForward& p,
     for (int v = side; v < end; v += along) {
       if (v != held) by = {v * kCount, block.cols(), of_column};
       held = v;
-      for_batches<kTraining ? 2 : 4>(
+      for_batches<kScaledTogether<kTraining>>(
           chunk.first + row_below, chunk.first + chunk.count, below * group,
           [&](int row) { return load_staged<kCount>(tile + row * g.pitch + v * kCount); },
           [&](int row, const Raw<T, kCount>& raw) {

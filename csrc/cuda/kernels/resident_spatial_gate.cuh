@@ -244,7 +244,12 @@ __device__ __forceinline__ void gate_boxes(const ResidentForward& p,
             p.saved.spatial_gate)[(block.first_sample() + box.sample) * block.pixels() + pixel] =
             gate;
     };
-    gate_box(box, p.space, m.shared.staged, m.shared.weight, put);
+    if (2 * box.pixels() <= g.threads)
+      gate_box<kRun, 8>(box, p.space, m.shared.staged, m.shared.weight, put);
+    else if (box.pixels() <= g.threads)
+      gate_box<1, 1>(box, p.space, m.shared.staged, m.shared.weight, put);
+    else
+      gate_box<kRun, 1>(box, p.space, m.shared.staged, m.shared.weight, put);
     __syncthreads();
   });
 }

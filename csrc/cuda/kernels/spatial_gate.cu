@@ -136,7 +136,10 @@ __device__ __forceinline__ void gate_pixels(const SpatialGate& p, const ScaleBlo
     shared.spatial[at] = gate;
     if (block.saves) static_cast<A*>(p.saved_gate)[first + shared.pixel[at]] = gate;
   };
-  gate_box(block, p.space, shared.maps, shared.weight, put);
+  if (block.pixels() <= kThreads)
+    gate_box<1, 1>(block, p.space, shared.maps, shared.weight, put);
+  else
+    gate_box<kRun, 1>(block, p.space, shared.maps, shared.weight, put);
 }
 
 // The last pass where every row of x's matrix is whole vectors. Threads take the vectors of the box
