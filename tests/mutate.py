@@ -33,7 +33,6 @@ from mutation.tree import Tree
 
 # Mutants that change nothing that anybody could see, by Mutant.key, and why.
 NO_CHUNK = "a chunk of no rows is neither loaded nor walked"
-NO_SAMPLE = "one more round, of no samples, for every team"
 HINT = "a prefetch is a hint, and may point anywhere"
 GUARDED = "what it would do more is guarded inside"
 WAITS_LONGER = "it waits for every row before the first, and sums in the same order"
@@ -77,8 +76,6 @@ REDUNDANT = {
     "reduce_rows.cu: if (g.lanes <= 32) -> if (g.lanes <= 1 + 32)": "lanes are powers of two",
     "resident_backward.cu: for (int number = 0; number < g.chunks; ++number) { -> "
     "for (int number = 0; number <= g.chunks; ++number) {": NO_CHUNK,
-    "resident_backward.cu: for (int round = 0; round < rounds_of(p, g); ++round) { -> "
-    "for (int round = 0; round <= rounds_of(p, g); ++round) {": NO_SAMPLE,
     "resident_backward.cu: for (int n = 0; n < max(loads.slots, g.samples * g.chunks); ++n) { -> "
     "for (int n = 0; n <= max(loads.slots, g.samples * g.chunks); ++n) {": GUARDED,
     "resident_forward.cu: for (int number = 0; number < g.chunks; ++number) load(0, sample, "
@@ -87,8 +84,6 @@ REDUNDANT = {
     ),
     "resident_forward.cu: for (int number = 0; number < g.chunks; ++number) { -> "
     "for (int number = 0; number <= g.chunks; ++number) {": NO_CHUNK,
-    "resident_forward.cu: for (int round = 0; round < rounds_of(p, g); ++round) { -> "
-    "for (int round = 0; round <= rounds_of(p, g); ++round) {": NO_SAMPLE,
     "resident_mlp.cuh: for (int i = threadIdx.x; i < lines * p.hidden; i += blockDim.x) { -> "
     "for (int i = threadIdx.x; i <= lines * p.hidden; i += blockDim.x) {": HINT,
     "resident_mlp.cuh: if (i < end) prefetch(fc2 + int64_t{i} * kLineBytes); -> "
@@ -177,8 +172,10 @@ REDUNDANT = {
     "resident_mlp.cuh: for (int first = threadIdx.x % 32; first < count; first += 32 * "
     "kAtOnce) { -> for (int first = threadIdx.x % 32; first <= count; first += 32 * kAtOnce) "
     "{": GUARDED,
-    "resident_spatial_gate.cuh: if (box.pixels() <= g.threads) -> if (box.pixels() <= 1 + "
-    "g.threads)": ("either way takes every pixel, and sums its taps in the same order"),
+    "resident_spatial_gate.cuh: if (2 * box.pixels() <= g.threads) -> if (2 * box.pixels() <= "
+    "1 + g.threads)": "there are whole warps of threads, an even number",
+    "resident_spatial_gate.cuh: else if (box.pixels() <= g.threads) -> else if (box.pixels() "
+    "<= 1 + g.threads)": "either way takes every pixel, and sums its taps in the same order",
     "weight_gradients.cu: const auto depth = static_cast<int>(min(int64_t{kDepth}, p.a.count "
     "- first_k)); -> const auto depth = static_cast<int>((int64_t{kDepth}));": (
         "what is staged behind the last is zero"

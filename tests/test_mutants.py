@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import why_not
 from mutate import REDUNDANT, chosen, parse
-from mutation.find import all_mutants, mutants_of, sources
+from mutation.find import all_mutants, emulated, mutants_of, sources
 
 KERNELS = [path for path in sources() if path.suffix == ".cu"]
 
@@ -45,6 +45,16 @@ def test_what_is_listed_as_redundant_is_there_once():
     keys = Counter(mutant.key for mutant in all_mutants())
     assert set(REDUNDANT) <= set(keys)
     assert set(keys.values()) == {1}
+
+
+def test_what_only_nvcc_compiles_is_left_alone():
+    """The emulator could not notice."""
+    text = (
+        "#if defined(CBAM_EMULATED)\na < n;\n#else\n#if X\nb < n;\n#endif\nc < n;\n#endif\nd < n;\n"
+    )
+    assert emulated(text).split() == ["a", "<", "n;", "d", "<", "n;"]
+    assert len(emulated(text)) == len(text)
+    assert not [m for m in all_mutants() if m.path == "cuda/primitives/team.cuh"]
 
 
 def test_shards_together_are_all():

@@ -101,11 +101,27 @@ def unclamped(code: str) -> Iterator[tuple[int, int, str]]:
             yield found.start(), end, f"({kept.strip()})"
 
 
+def emulated(text: str) -> str:
+    """The same, with spaces for what the preprocessor reads, and for what only nvcc compiles."""
+    conditions: list[str] = []
+    lines = []
+    for line in text.splitlines(keepends=True):
+        if line.startswith("#if"):
+            conditions.append(line.strip())
+        elif line.startswith("#else"):
+            conditions[-1] += " else"
+        elif line.startswith("#endif"):
+            conditions.pop()
+        left_out = line.startswith("#") or "#if defined(CBAM_EMULATED) else" in conditions
+        lines.append(re.sub(r"[^\n]", " ", line) if left_out else line)
+    return "".join(lines)
+
+
 def mutants_of(path: Path) -> Iterator[Mutant]:
     """All of one file."""
     text, name = path.read_text(), path.relative_to(CSRC).as_posix()
-    # Of the same length, without comments and what the preprocessor reads.
-    code = re.sub(r"//[^\n]*|^#[^\n]*", lambda s: " " * len(s[0]), text, flags=re.MULTILINE)
+    # Of the same length, without comments.
+    code = re.sub(r"//[^\n]*", lambda s: " " * len(s[0]), emulated(text))
 
     def line_at(whole: str, at: int) -> str:
         return " ".join(whole[whole.rfind("\n", 0, at) + 1 :].partition("\n")[0].split())
