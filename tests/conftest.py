@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
+
+# Each worker of pytest has as many threads of OpenMP as there are processors. Those that wait in
+# turns of a loop take the processors from those that work, which was most of the time of tests on
+# small tensors. OpenMP reads this when torch loads it; processes that a test starts inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
