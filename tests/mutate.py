@@ -123,6 +123,8 @@ REDUNDANT = {
     "for (int64_t first_k = 0; first_k <= p.a.count; first_k += kDepth) {": (
         "one more chunk, of zeros, where chunks end with the vectors"
     ),
+    "convolution.cuh: for (int done = 0; done < total * kSharing; done += blockDim.x) { -> for "
+    "(int done = 0; done <= total * kSharing; done += blockDim.x) {": GUARDED,
     "cross_sums.cu: for (int j = 0; j < Lane::kVectors; ++j) { -> for (int j = 0; j <= "
     "Lane::kVectors; ++j) {": GUARDED,
     "map_terms.cu: for (int j = 0; j < Lane::kVectors; ++j) { -> for (int j = 0; j <= "

@@ -17,7 +17,7 @@ constexpr double kElementSeconds = 22e-12;
 class ForwardFitting : public Teams {
  public:
   using Geometry = ResidentForwardGeometry;
-  static constexpr Measured kMeasured{6e-6, 2.4, 4.0};
+  static constexpr Measured kMeasured{6e-6, 2.2, 4.0};
 
   ForwardFitting(const ForwardProblem& p, const DeviceLimits& device)
       : Teams(p, device, 1, kForwardThreads) {}
