@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,11 +171,25 @@ def leaves(x: Tensor, weights: Weights, dtype: torch.dtype | None = None) -> lis
     return found
 
 
+@contextlib.contextmanager
+def threads_of(backend: str) -> Iterator[None]:
+    """One for plain PyTorch: the threads of its convolutions spin until the last one has a
+    processor, which several workers of pytest share.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if backend == "reference" else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def gradients(backend: str, tensors: list[Tensor | None], grad_out: Tensor) -> list[Tensor | None]:
     """The output and the gradient of each tensor, None for those that are None."""
-    out = cbam_cuda.cbam(*tensors, backend=backend)
     wanted = [t for t in tensors if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(out, wanted, grad_out))
+    with threads_of(backend):
+        out = cbam_cuda.cbam(*tensors, backend=backend)
+        found = iter(torch.autograd.grad(out, wanted, grad_out))
     grads = [next(found) if t is not None and t.requires_grad else None for t in tensors]
     return [out.detach(), *grads]
 

@@ -103,8 +103,9 @@ ALL = (PROBLEM, PROBLEM._replace(layout="channels_last"), Problem((2, 32, 9)))
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """Has what would run on a GPU run on the CPU; torch.compile gives back what it is given."""
+def gpu(monkeypatch, threads):
+    """Has what would run on a GPU run on a thread; torch.compile gives back what it is given."""
+    threads(1)
     made, on_cpu = problems.make_block, problems.Contestants
 
     def compiled(name, *sizes):
