@@ -106,7 +106,10 @@ MISTAKES = {
     * 3,
     ("sum_over_parts", 4): (rf"exits while .* wait in {PART}|{PART} after \d+ threads? exited",)
     * 3,
-    ("sum_over_parts", 5): (rf"{PART} in a launch that is not cooperative",) * 3,
+    ("sum_over_parts", 5): (r"(grid|part)_barrier at .* in a launch that is not cooperative",) * 3,
+    ("sum_over_parts", 6): (rf"{PART}: the count of the part's blocks is 4294967295, not 0",) * 3,
+    ("sum_over_parts", 7): (WRONG, WRONG, None),
+    ("sum_over_parts", 8): (WRONG, WRONG, None),
     ("sum_over_clusters", 1): (WRONG, HAZARD, None),
     ("stream", 1): (WRONG, COPY_HAZARD, None),
     ("stream", 2): (WRONG, f"{COPY_HAZARD}|{STUCK}", None),

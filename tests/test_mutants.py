@@ -49,10 +49,32 @@ def test_what_is_listed_as_redundant_is_there_once():
 
 def test_what_only_nvcc_compiles_is_left_alone():
     """The emulator could not notice."""
-    text = (
-        "#if defined(CBAM_EMULATED)\na < n;\n#else\n#if X\nb < n;\n#endif\nc < n;\n#endif\nd < n;\n"
-    )
-    assert emulated(text).split() == ["a", "<", "n;", "d", "<", "n;"]
+    text = """
+#if defined(CBAM_EMULATED)
+kept 1
+#elif X
+nvcc
+#else
+#if X
+nvcc
+#endif
+nvcc
+#endif
+#if !defined(CBAM_EMULATED) && X
+nvcc
+#else
+kept 2
+#endif
+#if X
+kept 3
+#else
+kept 4
+#endif
+#if defined(CBAM_EMULATED) || X
+kept 5
+#endif
+"""
+    assert emulated(text).split() == [word for i in "12345" for word in ("kept", i)]
     assert len(emulated(text)) == len(text)
     assert not [m for m in all_mutants() if m.path == "cuda/primitives/team.cuh"]
 

@@ -145,7 +145,7 @@ double Teams::product_seconds(const ResidentGeometry& g, int vectors) const {
 }
 
 double Teams::barrier_seconds(const ResidentGeometry& g, double barriers) {
-  return barriers * (g.cluster ? kClusterBarrier : kGridBarrier);
+  return barriers * (g.cluster ? kClusterBarrier : kPartBarrier);
 }
 
 double Teams::together(const ResidentGeometry& g, double teams, double memory, double waits) const {

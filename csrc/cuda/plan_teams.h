@@ -8,10 +8,10 @@
 namespace cbam::cuda {
 
 // The costs beside memory, estimates that are measured as a whole: a barrier of a cluster (0.5 us
-// for 4 blocks, 0.65 us for 8 on an H100) and of a whole grid, which costs a visit of 56x56 half a
-// microsecond more each; a product of the MLP; a tap of the convolution, for what one thread
-// computes of it at a time; the launch and the first bytes.
-constexpr double kClusterBarrier = 0.6e-6, kGridBarrier = 0.8e-6;
+// for 4 blocks, 0.65 us for 8 on an H100) and of a part of a grid (0.7 to 1.1 us in visits of
+// 56x56, where its 8 blocks come together); a product of the MLP; a tap of the convolution, for
+// what one thread computes of it at a time; the launch and the first bytes.
+constexpr double kClusterBarrier = 0.6e-6, kPartBarrier = 0.8e-6;
 constexpr double kProductSeconds = 8e-12, kTapSeconds = 10e-9, kStartSeconds = 3e-6;
 
 // Blocks of a team, samples of a visit, blocks on a multiprocessor.

@@ -91,6 +91,15 @@ Team* part_of(const Block& block) {
   return &machine.parts[static_cast<size_t>(block.slot / machine.parts[0].blocks)];
 }
 
+// A block has come to the barrier of its part.
+void count_block(Team& part, unsigned* arrived, Place place) {
+  if (*arrived != part.counted)
+    fail({std::string(kOfPart) + " at " + describe(place) + ": the count of the part's blocks is " +
+          std::to_string(*arrived) + ", not " + std::to_string(part.counted) +
+          ": it was not set to 0 before, or something overwrote it"});
+  *arrived = ++part.counted;
+}
+
 void expect_cooperative(const char* operation, Place place) {
   if (!machine.launch->cooperative)
     fail({std::string(operation) + " at " + describe(place) +
@@ -150,7 +159,7 @@ void grid_barrier(Place place) {
   team_barrier(machine.grid, kOfGrid, place);
 }
 
-void part_barrier(int blocks, Place place) {
+void part_barrier(unsigned* arrived, int blocks, Place place) {
   expect_cooperative(kOfPart, place);
   const int parted = machine.parts.empty() ? blocks : machine.parts[0].blocks;
   if (blocks < 1 || machine.gang % blocks || blocks != parted)
@@ -158,7 +167,13 @@ void part_barrier(int blocks, Place place) {
           " blocks do not come in parts of " + std::to_string(blocks) +
           (blocks == parted ? "" : ", and came in parts of " + std::to_string(parted))});
   if (machine.parts.empty()) cut_grid(blocks);
-  team_barrier(*part_of(*machine.block), kOfPart, place);
+  Block& block = *machine.block;
+  Team& part = *part_of(block);
+  if (++block.at_part == block.live) {
+    block.at_part = 0;
+    count_block(part, arrived, place);
+  }
+  team_barrier(part, kOfPart, place);
 }
 
 void wait_for_previous_launch() { machine.current->after_previous = true; }

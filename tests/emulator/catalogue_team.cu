@@ -7,6 +7,7 @@
 
 namespace {
 
+using cbam::cuda::arrivals;
 using cbam::cuda::cluster_barrier;
 using cbam::cuda::grid_barrier;
 using cbam::cuda::part_barrier;
@@ -65,16 +66,23 @@ __global__ void sum_over_grid(const int* in, int* partial, int* out, int variant
   out[i] = sum;
 }
 
-// Every thread adds up what the blocks of its part have put out. 1: no barrier. 2: a part waits for
-// fewer blocks than it has. 3: some threads wait for the grid. 4: one block leaves early.
-__global__ void sum_over_parts(const int* in, int* partial, int* out, int part, int variant) {
+// Every thread adds up what the blocks of its part have put out. 1: no barrier. 2: then half a
+// part waits for itself. 3: some threads wait for the grid. 4: one block leaves early. 6: the
+// count of blocks is not set to 0. 7: others may count themselves before it is. 8: something
+// overwrites it.
+__global__ void sum_over_parts(const int* in, int* partial, int* out, char* counts, int part,
+                               int variant) {
   const int t = threadIdx.x, i = blockIdx.x * kThreads + t, first = blockIdx.x / part * part;
+  if (static_cast<int>(blockIdx.x) == first && t == 0 && variant != 6) *arrivals(counts, part) = 0;
+  if (variant != 7) grid_barrier();
   partial[i] = in[i];
+  if (variant == 8 && blockIdx.x == 1 && t == 5) *arrivals(counts, part) = 7;
   if (variant == 4 && blockIdx.x == 2) return;
   if (variant == 3 && t < 32)
     grid_barrier();
   else if (variant != 1)
-    part_barrier(nullptr, variant == 2 && first > 0 ? part / 2 : part);
+    part_barrier(counts, part);
+  if (variant == 2) part_barrier(counts, part / 2);
   int sum = 0;
   for (int block = first; block < first + part; ++block) sum += partial[block * kThreads + t];
   out[i] = sum;
@@ -134,9 +142,11 @@ const char* catalogue_sum_over_parts(int* in, int* out, int n, int variant) {
   const Arrays arrays(in, out, n);
   std::vector<int> partial(n);
   emulator::watch(partial.data(), n * sizeof(int), "partial", true);
+  std::vector<char> counts(2 * cbam::cuda::kLineBytes, -1);
+  emulator::watch(counts.data(), counts.size(), "counts", true);
   const int part = n / kThreads / 2;
   return try_together({1, variant != 5}, sum_over_parts, n / kThreads, kThreads, 0, in,
-                      partial.data(), out, part, variant);
+                      partial.data(), out, counts.data(), part, variant);
 }
 
 const char* catalogue_sum_over_clusters(int* in, int* out, int n, int variant) {

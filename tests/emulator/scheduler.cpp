@@ -127,6 +127,7 @@ void start_block(Block& block, uint64_t number) {
   block.index = block_index(number);
   block.live = static_cast<int>(block.threads.size());
   block.barrier = {};
+  block.at_part = 0;
   block.copies.barriers.clear();
   block.ready.clear();
   for (Thread& thread : block.threads) thread.exited = thread.after_previous = false;

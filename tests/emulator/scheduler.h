@@ -56,6 +56,7 @@ struct Team {
   int threads = 0;
   int live = 0;  // threads that have not exited
   Barrier barrier = {};
+  unsigned counted = 0;  // blocks of a part that have come to its barriers
 };
 
 struct Block {
@@ -66,6 +67,7 @@ struct Block {
   Warp warps[kMostWarps];
   int live = 0;  // threads that have not exited
   Barrier barrier;
+  int at_part = 0;  // threads that have come to the part's barrier
   ReadySet ready;
   SharedMemory shared;
   CopyState copies;

@@ -20,6 +20,7 @@ BARRIERS = (
     "__syncwarp",
     "__threadfence",
     "block.team.barrier",
+    "block.team.open",
     "wait_for_chunk",
     "loads.wait",
     "of.wait",
@@ -103,16 +104,22 @@ def unclamped(code: str) -> Iterator[tuple[int, int, str]]:
 
 def emulated(text: str) -> str:
     """The same, with spaces for what the preprocessor reads, and for what only nvcc compiles."""
-    conditions: list[str] = []
+    # Of each condition around a line: where the emulator's branch is, or that it is about others.
+    branches: list[str] = []
     lines = []
     for line in text.splitlines(keepends=True):
         if line.startswith("#if"):
-            conditions.append(line.strip())
-        elif line.startswith("#else"):
-            conditions[-1] += " else"
+            about = "CBAM_EMULATED" in line
+            negated = "!defined(CBAM_EMULATED)" in line
+            branches.append("last" if negated else "this" if about else "any")
+        elif line.startswith(("#else", "#elif")):
+            if branches[-1] == "this":
+                branches[-1] = "past"
+            elif branches[-1] == "last" and line.startswith("#else"):
+                branches[-1] = "this"
         elif line.startswith("#endif"):
-            conditions.pop()
-        left_out = line.startswith("#") or "#if defined(CBAM_EMULATED) else" in conditions
+            branches.pop()
+        left_out = line.startswith("#") or not {*branches} <= {"this", "any"}
         lines.append(re.sub(r"[^\n]", " ", line) if left_out else line)
     return "".join(lines)
 

@@ -138,7 +138,8 @@ struct ScaledColumns {
   }
 };
 
-// Vectors of a thread that are under way: what registers allow.
+// Vectors of a thread that are under way: what registers allow, of which compilers take more for
+// the architectures before sm_90, those without clusters.
 template <bool kTraining>
 constexpr int kScaledTogether = kTraining || !kHasClusters ? 2 : 4;
 

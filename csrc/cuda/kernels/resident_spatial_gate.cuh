@@ -82,8 +82,8 @@ __device__ __forceinline__ void put_out_maps(const ResidentForward& p,
                                   block.rows(), ready, put);
 }
 
-// Neighbours among the pixels of a map, which are read together: as many as registers allow for the
-// blocks under way.
+// Neighbours among the pixels of a map, which are read together: a vector, or half of one where
+// registers are short by the third map of training.
 template <class A, bool kTraining>
 constexpr int kNeighbours = kVectorBytes / static_cast<int>(sizeof(A)) / (kTraining ? 2 : 1);
 
@@ -130,7 +130,7 @@ __device__ __forceinline__ void merge_maps(
         else
           merged[i].merge(maps.of(i));
     };
-    for_batches<kTraining ? 3 : 4>(0, g.team, 1, maps_of, add);
+    for_batches<kTraining ? 3 : 4>(0, g.team, 1, maps_of, add);  // what registers allow
   });
 }
 
@@ -244,8 +244,11 @@ __device__ __forceinline__ void gate_boxes(const ResidentForward& p,
             p.saved.spatial_gate)[(block.first_sample() + box.sample) * block.pixels() + pixel] =
             gate;
     };
-    if (2 * box.pixels() <= g.threads)
-      gate_box<kRun, 8>(box, p.space, m.shared.staged, m.shared.weight, put);
+    // Runs of four pixels by eight threads take two threads a pixel; each has a row of the kernel.
+    constexpr int kSharing = 8;
+    const bool rows = 2 * p.space.kernel_depth * p.space.kernel_height >= kSharing;
+    if (rows && 2 * box.pixels() <= g.threads)
+      gate_box<kRun, kSharing>(box, p.space, m.shared.staged, m.shared.weight, put);
     else if (box.pixels() <= g.threads)
       gate_box<1, 1>(box, p.space, m.shared.staged, m.shared.weight, put);
     else

@@ -1,7 +1,7 @@
 // The blocks that hold a sample together: who they are, a barrier, and what they put out for each
 // other to read. Two kinds: a thread-block cluster, which reads its blocks' shared memory, and
-// blocks of a cooperative launch, which exchange through global memory. No team waits for another
-// one: while some load or store, others compute.
+// blocks of a cooperative launch, which exchange through global memory. Behind open() no team waits
+// for another one.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -34,9 +34,9 @@ __device__ __forceinline__ void cluster_barrier(emulator::Place place = emulator
 __device__ __forceinline__ void grid_barrier(emulator::Place place = emulator::Place::here()) {
   emulator::grid_barrier(place);
 }
-__device__ __forceinline__ void part_barrier(char*, int blocks,
+__device__ __forceinline__ void part_barrier(char* counts, int blocks,
                                              emulator::Place place = emulator::Place::here()) {
-  emulator::part_barrier(blocks, place);
+  emulator::part_barrier(arrivals(counts, blocks), blocks, place);
 }
 template <class E>
 __device__ __forceinline__ E read_in_block(const E* own, int rank) {
@@ -92,7 +92,7 @@ __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid()
 __device__ __forceinline__ void part_barrier(char* counts, int blocks) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    const unsigned* arrived = arrivals(counts, blocks);
+    const size_t arrived = __cvta_generic_to_global(arrivals(counts, blocks));
     unsigned count;
     asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
                  : "=r"(count)
@@ -135,7 +135,7 @@ struct Team {
     if (cluster)
       emulator::cluster_barrier(place);
     else
-      emulator::part_barrier(size, place);
+      part_barrier(counts, size, place);
   }
 #else
   __device__ __forceinline__ void barrier() const {

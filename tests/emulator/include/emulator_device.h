@@ -32,10 +32,10 @@ uint64_t warp_shuffle(unsigned mask, uint64_t value, int source_lane, Place plac
 int lane_number();
 
 // The blocks of a cluster, of a cooperative launch, and of a part of one: blocks that follow each
-// other, `blocks` of them in every part.
+// other, `blocks` of them in every part, which count themselves in `arrived`, at first 0.
 void cluster_barrier(Place place);
 void grid_barrier(Place place);
-void part_barrier(int blocks, Place place);
+void part_barrier(unsigned* arrived, int blocks, Place place);
 // Where the shared array that `shared` points into has the same place in block `rank` of the
 // cluster.
 const void* in_block(const void* shared, unsigned rank);
