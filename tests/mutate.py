@@ -174,8 +174,11 @@ REDUNDANT = {
     "resident_mlp.cuh: for (int first = threadIdx.x % 32; first < count; first += 32 * "
     "kAtOnce) { -> for (int first = threadIdx.x % 32; first <= count; first += 32 * kAtOnce) "
     "{": GUARDED,
-    "resident_spatial_gate.cuh: if (2 * box.pixels() <= g.threads) -> if (2 * box.pixels() <= "
-    "1 + g.threads)": "there are whole warps of threads, an even number",
+    "resident_spatial_gate.cuh: if (rows && 2 * box.pixels() <= g.threads) -> if (rows && 2 * "
+    "box.pixels() <= 1 + g.threads)": "there are whole warps of threads, an even number",
+    "resident_spatial_gate.cuh: const bool rows = 2 * p.space.kernel_depth * p.space.kernel_height "
+    ">= kSharing; -> const bool rows = 2 * p.space.kernel_depth * p.space.kernel_height > "
+    "kSharing;": "extents of the kernel are odd, so that twice their product is never 8",
     "resident_spatial_gate.cuh: else if (box.pixels() <= g.threads) -> else if (box.pixels() "
     "<= 1 + g.threads)": "either way takes every pixel, and sums its taps in the same order",
     "weight_gradients.cu: const auto depth = static_cast<int>(min(int64_t{kDepth}, p.a.count "

@@ -8,9 +8,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import why_not
 from mutate import REDUNDANT, chosen, parse
 from mutation.find import all_mutants, emulated, mutants_of, sources
+from mutation.run import RESIDENT_FORWARD
+
+from cbam_cuda.plan import plan
 
 KERNELS = [path for path in sources() if path.suffix == ".cu"]
 
@@ -45,6 +49,27 @@ def test_what_is_listed_as_redundant_is_there_once():
     keys = Counter(mutant.key for mutant in all_mutants())
     assert set(REDUNDANT) <= set(keys)
     assert set(keys.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    "name, short", [("bands of maps", False), ("a short last band", True)], ids=str
+)
+def test_there_are_bands_to_break(name, short):
+    """Plans change: none of these would be noticed to be no more what it is called."""
+    (case,) = [problem[0] for problem in RESIDENT_FORWARD if problem[0].name == name]
+    found = plan(
+        case.shape,
+        "float16",
+        "H100",
+        strategy="resident",
+        multiprocessors=8,
+        hidden=case.hidden,
+        kernel_size=case.kernel,
+        training=True,
+    )
+    pixels, band = torch.Size(case.shape[2:]).numel(), found["passes"]["resident"]["band"]
+    assert pixels > band
+    assert (pixels % band > 0) == short
 
 
 def test_what_only_nvcc_compiles_is_left_alone():

@@ -46,7 +46,7 @@ RESIDENT_FORWARD = (
     (UNEVEN, HALF, BOTH, (("H100", 4),)),
     (Case("the same on the whole grid", (1, 128, 27, 28), 3, (5, 5)), HALF, FIRST, (("T4", 8),)),
     (Case("a short last chunk", (1, 16, 19, 19), 3, (5, 5)), HALF, BOTH[1:], (("H100", 2),)),
-    (Case("a short last band", (1, 240, 55, 55), 2, (7, 7)), HALF, FIRST, (("H100", 8),)),
+    (Case("a short last band", (2, 128, 50, 50), 16, (7, 7)), HALF, FIRST, (("H100", 8),)),
     (Case("teams come back", (7, 32, 8, 8), 3, (5, 5)), SHORT, BOTH, (("H100", 2), ("T4", 2))),
     (Case("visits of several samples", (19, 512, 7, 7), 128, (3, 3)), HALF, BOTH, (("H100", 8),)),
     (
@@ -57,7 +57,7 @@ RESIDENT_FORWARD = (
     ),
     (Case("7x7", (9, 64, 7, 7), 4, (7, 7)), HALF, BOTH, (("H100", 4), ("A100", 8))),
     (Case("clusters come back", (5, 128, 28, 28), 5, (7, 7)), HALF, BOTH, (("H100", 4),)),
-    (Case("bands of maps", (1, 256, 56, 56), 2, (7, 7)), HALF, BOTH, (("H100", 8),)),
+    (Case("bands of maps", (1, 64, 96, 96), 16, (7, 7)), HALF, FIRST, (("H100", 8),)),
     (Case("several boxes a block", (1, 256, 56, 56), 2, (7, 7)), HALF, FIRST, (("T4", 32),)),
     (Case("three unequal blocks", (3, 64, 28, 28), 4, (5, 5)), HALF, BOTH, (("A100", 13),)),
     (Case("resident volume", (3, 64, 4, 8, 8), 2, (3, 3, 3)), SHORT[:1], BOTH, (("A100", 4),)),

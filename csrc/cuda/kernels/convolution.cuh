@@ -8,17 +8,14 @@
 
 namespace cbam::cuda {
 
-// Both maps of the box and its halo, as far as their pixels are among [first, end), and with the
-// first of them zeros outside the image. maps_at(pixel, inside, mean, max) sets the two values;
-// `inside` tells a pixel of the box from one of its halo.
+// Both maps of the box and its halo, zeros outside the image. maps_at(pixel, inside, mean, max)
+// sets the two values; `inside` tells a pixel of the box from one of its halo.
 template <class A, class MapsAt>
-__device__ __forceinline__ void stage_maps(const Box& box, const Space& s, int first, int end,
-                                           A* staged, MapsAt maps_at) {
+__device__ __forceinline__ void stage_maps(const Box& box, const Space& s, A* staged,
+                                           MapsAt maps_at) {
   for_staged_pixels(box, s, [&](int i, const StagedPixel& at) {
-    const bool outside = at.pixel < 0;
-    if (outside ? first > 0 : at.pixel < first || at.pixel >= end) return;
     A mean = A(0), max = A(0);
-    if (!outside) maps_at(at.pixel, at.inside, mean, max);
+    if (at.pixel >= 0) maps_at(at.pixel, at.inside, mean, max);
     staged[i] = mean;
     staged[box.staged + i] = max;
   });

@@ -110,6 +110,7 @@ __device__ __forceinline__ void merge_maps(
     const ForwardMemory<T>& m, int at,
     Extremes<A, kTraining> (&merged)[kNeighbours<A, kTraining>]) {
   using Maps = MapsOfBlock<A, kTraining>;
+  constexpr int kCount = kNeighbours<A, kTraining>;
   const ResidentForwardGeometry& g = p.geometry;
   const A *sum = m.exchange.maps + at, *max = sum + g.samples * g.map_pitch();
   read_from(block.team, [&](auto read) {
@@ -124,7 +125,7 @@ __device__ __forceinline__ void merge_maps(
     };
     const auto add = [&](int from, const Maps& maps) {
 #pragma unroll
-      for (int i = 0; i < kNeighbours<A, kTraining>; ++i)
+      for (int i = 0; i < kCount; ++i)
         if (from == 0)
           merged[i] = maps.of(i);  // as it is, NaN and all
         else

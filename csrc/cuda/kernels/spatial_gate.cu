@@ -96,7 +96,7 @@ __device__ __forceinline__ void stage_merged(const SpatialGate& p, const ScaleBl
       max = e.max;
     }
   };
-  stage_maps(block, p.space, 0, pixels, staged, maps_at);
+  stage_maps(block, p.space, staged, maps_at);
 }
 
 // What backward reads of the maps.
