@@ -79,7 +79,7 @@ class Backward {
     for (int64_t n = first; n < last; ++n)
       run(t_.rows, [&](int64_t from, int64_t to) {
         input_gradient_.write(n, ws.reach[n - first], from, to,
-                              n + last - first < end ? n + last - first : n);
+                              sample_to_fetch(n, last - first, end));
       });
   }
 

@@ -64,7 +64,7 @@ class Forward {
       run(planes_.image_rows(),
           [&](int64_t from, int64_t to) { spatial_gate(ws, spatial, from, to); });
       const A* gate = channel_gate(n);
-      const int64_t next = n + last - first < end ? n + last - first : n;
+      const int64_t next = sample_to_fetch(n, last - first, end);
       run(x(n).rows, [&](int64_t from, int64_t to) {
         scale_rows(x(n), out(n), from, to, channels_first_ ? gate : spatial,
                    channels_first_ ? spatial : gate, large_, x(next));

@@ -25,18 +25,8 @@ class InputGradient {
   explicit InputGradient(const BackwardProblem& problem) : t_{problem}, large_(is_large(problem)) {}
 
   // Rows [begin, end) of dx. Where that is large, so that samples come from memory, those of the
-  // sample `next` are asked for meanwhile; n itself where there is none.
+  // sample `next` are asked for meanwhile; n itself for none.
   void write(int64_t n, const Reach<A>& reach, int64_t begin, int64_t end, int64_t next) const {
-    const Matrix<const T> soon[] = {next > n ? t_.x(next) : t_.dout(n), t_.dout(next)};
-    const auto fetching = [&](int64_t r, int64_t rows, auto for_columns) {
-      return [&, r, rows, for_columns](int64_t columns, auto body) {
-        for_columns(columns, [&](int64_t j, auto lanes) {
-          for (const auto& m : soon)
-            for (int64_t i = 0; i < rows; ++i) fetch(m.row(r + i) + j);
-          body(j, lanes);
-        });
-      };
-    };
     const auto channels = [&](auto together, int64_t c, T* to, int64_t stride, auto for_columns) {
       write_channels<decltype(together)::value>(n, reach, c, to, stride, for_columns);
     };
@@ -44,21 +34,22 @@ class InputGradient {
       write_pixel(n, reach, s, to, for_columns);
     };
     if (t_.channels_first)
-      write_by<Channels>(t_.dx(n), begin, end, channels, fetching);
+      write_by<Channels>(n, begin, end, channels, next);
     else
-      write_by<Pixels>(t_.dx(n), begin, end, pixel, fetching);
+      write_by<Pixels>(n, begin, end, pixel, next);
   }
 
  private:
-  // By write_rows, or where dx is large by stream_rows with columns that are walked by `fetching`.
-  template <class Together, class Write, class Fetching>
-  void write_by(const Matrix<T>& to, int64_t begin, int64_t end, Write rows,
-                Fetching fetching) const {
+  template <class Together, class Write>
+  void write_by(int64_t n, int64_t begin, int64_t end, Write rows, int64_t next) const {
     constexpr int kRows = Together::value;
-    if (!large_) return write_rows<kRows>(to, begin, end, rows);
-    stream_rows<kRows>(to, begin, end,
-                       [&](auto some, int64_t r, T* at, int64_t stride, auto for_columns) {
-                         rows(some, r, at, stride, fetching(r, decltype(some)::value, for_columns));
+    if (!large_) return write_rows<kRows>(t_.dx(n), begin, end, rows);
+    if (next == n) return stream_rows<kRows>(t_.dx(n), begin, end, rows);
+    const Matrix<const T> soon[] = {t_.x(next), t_.dout(next)};
+    stream_rows<kRows>(t_.dx(n), begin, end,
+                       [&](auto some, int64_t r, T* to, int64_t stride, auto for_columns) {
+                         constexpr int kSome = decltype(some)::value;
+                         rows(some, r, to, stride, fetching<kSome>(soon, r, for_columns));
                        });
   }
 

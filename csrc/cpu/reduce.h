@@ -8,22 +8,28 @@ namespace cbam::cpu {
 namespace {
 
 // out[r][j] = x[r][j] * row_factor[r] * col_factor[j] for rows [begin, end); `large`: past the
-// caches. The rows of `next` are asked for meanwhile, so that memory never rests.
+// caches. The rows of `next` are asked for meanwhile, so that memory never rests; x for none.
 template <class T, class A = acc_t<T>>
 void scale_rows(const Matrix<const T>& x, const Matrix<T>& out, int64_t begin, int64_t end,
                 const A* row_factor, const A* col_factor, bool large, const Matrix<const T>& next) {
   const auto scale = [&](auto, int64_t r, T* to, int64_t, auto for_columns) {
-    const T *in = x.row(r), *later = next.row(r);
+    const T* in = x.row(r);
     const A f = row_factor[r];
     for_columns(x.cols, [&](int64_t j, auto lanes) {
-      fetch(later + j);
       lanes.store(to + j, lanes.load(in + j) * f * lanes.load(col_factor + j));
     });
   };
-  if (large)
-    stream_rows<1>(out, begin, end, scale);
-  else
-    write_rows<1>(out, begin, end, scale);
+  const auto write = [&](auto rows) {
+    if (large)
+      stream_rows<1>(out, begin, end, rows);
+    else
+      write_rows<1>(out, begin, end, rows);
+  };
+  if (next.data == x.data) return write(scale);
+  const Matrix<const T> soon[] = {next};
+  write([&](auto one, int64_t r, T* to, int64_t stride, auto for_columns) {
+    scale(one, r, to, stride, fetching<1>(soon, r, for_columns));
+  });
 }
 
 // kRows rows of p = a * b: each row's sum of p * col_factor, and p * row_factor added to col_sum.

@@ -75,5 +75,19 @@ void stream_rows(const Matrix<T>& out, int64_t begin, int64_t end, Write write) 
   write_rows<kRows>(out, last, end, write);
 }
 
+// for_columns(columns, body) that before each vector asks for the same columns of rows [r, r + kRows)
+// of the matrices `soon`.
+template <int kRows, int kMatrices, class T, class ForColumns>
+CBAM_INLINE auto fetching(const Matrix<const T> (&soon)[kMatrices], int64_t r,
+                          ForColumns for_columns) {
+  return [&soon, r, for_columns](int64_t columns, auto body) {
+    for_columns(columns, [&](int64_t j, auto lanes) {
+      for (const auto& m : soon)
+        for (int i = 0; i < kRows; ++i) fetch(m.row(r + i) + j);
+      body(j, lanes);
+    });
+  };
+}
+
 }  // namespace
 }  // namespace cbam::cpu

@@ -103,6 +103,18 @@ class Scratch {
   char* base_ = nullptr;
 };
 
+// The sample that is asked for while sample n is written: the one after those that are `together`,
+// n itself where none comes before `end`. On an Intel Xeon what arrives drives out what is in use:
+// a forward took a fifth longer with it, where on an AMD EPYC it took a twelfth less.
+inline int64_t sample_to_fetch(int64_t n, int64_t together, int64_t end) {
+#if defined(__x86_64__)
+  static const bool pays = __builtin_cpu_is("amd");
+#else
+  constexpr bool pays = false;
+#endif
+  return pays && n + together < end ? n + together : n;
+}
+
 // Runs direction.samples(first, last, end, workspace, stage runner) over the whole batch, where the
 // samples up to `end` are taken by the same threads. `Direction` names its Workspace, made from
 // (problem, samples in a group, Carver).
