@@ -62,6 +62,9 @@ LARGE_CASES = (
     Case("large, short rows", (11, 1052, 14, 14), 4, (7, 7)),
 )
 
+# Weights of the MLP that the threads of the CPU backend share, of more samples than they take at once.
+HEAVY_MLP = Case("MLP heavier than x", (19, 1024, 4, 4), 257, (3, 3))
+
 # Fewer, for tests where the regime does not matter: one of each number of dimensions.
 FEW_CASES = tuple(
     c for c in CASES if c.name in ("rows of 7x7 leave a rest of every vector", "sequence", "volume")

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, DTYPES, FEW_CASES, LAYOUTS, NATIVE_LAYOUTS, device_of, make_weights, make_x
+from cases import (
+    CASES,
+    DTYPES,
+    FEW_CASES,
+    HEAVY_MLP,
+    LAYOUTS,
+    NATIVE_LAYOUTS,
+    device_of,
+    make_weights,
+    make_x,
+)
 from tolerance import assert_as_good_as_eager
 
 from cbam_cuda import cbam
@@ -117,7 +127,7 @@ def test_neighbours_in_memory_are_left_alone(backend, case, layout):
     assert pad.isnan().sum() == pad.numel() - x.numel()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, HEAVY_MLP], ids=str)
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
 def test_bitwise_equal_for_every_number_of_threads(case, layout, threads):
     x = LAYOUTS[layout](make_x(case, torch.float32))

@@ -22,8 +22,9 @@ class Backward {
  public:
   using A = acc_t<T>;
 
-  // `batch` takes what is summed over the batch; `flipped` holds [2, taps].
-  Backward(const BackwardProblem& problem, const BatchGradients<T>& batch, A* flipped)
+  // `batch` takes what is summed over the batch; `d_pooled` holds [samples, 2, channels] and
+  // `flipped` [2, taps].
+  Backward(const BackwardProblem& problem, const BatchGradients<T>& batch, A* d_pooled, A* flipped)
       : p_(problem),
         shape_(problem.shape),
         mlp_(problem.shape, problem.weights),
@@ -32,17 +33,17 @@ class Backward {
         input_gradient_(problem),
         reaches_gate_(problem.gradients.x || problem.gradients.mlp()),
         batch_(batch),
+        d_pooled_(d_pooled),
         flipped_(flipped) {
     flip_weights();
   }
 
   struct Workspace {
-    A* partial;   // [row blocks, cols]
-    A* row_sum;   // [rows]
-    A* col_sum;   // [cols]
-    A* planes;    // [3, image rows, pitch]: dz and, for the convolution's gradient, the maps
-    A* d_pooled;  // [group, 2, channels]: of the mean (over S) and of the maximum over space
-    Reach<A> reach[kMostTogether];
+    A* partial;  // [row blocks, cols]
+    A* row_sum;  // [rows]
+    A* col_sum;  // [cols]
+    A* planes;   // [3, image rows, pitch]: dz and, for the convolution's gradient, the maps
+    MapGradients<A> maps[kMostTogether];
 
     Workspace(const ForwardProblem& p, int64_t group, Carver& carver) {
       const Planes<A> planes_of(p.shape);
@@ -53,9 +54,8 @@ class Backward {
       row_sum = carver.array<A>(rows);
       col_sum = carver.array<A>(cols);
       planes = carver.array<A>(3 * planes_of.size());
-      d_pooled = carver.array<A>(group * 2 * channels);
       for (int64_t i = 0; i < group; ++i)
-        reach[i] = {carver.array<A>(pixels), carver.array<A>(pixels), d_pooled + i * 2 * channels};
+        maps[i] = {carver.array<A>(pixels), carver.array<A>(pixels)};
       if (planes) std::memset(planes, 0, 3 * planes_of.size() * sizeof(A));
     }
     A* channel_sum(bool channels_first) const { return channels_first ? row_sum : col_sum; }
@@ -63,24 +63,42 @@ class Backward {
   };
 
   template <class Run>
-  void samples(int64_t first, int64_t last, int64_t end, Workspace& ws, Run run) const {
+  void before_gate(int64_t first, int64_t last, Workspace& ws, Run run) const {
     for (int64_t n = first; n < last; ++n) {
       sum_products(n, ws, run);
       gradient_of_logits(n, ws);
       if (p_.gradients.conv()) gradient_of_conv(n, ws, run);
       if (!reaches_gate_) continue;
-      Reach<A>& reach = ws.reach[n - first];
-      gradient_of_maps(ws, reach, run);
-      add_map_terms(n, ws, reach, run);
+      const MapGradients<A>& maps = ws.maps[n - first];
+      gradient_of_maps(ws, maps, run);
+      add_map_terms(n, ws, maps, run);
       gradient_of_gate(n, ws);
     }
-    if (reaches_gate_) gradient_of_mlp(first, last - first, ws.d_pooled);
+  }
+
+  // davg / S and dtop
+  template <class Run>
+  void gate(int64_t first, int64_t last, Run run) const {
+    if (!p_.gradients.x && !p_.gradients.fc1_weight && !p_.gradients.fc1_bias) return;
+    const int64_t samples = last - first;
+    mlp_.second_layer_backward(batch_.d_logits(first), samples, t_.hidden(first),
+                               batch_.d_hidden(first), run);
     if (!p_.gradients.x) return;
+    mlp_.first_layer_backward(batch_.d_hidden(first), samples, d_pooled(first), run);
     for (int64_t n = first; n < last; ++n)
+      for (int64_t c = 0; c < shape_.channels; ++c)
+        d_pooled(n)[c] /= static_cast<A>(t_.pixels);
+  }
+
+  template <class Run>
+  void after_gate(int64_t first, int64_t last, int64_t end, Workspace& ws, Run run) const {
+    if (!p_.gradients.x) return;
+    for (int64_t n = first; n < last; ++n) {
+      const Reach<A> reach{ws.maps[n - first], d_pooled(n)};
       run(t_.rows, [&](int64_t from, int64_t to) {
-        input_gradient_.write(n, ws.reach[n - first], from, to,
-                              sample_to_fetch(n, last - first, end));
+        input_gradient_.write(n, reach, from, to, sample_to_fetch(n, last - first, end));
       });
+    }
   }
 
  private:
@@ -169,14 +187,14 @@ class Backward {
 
   // dmean / C and dmax.
   template <class Run>
-  void gradient_of_maps(const Workspace& ws, const Reach<A>& reach, Run run) const {
+  void gradient_of_maps(const Workspace& ws, const MapGradients<A>& maps, Run run) const {
     run(planes_.image_rows(), [&](int64_t begin, int64_t end) {
       const int64_t width = shape_.width;
       for (int64_t row = begin; row < end; ++row) {
-        A* mean = reach.d_mean + row * width;
+        A* mean = maps.d_mean + row * width;
         correlate_row(planes_, ws.planes, 1, flipped_, A(0), row, mean);
         correlate_row(planes_, ws.planes, 1, flipped_ + shape_.taps(), A(0), row,
-                      reach.d_max + row * width);
+                      maps.d_max + row * width);
         for (int64_t w = 0; w < width; ++w) mean[w] /= static_cast<A>(shape_.channels);
       }
     });
@@ -184,16 +202,16 @@ class Backward {
 
   // dg: adds to the channels' sums what reaches the gate through the maps.
   template <class Run>
-  void add_map_terms(int64_t n, Workspace& ws, const Reach<A>& reach, Run run) const {
+  void add_map_terms(int64_t n, Workspace& ws, const MapGradients<A>& maps, Run run) const {
     if (t_.channels_first) {
       run(t_.rows, [&](int64_t begin, int64_t end) {
         for_rows<kRowsTogether>(begin, end, [&](auto together, int64_t c) {
-          map_terms_of_rows<decltype(together)::value>(n, c, ws, reach);
+          map_terms_of_rows<decltype(together)::value>(n, c, ws, maps);
         });
       });
     } else {
       run(row_blocks(t_.rows), [&](int64_t first, int64_t last) {
-        for (int64_t b = first; b < last; ++b) map_terms_of_block(n, b, ws, reach);
+        for (int64_t b = first; b < last; ++b) map_terms_of_block(n, b, ws, maps);
       });
       merge_partials(ws.partial, ws.partial, run);
       add_scaled(ws.partial, A(1), ws.col_sum, t_.cols);
@@ -203,12 +221,12 @@ class Backward {
   // Channels first: the map terms of kRows channels.
   template <int kRows>
   CBAM_INLINE_MEMBER void map_terms_of_rows(int64_t n, int64_t c, Workspace& ws,
-                                            const Reach<A>& reach) const {
+                                            const MapGradients<A>& maps) const {
     A terms[kRows];
     weighted_sums<kRows>(
         t_.x(n), c,
         [&](int64_t s, auto lanes) {
-          const vec_t<A> mean = lanes.load(reach.d_mean + s), max = lanes.load(reach.d_max + s);
+          const vec_t<A> mean = lanes.load(maps.d_mean + s), max = lanes.load(maps.d_max + s);
           const ivec_t<A> maximum_of = lanes.indices(t_.channel_argmax(n) + s);
           return [=](int i) { return mean + where<A>(maximum_of == index_t<A>(c + i), max); };
         },
@@ -218,15 +236,15 @@ class Backward {
 
   // Channels last: the map terms of one block of pixels.
   void map_terms_of_block(int64_t n, int64_t block, const Workspace& ws,
-                          const Reach<A>& reach) const {
+                          const MapGradients<A>& maps) const {
     A* partial = ws.partial + block * t_.cols;
     const int64_t end = (block + 1) * kRowBlock < t_.rows ? (block + 1) * kRowBlock : t_.rows;
     for (int64_t c = 0; c < t_.cols; ++c) partial[c] = A(0);
     for (int64_t s = block * kRowBlock; s < end; ++s) {
       const T* row = t_.x(n).row(s);
-      add_scaled(row, reach.d_mean[s], partial, t_.cols);
+      add_scaled(row, maps.d_mean[s], partial, t_.cols);
       const int32_t c = t_.channel_argmax(n)[s];
-      partial[c] += reach.d_max[s] * load_one(row + c);
+      partial[c] += maps.d_max[s] * load_one(row + c);
     }
   }
 
@@ -242,17 +260,7 @@ class Backward {
       d_logits[c] = d_gate[c] * sigmoid_derivative<A>(gate[c]);
   }
 
-  // davg / S and dtop of the samples from `first` on.
-  void gradient_of_mlp(int64_t first, int64_t samples, A* d_pooled) const {
-    if (!p_.gradients.x && !p_.gradients.fc1_weight && !p_.gradients.fc1_bias) return;
-    mlp_.second_layer_backward(batch_.d_logits(first), samples, t_.hidden(first),
-                               batch_.d_hidden(first));
-    if (!p_.gradients.x) return;
-    mlp_.first_layer_backward(batch_.d_hidden(first), samples, d_pooled);
-    for (int64_t n = 0; n < samples; ++n)
-      for (int64_t c = 0; c < shape_.channels; ++c)
-        d_pooled[2 * n * shape_.channels + c] /= static_cast<A>(t_.pixels);
-  }
+  A* d_pooled(int64_t n) const { return d_pooled_ + n * 2 * shape_.channels; }
 
   const BackwardProblem& p_;
   const Shape& shape_;
@@ -262,20 +270,22 @@ class Backward {
   InputGradient<T> input_gradient_;
   bool reaches_gate_;  // whether anything before the spatial gate was asked for
   const BatchGradients<T>& batch_;
-  A* flipped_;  // [2, taps]
+  A* d_pooled_;  // [samples, 2, channels]: of the mean (over S) and of the maximum over space
+  A* flipped_;   // [2, taps]
 };
 
 template <class T>
 void run(const BackwardProblem& problem, const ThreadPool& pool) {
   using A = acc_t<T>;
   BatchGradients<T> batch(problem);
-  A* flipped = nullptr;
+  A *d_pooled = nullptr, *flipped = nullptr;
   Scratch scratch;
   scratch.carve([&](Carver& carver) {
     batch.carve(carver);
+    d_pooled = carver.array<A>(problem.shape.samples * 2 * problem.shape.channels);
     flipped = carver.array<A>(2 * problem.shape.taps());
   });
-  run_samples(Backward<T>(problem, batch, flipped), problem, pool, 2 * sizeof(T));
+  run_samples(Backward<T>(problem, batch, d_pooled, flipped), problem, pool, 2 * sizeof(T));
   batch.finish(pool);
 }
 

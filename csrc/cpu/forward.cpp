@@ -15,33 +15,33 @@ class Forward {
   using A = acc_t<T>;
   using Index = index_t<A>;
 
-  explicit Forward(const ForwardProblem& problem)
+  // `sums` holds [samples, hidden].
+  Forward(const ForwardProblem& problem, A* sums)
       : p_(problem),
         shape_(problem.shape),
         mlp_(problem.shape, problem.weights),
         planes_(problem.shape),
         pixels_(problem.shape.pixels()),
         channels_first_(problem.strides.channels_first()),
-        large_(is_large(problem)) {}
+        large_(is_large(problem)),
+        sums_(sums) {}
 
   struct Workspace {
     A* block_sum;  // channels last: [row blocks, channels], partial results of the pool
     A* block_max;
     Index* block_argmax;
-    A* sums;     // [group, hidden]
     A* planes;   // [2, image rows, pitch]: the maps
     A* spatial;  // [pixels]: the spatial gate
     A* taps;     // [2, taps]: the convolution's weights
     A bias = A(0);
 
-    Workspace(const ForwardProblem& p, int64_t group, Carver& carver) {
+    Workspace(const ForwardProblem& p, int64_t, Carver& carver) {
       const Planes<A> planes_of(p.shape);
       const int64_t partial =
           p.strides.channels_first() ? 0 : blocks(p.shape.pixels()) * p.shape.channels;
       block_sum = carver.array<A>(partial);
       block_max = carver.array<A>(partial);
       block_argmax = carver.array<Index>(partial);
-      sums = carver.array<A>(group * p.shape.hidden);
       planes = carver.array<A>(2 * planes_of.size());
       spatial = carver.array<A>(p.shape.pixels());
       taps = carver.array<A>(2 * p.shape.taps());
@@ -53,10 +53,19 @@ class Forward {
   };
 
   template <class Run>
-  void samples(int64_t first, int64_t last, int64_t end, Workspace& ws, Run run) const {
+  void before_gate(int64_t first, int64_t last, Workspace& ws, Run run) const {
     for (int64_t n = first; n < last; ++n) pool(n, ws, run);
-    mlp_.first_layer(pooled(first), last - first, hidden(first));
-    mlp_.second_layer(hidden(first), last - first, ws.sums, channel_gate(first));
+  }
+
+  template <class Run>
+  void gate(int64_t first, int64_t last, Run run) const {
+    mlp_.first_layer(pooled(first), last - first, hidden(first), run);
+    mlp_.second_layer(hidden(first), last - first, sums_ + first * shape_.hidden,
+                      channel_gate(first), run);
+  }
+
+  template <class Run>
+  void after_gate(int64_t first, int64_t last, int64_t end, Workspace& ws, Run run) const {
     for (int64_t n = first; n < last; ++n) {
       maps(n, ws, run);
       A* spatial =
@@ -227,7 +236,19 @@ class Forward {
   int64_t pixels_;
   bool channels_first_;
   bool large_;  // the output
+  A* sums_;     // [samples, hidden]: of the hidden vectors
 };
+
+template <class T>
+void run(const ForwardProblem& problem, const ThreadPool& pool) {
+  using A = acc_t<T>;
+  A* sums = nullptr;
+  Scratch scratch;
+  scratch.carve([&](Carver& carver) {
+    sums = carver.array<A>(problem.shape.samples * problem.shape.hidden);
+  });
+  run_samples(Forward<T>(problem, sums), problem, pool, sizeof(T));
+}
 
 }  // namespace
 
@@ -235,10 +256,10 @@ namespace CBAM_CPU_TARGET {
 
 void forward(const ForwardProblem& problem, const ThreadPool& pool) {
   switch (problem.dtype) {
-    case DType::kFloat32: return run_samples(Forward<float>(problem), problem, pool, 4);
-    case DType::kFloat64: return run_samples(Forward<double>(problem), problem, pool, 8);
-    case DType::kFloat16: return run_samples(Forward<Half>(problem), problem, pool, 2);
-    case DType::kBFloat16: return run_samples(Forward<BFloat16>(problem), problem, pool, 2);
+    case DType::kFloat32: return run<float>(problem, pool);
+    case DType::kFloat64: return run<double>(problem, pool);
+    case DType::kFloat16: return run<Half>(problem, pool);
+    case DType::kBFloat16: return run<BFloat16>(problem, pool);
   }
 }
 

@@ -9,12 +9,18 @@
 namespace cbam::cpu {
 namespace {
 
-// What reaches x of one sample through the gates, kept until dx is written.
+// Gradients of one sample's maps, kept until dx is written.
+template <class A>
+struct MapGradients {
+  A* d_mean;  // [pixels]: over C
+  A* d_max;   // [pixels]
+};
+
+// What reaches x of one sample through the gates.
 template <class A>
 struct Reach {
-  A* d_mean;    // [pixels]: of the mean map, over C
-  A* d_max;     // [pixels]: of the maximum map
-  A* d_pooled;  // [2, channels]: of the mean (over S) and of the maximum over space
+  const MapGradients<A>& maps;
+  const A* d_pooled;  // [2, channels]: of the mean (over S) and of the maximum over space
 };
 
 template <class T>
@@ -64,8 +70,8 @@ class InputGradient {
     const int32_t* maximum_of = t_.channel_argmax(n);
     const OfRows<kRows, int32_t> top(t_.pixel_argmax(n) + c);
     for_columns(t_.cols, [&](int64_t s, auto lanes) {
-      const vec_t<A> a = lanes.load(spatial + s), mean = lanes.load(reach.d_mean + s),
-                     max = lanes.load(reach.d_max + s);
+      const vec_t<A> a = lanes.load(spatial + s), mean = lanes.load(reach.maps.d_mean + s),
+                     max = lanes.load(reach.maps.d_max + s);
       const ivec_t<A> winner = lanes.indices(maximum_of + s), pixel = iota<A>() + index_t<A>(s);
       for (int i = 0; i < kRows; ++i) {
         const vec_t<A> maps = mean + where<A>(winner == index_t<A>(c + i), max);
@@ -81,7 +87,7 @@ class InputGradient {
                                       ForColumns for_columns) const {
     const T* in = t_.dout(n).row(s);
     const A *gate = t_.channel_gate(n), *d_avg = reach.d_pooled, *d_top = d_avg + t_.channels;
-    const A spatial = t_.spatial_gate(n)[s], d_mean = reach.d_mean[s], d_max = reach.d_max[s];
+    const A spatial = t_.spatial_gate(n)[s], d_mean = reach.maps.d_mean[s], d_max = reach.maps.d_max[s];
     const int32_t* maximum_of = t_.pixel_argmax(n);
     const index_t<A> top = t_.channel_argmax(n)[s];
     for_columns(t_.cols, [&](int64_t c, auto lanes) {

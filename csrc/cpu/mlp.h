@@ -4,6 +4,7 @@
 
 #include "../problem.h"
 #include "reduce.h"
+#include "schedule.h"
 
 namespace cbam::cpu {
 namespace {
@@ -33,13 +34,13 @@ CBAM_INLINE void some_products(const W* matrix, const A* vectors, int64_t n, Put
     for (int v = 0; v < kVectors; ++v) put(r, v, total[r * kVectors + v]);
 }
 
-// The same for all rows of a matrix [rows, n] and all vectors [count, n]; each kRows rows stay in
-// the nearest cache until all vectors have met them.
+// The same for rows [begin, end) of a matrix and all vectors [count, n]; each kRows rows stay in the
+// nearest cache until all vectors have met them.
 template <int kRows, class W, class A, class Put>
-CBAM_INLINE void products_by_rows(const W* matrix, int64_t rows, const A* vectors, int64_t count,
-                                  int64_t n, Put put) {
+CBAM_INLINE void products_by_rows(const W* matrix, int64_t begin, int64_t end, const A* vectors,
+                                  int64_t count, int64_t n, Put put) {
   constexpr int kMost = 4;
-  for_rows<kRows>(0, rows, [&](auto together, int64_t first) {
+  for_rows<kRows>(begin, end, [&](auto together, int64_t first) {
     for (int64_t from = 0; from < count; from += kMost)
       for_count<kMost>(count - from < kMost ? count - from : kMost, [&](auto some) {
         some_products<decltype(together)::value, decltype(some)::value>(
@@ -49,11 +50,12 @@ CBAM_INLINE void products_by_rows(const W* matrix, int64_t rows, const A* vector
   });
 }
 template <class W, class A, class Put>
-void products(const W* matrix, int64_t rows, const A* vectors, int64_t count, int64_t n, Put put) {
+void products(const W* matrix, int64_t begin, int64_t end, const A* vectors, int64_t count,
+              int64_t n, Put put) {
   if (kRegisters < 32 && count > 2)
-    products_by_rows<2>(matrix, rows, vectors, count, n, put);
+    products_by_rows<2>(matrix, begin, end, vectors, count, n, put);
   else
-    products_by_rows<4>(matrix, rows, vectors, count, n, put);
+    products_by_rows<kRowsTogether>(matrix, begin, end, vectors, count, n, put);
 }
 
 // kRows rows, from `first` on, of what transposed_products adds up in columns [begin, begin + n).
@@ -74,15 +76,16 @@ CBAM_INLINE void add_some_rows(const W* matrix, int64_t first, int64_t cols, int
   }
 }
 
-// out(k)[j] = sum over r, in its order, of factor(r, k) * matrix[r][j] for k < count.
+// out(k)[j] = sum over r, in its order, of factor(r, k) * matrix[r][j] for columns j in [from, end)
+// and k < count.
 template <class W, class Factor, class Out>
-void transposed_products(const W* matrix, int64_t rows, int64_t cols, int64_t count, Factor factor,
-                         Out out) {
+void transposed_products(const W* matrix, int64_t rows, int64_t cols, int64_t from, int64_t end,
+                         int64_t count, Factor factor, Out out) {
   using A = acc_t<W>;
   constexpr int kRows = 8;
-  for (int64_t k = 0; k < count; ++k) std::memset(out(k), 0, cols * sizeof(A));
-  for (int64_t begin = 0; begin < cols; begin += kColumnTile) {
-    const int64_t n = cols - begin < kColumnTile ? cols - begin : kColumnTile;
+  for (int64_t k = 0; k < count; ++k) std::memset(out(k) + from, 0, (end - from) * sizeof(A));
+  for (int64_t begin = from; begin < end; begin += kColumnTile) {
+    const int64_t n = end - begin < kColumnTile ? end - begin : kColumnTile;
     int64_t r = 0;
     for (; r + kRows <= rows; r += kRows)
       add_some_rows<kRows>(matrix, r, cols, begin, n, count, factor, out);
@@ -108,6 +111,8 @@ void widen_weights(DType dtype, const void* from, int64_t n, acc_t<T>* to) {
   });
 }
 
+// The two layers for `samples` samples, and their derivatives; `run` is how parts of a layer are run
+// (schedule.h), each of which reads its own weights.
 template <class T>
 class Mlp {
  public:
@@ -117,12 +122,13 @@ class Mlp {
       : channels_(shape.channels), hidden_(shape.hidden), weights_(weights) {}
 
   // pooled [samples, 2, channels] -> hidden [samples, 2, hidden] = relu(W0 pooled + b0)
-  void first_layer(const A* pooled, int64_t samples, A* hidden) const {
-    for_weight_type<T>(weights_.dtype, [&](auto type) {
+  template <class Run>
+  void first_layer(const A* pooled, int64_t samples, A* hidden, Run run) const {
+    for_parts<kRowsTogether>(hidden_, run, [&](int64_t begin, int64_t end, auto type) {
       using W = typename decltype(type)::type;
       const W* bias = static_cast<const W*>(weights_.fc1_bias);
-      products(static_cast<const W*>(weights_.fc1_weight), hidden_, pooled, 2 * samples, channels_,
-               [&](int64_t r, int64_t i, A sum) {
+      products(static_cast<const W*>(weights_.fc1_weight), begin, end, pooled, 2 * samples,
+               channels_, [&](int64_t r, int64_t i, A sum) {
                  hidden[i * hidden_ + r] = relu(sum + (bias ? load_one(bias + r) : A(0)));
                });
     });
@@ -130,56 +136,77 @@ class Mlp {
 
   // gate [samples, channels] = sigmoid(W1 (hidden of mean + hidden of max) + 2 b1).
   // `sums` holds samples * hidden.
-  void second_layer(const A* hidden, int64_t samples, A* sums, A* gate) const {
+  template <class Run>
+  void second_layer(const A* hidden, int64_t samples, A* sums, A* gate, Run run) const {
     for (int64_t n = 0; n < samples; ++n)
       for (int64_t r = 0; r < hidden_; ++r)
         sums[n * hidden_ + r] = hidden[2 * n * hidden_ + r] + hidden[(2 * n + 1) * hidden_ + r];
-    for_weight_type<T>(weights_.dtype, [&](auto type) {
+    for_parts<kRowsTogether>(channels_, run, [&](int64_t begin, int64_t end, auto type) {
       using W = typename decltype(type)::type;
       const W* bias = static_cast<const W*>(weights_.fc2_bias);
-      products(static_cast<const W*>(weights_.fc2_weight), channels_, sums, samples, hidden_,
+      products(static_cast<const W*>(weights_.fc2_weight), begin, end, sums, samples, hidden_,
                [&](int64_t c, int64_t n, A sum) {
                  gate[n * channels_ + c] = sum + (bias ? A(2) * load_one(bias + c) : A(0));
                });
-    });
-    for_vectors<A>(samples * channels_, [&](int64_t j, auto lanes) {
-      lanes.store(gate + j, sigmoid<A>(lanes.load(gate + j)));
+      for (int64_t n = 0; n < samples; ++n)
+        for_vectors<A>(end - begin, [&](int64_t j, auto lanes) {
+          A* some = gate + n * channels_ + begin + j;
+          lanes.store(some, sigmoid<A>(lanes.load(some)));
+        });
     });
   }
 
   // d_logits [samples, channels] -> d_hidden [samples, 2, hidden]: W1^T d_logits where the ReLU
   // passes.
-  void second_layer_backward(const A* d_logits, int64_t samples, const A* hidden,
-                             A* d_hidden) const {
-    for_weight_type<T>(weights_.dtype, [&](auto type) {
+  template <class Run>
+  void second_layer_backward(const A* d_logits, int64_t samples, const A* hidden, A* d_hidden,
+                             Run run) const {
+    for_parts<kLanes<A>>(hidden_, run, [&](int64_t begin, int64_t end, auto type) {
       using W = typename decltype(type)::type;
       transposed_products(
-          static_cast<const W*>(weights_.fc2_weight), channels_, hidden_, samples,
+          static_cast<const W*>(weights_.fc2_weight), channels_, hidden_, begin, end, samples,
           [&](int64_t c, int64_t n) { return d_logits[n * channels_ + c]; },
           [&](int64_t n) { return d_hidden + 2 * n * hidden_; });
+      for (int64_t n = 0; n < samples; ++n)
+        for (int64_t r = begin; r < end; ++r) {
+          A* of_mean = d_hidden + 2 * n * hidden_ + r;
+          const A* passed = hidden + 2 * n * hidden_ + r;
+          const A d = *of_mean;
+          of_mean[0] = relu_passes(passed[0]) ? d : A(0);
+          of_mean[hidden_] = relu_passes(passed[hidden_]) ? d : A(0);
+        }
     });
-    for (int64_t n = 0; n < samples; ++n)
-      for (int64_t r = 0; r < hidden_; ++r) {
-        A* of_mean = d_hidden + 2 * n * hidden_ + r;
-        const A* passed = hidden + 2 * n * hidden_ + r;
-        const A d = *of_mean;
-        of_mean[0] = relu_passes(passed[0]) ? d : A(0);
-        of_mean[hidden_] = relu_passes(passed[hidden_]) ? d : A(0);
-      }
   }
 
   // d_hidden [samples, 2, hidden] -> d_pooled [samples, 2, channels]: W0^T d_hidden.
-  void first_layer_backward(const A* d_hidden, int64_t samples, A* d_pooled) const {
-    for_weight_type<T>(weights_.dtype, [&](auto type) {
+  template <class Run>
+  void first_layer_backward(const A* d_hidden, int64_t samples, A* d_pooled, Run run) const {
+    for_parts<kLanes<A>>(channels_, run, [&](int64_t begin, int64_t end, auto type) {
       using W = typename decltype(type)::type;
       transposed_products(
-          static_cast<const W*>(weights_.fc1_weight), hidden_, channels_, 2 * samples,
+          static_cast<const W*>(weights_.fc1_weight), hidden_, channels_, begin, end, 2 * samples,
           [&](int64_t r, int64_t i) { return d_hidden[i * hidden_ + r]; },
           [&](int64_t i) { return d_pooled + i * channels_; });
     });
   }
 
  private:
+  // Calls body(begin, end, Type<W>{}) for parts of what a layer makes `count` of, each of them, but
+  // for the last, made of as many as are walked together.
+  template <int kTogether, class Run, class Body>
+  void for_parts(int64_t count, Run run, Body body) const {
+    const auto part = [&](int64_t first, int64_t last) {
+      const int64_t end = last * kTogether < count ? last * kTogether : count;
+      for_weight_type<T>(weights_.dtype,
+                         [&](auto type) { body(first * kTogether, end, type); });
+    };
+    const int64_t parts = (count + kTogether - 1) / kTogether;
+    if (channels_ * hidden_ < kSmallestLayer)
+      part(0, parts);
+    else
+      run(parts, part);
+  }
+
   int64_t channels_, hidden_;
   const Weights& weights_;  // [hidden, channels], [hidden], [channels, hidden], [channels]
 };

@@ -18,6 +18,8 @@ namespace {
 // Less work than this many elements is not worth a second thread: a fork and join costs
 // microseconds.
 constexpr int64_t kSmallestSplit = 16 * 1024;
+// As few weights are not, in a layer of the MLP.
+constexpr int64_t kSmallestLayer = 64 * 1024;
 // Samples share one walk over the MLP's weights: those whose x together fits in this many bytes,
 // and more where the weights are what most of the time goes to.
 constexpr int64_t kGroupBytes = 1 << 20, kMostTogether = 8;
@@ -115,46 +117,138 @@ inline int64_t sample_to_fetch(int64_t n, int64_t together, int64_t end) {
   return pays && n + together < end ? n + together : n;
 }
 
-// Runs direction.samples(first, last, end, workspace, stage runner) over the whole batch, where the
-// samples up to `end` are taken by the same threads. `Direction` names its Workspace, made from
-// (problem, samples in a group, Carver).
+// How a batch is spread over threads.
+struct Split {
+  int64_t group;    // samples of one worker that a walk over the MLP's weights serves
+  int64_t whole;    // samples that a worker takes alone; of the others the stages are split
+  int64_t workers;  // that take whole samples
+  bool share_gate;  // whether these share the MLP, as reading its weights is what takes long
+
+  Split(const ForwardProblem& p, int64_t threads, int64_t element_bytes) {
+    const Shape& s = p.shape;
+    const int64_t elements = s.channels * s.pixels(), weights = 2 * s.channels * s.hidden;
+    const int64_t held = weights * bytes_of_accumulator(p.dtype);
+    const int64_t fitting =
+        (held < kGroupBytes ? kGroupBytes : held) / (elements * element_bytes);
+    group = fitting < 1 ? 1 : fitting < kMostTogether ? fitting : kMostTogether;
+    if (elements * s.samples < kSmallestSplit) threads = 1;
+    whole = s.samples - (elements < kSmallestSplit ? 0 : s.samples % threads);
+    workers = whole == 0 ? 1 : whole < threads ? whole : threads;
+    share_gate = workers > 1 && weights * bytes_of(p.weights.dtype) >= kGroupBytes;
+  }
+};
+
+// The workspaces of a call, each made by the worker that it is for.
+template <class Workspace>
+class Workspaces {
+ public:
+  Workspaces(const ForwardProblem& problem, const Split& split)
+      : problem_(problem), group_(split.group) {
+    Carver measure(nullptr);
+    const Workspace probe(problem, group_, measure);
+    each_ = measure.used();
+    Carver table(nullptr);
+    table.array<Workspace>(split.workers);
+    made_ = reinterpret_cast<Workspace*>(scratch_.allocate(table.used() + each_ * split.workers));
+    memory_ = reinterpret_cast<char*>(made_) + table.used();
+  }
+
+  Workspace& make(int64_t worker) {
+    Carver carver(memory_ + each_ * worker);
+    return *new (made_ + worker) Workspace(problem_, group_, carver);
+  }
+  Workspace& operator[](int64_t worker) const { return made_[worker]; }
+
+ private:
+  const ForwardProblem& problem_;
+  int64_t group_, each_;
+  Scratch scratch_;
+  Workspace* made_;
+  char* memory_;
+};
+
+// Runs a direction over the whole batch. It has three steps, each for samples [first, last):
+// before_gate(first, last, workspace, run), gate(first, last, run) with the MLP, and
+// after_gate(first, last, end, workspace, run), where those up to `end` are taken by the same
+// threads; `run` is how units of a stage are run. Its Workspace is made from (problem, samples in a
+// group, Carver).
+template <class Direction>
+class Schedule {
+ public:
+  Schedule(const Direction& direction, const ForwardProblem& problem, const ThreadPool& pool,
+           int64_t element_bytes)
+      : direction_(direction),
+        samples_(problem.shape.samples),
+        pool_(pool),
+        split_(problem, pool.threads, element_bytes),
+        spaces_(problem, split_) {}
+
+  void run() {
+    if (split_.share_gate)
+      in_waves();
+    else if (split_.whole > 0)
+      apart();
+    for (int64_t n = split_.whole; n < samples_; ++n)
+      take(n, n + 1, samples_, spaces_.make(0), OverThreads{pool_});
+  }
+
+ private:
+  using Workspace = typename Direction::Workspace;
+
+  template <class Run>
+  void take(int64_t first, int64_t last, int64_t end, Workspace& ws, Run run) const {
+    direction_.before_gate(first, last, ws, run);
+    direction_.gate(first, last, run);
+    direction_.after_gate(first, last, end, ws, run);
+  }
+
+  // Calls body(worker, first, last) for each worker's part of samples [first, last).
+  template <class Body>
+  void for_workers(int64_t first, int64_t last, Body body) const {
+    const int64_t count = last - first;
+    parallel_tasks(pool_, split_.workers, [&](int64_t worker) {
+      body(worker, first + count * worker / split_.workers,
+           first + count * (worker + 1) / split_.workers);
+    });
+  }
+
+  // Each worker from its first sample to its last.
+  void apart() {
+    for_workers(0, split_.whole, [&](int64_t worker, int64_t first, int64_t last) {
+      Workspace& own = spaces_.make(worker);
+      for (; first < last; first += split_.group)
+        take(first, last - first < split_.group ? last : first + split_.group, last, own,
+             OnOneThread{});
+    });
+  }
+
+  // A group of every worker at a time.
+  void in_waves() {
+    const int64_t wave = split_.workers * split_.group;
+    for (int64_t begin = 0; begin < split_.whole; begin += wave) {
+      const int64_t end = split_.whole - begin < wave ? split_.whole : begin + wave;
+      for_workers(begin, end, [&](int64_t worker, int64_t first, int64_t last) {
+        Workspace& own = begin == 0 ? spaces_.make(worker) : spaces_[worker];
+        direction_.before_gate(first, last, own, OnOneThread{});
+      });
+      direction_.gate(begin, end, OverThreads{pool_});
+      for_workers(begin, end, [&](int64_t worker, int64_t first, int64_t last) {
+        direction_.after_gate(first, last, last, spaces_[worker], OnOneThread{});
+      });
+    }
+  }
+
+  const Direction& direction_;
+  int64_t samples_;
+  const ThreadPool& pool_;
+  Split split_;
+  Workspaces<Workspace> spaces_;
+};
+
 template <class Direction>
 void run_samples(const Direction& direction, const ForwardProblem& problem, const ThreadPool& pool,
                  int64_t element_bytes) {
-  const Shape& shape = problem.shape;
-  const int64_t elements = shape.channels * shape.pixels();
-  const int64_t sample_bytes = elements * element_bytes;
-  const int64_t weight_bytes =
-      2 * shape.channels * shape.hidden * bytes_of_accumulator(problem.dtype);
-  const int64_t largest = kGroupBytes > weight_bytes ? kGroupBytes : weight_bytes;
-  const int64_t fitting = largest / sample_bytes;
-  const int64_t group = fitting < 1 ? 1 : fitting < kMostTogether ? fitting : kMostTogether;
-  const int64_t threads = elements * shape.samples < kSmallestSplit ? 1 : pool.threads;
-  const int64_t alone = elements < kSmallestSplit ? 0 : shape.samples % threads;
-  const int64_t whole = shape.samples - alone;
-  const int64_t workers = whole == 0 ? 1 : whole < threads ? whole : threads;
-
-  Carver measure(nullptr);
-  typename Direction::Workspace probe(problem, group, measure);
-  Scratch scratch;
-  char* base = scratch.allocate(measure.used() * workers);
-  const auto workspace = [&](int64_t worker) {
-    Carver carver(base + measure.used() * worker);
-    return typename Direction::Workspace(problem, group, carver);
-  };
-
-  if (whole > 0)
-    parallel_tasks(pool, workers, [&](int64_t worker) {
-      auto own = workspace(worker);
-      const int64_t last = whole * (worker + 1) / workers;
-      for (int64_t first = whole * worker / workers; first < last; first += group)
-        direction.samples(first, last - first < group ? last : first + group, last, own,
-                          OnOneThread{});
-    });
-  for (int64_t n = whole; n < shape.samples; ++n) {
-    auto shared = workspace(0);
-    direction.samples(n, n + 1, shape.samples, shared, OverThreads{pool});
-  }
+  Schedule<Direction>(direction, problem, pool, element_bytes).run();
 }
 
 }  // namespace
