@@ -31,9 +31,9 @@ MEMORY_NOTE = """\
 Forward and backward of x and all weights, in sizes of x: what autograd keeps until the backward,
 and the most that exists at any time; x, out's gradient and the weights are not counted."""
 MEMORY_ON_CPU_NOTE = """\
-Nor is what the CPU backend allocates past PyTorch while it runs, for each thread: 1/32 of a sample
-in float32, and two numbers a channel and two a position for each of the samples, up to eight,
-that it works on together."""
+Nor is what the CPU backend allocates past PyTorch while it runs: three numbers a channel for each
+sample, and for each thread 1/32 of a sample in float32 and two numbers a position for each of the
+samples, up to eight, that it works on together."""
 MEMORY_ON_CUDA_NOTE = """\
 Compiled blocks were compiled to keep what the backward could have written over, as it is timed more
 than once: their peak may be lower elsewhere."""

@@ -62,7 +62,8 @@ LARGE_CASES = (
     Case("large, short rows", (11, 1052, 14, 14), 4, (7, 7)),
 )
 
-# Weights of the MLP that the threads of the CPU backend share, of more samples than they take at once.
+# Weights of the MLP that the threads of the CPU backend share, and more samples than these take at
+# once.
 HEAVY_MLP = Case("MLP heavier than x", (19, 1024, 4, 4), 257, (3, 3))
 
 # Fewer, for tests where the regime does not matter: one of each number of dimensions.

@@ -52,7 +52,7 @@ def test_what_is_listed_as_redundant_is_there_once():
 
 
 @pytest.mark.parametrize(
-    "name, short", [("bands of maps", False), ("a short last band", True)], ids=str
+    ("name", "short"), [("bands of maps", False), ("a short last band", True)], ids=str
 )
 def test_there_are_bands_to_break(name, short):
     """Plans change: none of these would be noticed to be no more what it is called."""

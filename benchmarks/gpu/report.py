@@ -10,8 +10,10 @@ from ..tables import NETWORK_NOTE, network_table
 from ..text import markdown, number
 from . import targets
 from .tables import (
+    HOST_NOTE,
     SWEEP_NOTE,
     TIMINGS_NOTE,
+    host_table,
     sweep_table,
     timing_table,
 )
@@ -84,6 +86,15 @@ def _traffic(found: Found) -> Iterator[str]:
         yield from (TRAFFIC_NOTE, "")
 
 
+def _host(found: Found) -> Iterator[str]:
+    yield from ("## The host's time", "")
+    if rows := [row for row in found.get("rows", ()) if "contestants" in row]:
+        yield from (host_table(rows), "")
+    yield from _left_out(found)
+    if rows:
+        yield from (HOST_NOTE, "")
+
+
 def _network(found: Found) -> Iterator[str]:
     yield from ("## A whole network", "")
     rows = [row for row in found.get("rows", ()) if "contestant" in row]
@@ -121,7 +132,7 @@ def _reasons(rows: Any) -> list[str]:
     """Why contestants are missing, each reason once."""
     lines = []
     for row in rows:
-        direction = TITLES.get(row.get("direction"))
+        direction = TITLES.get(row.get("direction"), row["name"])
         lines += [f"{direction}: {n} is missing: {w}" for n, w in row.get("missing", {}).items()]
         for name, timing in row.get("contestants", {}).items():
             if "no_graph" in timing:
@@ -152,6 +163,7 @@ SECTIONS = {
     "sanitizers": _sanitizers,
     "checks": _checks,
     "traffic": _traffic,
+    "host": _host,
     "timings": _timings,
     "network": _network,
     "sweep": _sweep,

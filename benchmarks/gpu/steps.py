@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..outcome import FAILED, SKIPPED, Folder, Outcome
-from . import checks, facts, network, sanitizers, suite, sweep, timings, traffic
+from . import checks, facts, host, network, sanitizers, suite, sweep, timings, traffic
 from .report import one_line, render
 
 
@@ -30,6 +30,7 @@ STEPS = (
     Step("sanitizers", 120, sanitizers.step, share=0.35),
     Step("checks", 80, checks.step, share=0.35),
     Step("traffic", 50, traffic.step, share=0.2, least=25),
+    Step("host", 25, host.step, share=0.12, least=20),
     Step("timings", 200, timings.step, share=0.45),
     Step("network", 45, network.step, share=0.55),
     Step("sweep", 120, sweep.step),

@@ -26,6 +26,18 @@ SWEEP_NOTE = """\
 Microseconds, measured as above, on contiguous tensors: inference, and the backward alone;
 "auto/faster" is what the strategy that "auto" picks takes over the faster one."""
 
+HOST_NOTE = """\
+Microseconds until a call returns that finds the device idle, while that still works: checks, plan,
+memory and launches, and in a step autograd. PyTorch's multiplication is one launch without any
+gradient."""
+
+
+def host_table(rows: Sequence[Found]) -> str:
+    """A line a work, a column a strategy."""
+    works = dict.fromkeys(work for row in rows for work in row["contestants"])
+    body = [[work, *(number(median(row, work), 1) for row in rows)] for work in works]
+    return markdown([rows[0]["problem"], *(row["name"] for row in rows)], body)
+
 
 def timing_table(rows: Sequence[Found], direction: str) -> str:
     """Rows of one direction."""

@@ -86,8 +86,7 @@ class Backward {
     if (!p_.gradients.x) return;
     mlp_.first_layer_backward(batch_.d_hidden(first), samples, d_pooled(first), run);
     for (int64_t n = first; n < last; ++n)
-      for (int64_t c = 0; c < shape_.channels; ++c)
-        d_pooled(n)[c] /= static_cast<A>(t_.pixels);
+      for (int64_t c = 0; c < shape_.channels; ++c) d_pooled(n)[c] /= static_cast<A>(t_.pixels);
   }
 
   template <class Run>

@@ -87,7 +87,8 @@ class InputGradient {
                                       ForColumns for_columns) const {
     const T* in = t_.dout(n).row(s);
     const A *gate = t_.channel_gate(n), *d_avg = reach.d_pooled, *d_top = d_avg + t_.channels;
-    const A spatial = t_.spatial_gate(n)[s], d_mean = reach.maps.d_mean[s], d_max = reach.maps.d_max[s];
+    const A spatial = t_.spatial_gate(n)[s], d_mean = reach.maps.d_mean[s],
+            d_max = reach.maps.d_max[s];
     const int32_t* maximum_of = t_.pixel_argmax(n);
     const index_t<A> top = t_.channel_argmax(n)[s];
     for_columns(t_.cols, [&](int64_t c, auto lanes) {

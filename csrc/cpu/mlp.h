@@ -34,8 +34,8 @@ CBAM_INLINE void some_products(const W* matrix, const A* vectors, int64_t n, Put
     for (int v = 0; v < kVectors; ++v) put(r, v, total[r * kVectors + v]);
 }
 
-// The same for rows [begin, end) of a matrix and all vectors [count, n]; each kRows rows stay in the
-// nearest cache until all vectors have met them.
+// The same for rows [begin, end) of a matrix and all vectors [count, n]; each kRows rows stay in
+// the nearest cache until all vectors have met them.
 template <int kRows, class W, class A, class Put>
 CBAM_INLINE void products_by_rows(const W* matrix, int64_t begin, int64_t end, const A* vectors,
                                   int64_t count, int64_t n, Put put) {
@@ -111,8 +111,8 @@ void widen_weights(DType dtype, const void* from, int64_t n, acc_t<T>* to) {
   });
 }
 
-// The two layers for `samples` samples, and their derivatives; `run` is how parts of a layer are run
-// (schedule.h), each of which reads its own weights.
+// The two layers for `samples` samples, and their derivatives; `run` is how parts of a layer are
+// run (schedule.h), each of which reads its own weights.
 template <class T>
 class Mlp {
  public:
@@ -197,8 +197,7 @@ class Mlp {
   void for_parts(int64_t count, Run run, Body body) const {
     const auto part = [&](int64_t first, int64_t last) {
       const int64_t end = last * kTogether < count ? last * kTogether : count;
-      for_weight_type<T>(weights_.dtype,
-                         [&](auto type) { body(first * kTogether, end, type); });
+      for_weight_type<T>(weights_.dtype, [&](auto type) { body(first * kTogether, end, type); });
     };
     const int64_t parts = (count + kTogether - 1) / kTogether;
     if (channels_ * hidden_ < kSmallestLayer)

@@ -75,8 +75,8 @@ void stream_rows(const Matrix<T>& out, int64_t begin, int64_t end, Write write) 
   write_rows<kRows>(out, last, end, write);
 }
 
-// for_columns(columns, body) that before each vector asks for the same columns of rows [r, r + kRows)
-// of the matrices `soon`.
+// for_columns(columns, body) that before each vector asks for the same columns of kRows rows, from
+// r on, of the matrices `soon`.
 template <int kRows, int kMatrices, class T, class ForColumns>
 CBAM_INLINE auto fetching(const Matrix<const T> (&soon)[kMatrices], int64_t r,
                           ForColumns for_columns) {

@@ -1,6 +1,7 @@
 // How samples are spread over threads, the same for forward and backward: whole samples where there
 // are enough of them, so that each stays in its core's cache; else one sample's stages split in
-// units. Units have fixed sizes and write to places of their own, so the thread count never shows.
+// units. Between their stages the MLP is that of a group of samples, and where reading its weights
+// is what takes long, all threads share it. Units have fixed sizes and write to places of their own, so the thread count never shows.
 #pragma once
 
 #include <cstdint>
@@ -128,8 +129,7 @@ struct Split {
     const Shape& s = p.shape;
     const int64_t elements = s.channels * s.pixels(), weights = 2 * s.channels * s.hidden;
     const int64_t held = weights * bytes_of_accumulator(p.dtype);
-    const int64_t fitting =
-        (held < kGroupBytes ? kGroupBytes : held) / (elements * element_bytes);
+    const int64_t fitting = (held < kGroupBytes ? kGroupBytes : held) / (elements * element_bytes);
     group = fitting < 1 ? 1 : fitting < kMostTogether ? fitting : kMostTogether;
     if (elements * s.samples < kSmallestSplit) threads = 1;
     whole = s.samples - (elements < kSmallestSplit ? 0 : s.samples % threads);
