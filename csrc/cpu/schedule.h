@@ -1,7 +1,8 @@
 // How samples are spread over threads, the same for forward and backward: whole samples where there
 // are enough of them, so that each stays in its core's cache; else one sample's stages split in
 // units. Between their stages the MLP is that of a group of samples, and where reading its weights
-// is what takes long, all threads share it. Units have fixed sizes and write to places of their own, so the thread count never shows.
+// is what takes long, all threads share it. Units have fixed sizes and write to places of their
+// own, so the thread count never shows.
 #pragma once
 
 #include <cstdint>
