@@ -62,9 +62,12 @@ LARGE_CASES = (
     Case("large, short rows", (11, 1052, 14, 14), 4, (7, 7)),
 )
 
-# Weights of the MLP that the threads of the CPU backend share, and more samples than these take at
-# once.
-HEAVY_MLP = Case("MLP heavier than x", (19, 1024, 4, 4), 257, (3, 3))
+# Weights of the MLP that all threads of the CPU backend share, where each has few samples: also of
+# samples that are too small to be split, and fewer than there are threads.
+HEAVY_CASES = (
+    Case("MLP heavier than x", (5, 1024, 4, 4), 257, (3, 3)),
+    Case("MLP heavier than small x", (2, 1024, 3, 3), 257, (3, 3)),
+)
 
 # Fewer, for tests where the regime does not matter: one of each number of dimensions.
 FEW_CASES = tuple(

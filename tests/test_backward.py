@@ -12,7 +12,7 @@ from cases import (
     CASES,
     DTYPES,
     FEW_CASES,
-    HEAVY_MLP,
+    HEAVY_CASES,
     LARGE_CASES,
     LAYOUTS,
     NATIVE_LAYOUTS,
@@ -197,7 +197,7 @@ def test_empty_batch(backend, case, layout):
 
 
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
-@pytest.mark.parametrize("case", [*CASES, HEAVY_MLP], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *HEAVY_CASES], ids=str)
 def test_bitwise_equal_for_every_number_of_threads(case, layout, threads):
     x = LAYOUTS[layout](make_x(case, torch.float32))
     grad = LAYOUTS[layout](make_x(case, torch.float32, seed=2))
@@ -212,7 +212,7 @@ def test_bitwise_equal_for_every_number_of_threads(case, layout, threads):
 
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", [*LARGE_CASES, HEAVY_MLP], ids=str)
+@pytest.mark.parametrize("case", [*LARGE_CASES, *HEAVY_CASES], ids=str)
 def test_a_large_batch_is_its_samples_to_the_bit(case, dtype, layout):
     """From some sizes on memory is treated, or work is shared, in another way."""
     samples, *sizes = case.shape

@@ -8,7 +8,7 @@ from cases import (
     CASES,
     DTYPES,
     FEW_CASES,
-    HEAVY_MLP,
+    HEAVY_CASES,
     LAYOUTS,
     NATIVE_LAYOUTS,
     device_of,
@@ -127,7 +127,7 @@ def test_neighbours_in_memory_are_left_alone(backend, case, layout):
     assert pad.isnan().sum() == pad.numel() - x.numel()
 
 
-@pytest.mark.parametrize("case", [*CASES, HEAVY_MLP], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *HEAVY_CASES], ids=str)
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
 def test_bitwise_equal_for_every_number_of_threads(case, layout, threads):
     x = LAYOUTS[layout](make_x(case, torch.float32))

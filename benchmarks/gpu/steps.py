@@ -26,13 +26,13 @@ class Step(NamedTuple):
 # however long the build before has taken.
 STEPS = (
     Step("environment", 10, facts.step),
-    Step("tests", 120, suite.step, share=0.28),
-    Step("sanitizers", 120, sanitizers.step, share=0.35),
-    Step("checks", 80, checks.step, share=0.35),
+    Step("tests", 120, suite.step, share=0.27),
+    Step("sanitizers", 120, sanitizers.step, share=0.33),
+    Step("checks", 80, checks.step, share=0.33),
     Step("traffic", 50, traffic.step, share=0.2, least=25),
-    Step("host", 25, host.step, share=0.12, least=20),
-    Step("timings", 200, timings.step, share=0.45),
-    Step("network", 45, network.step, share=0.55),
+    Step("host", 25, host.step, share=0.15, least=18),
+    Step("timings", 200, timings.step, share=0.475),
+    Step("network", 45, network.step, share=0.545),
     Step("sweep", 120, sweep.step),
 )
 NAMES = tuple(step.name for step in STEPS)

@@ -76,7 +76,7 @@ class Backward {
     }
   }
 
-  // davg / S and dtop
+  // davg / S and dtop.
   template <class Run>
   void gate(int64_t first, int64_t last, Run run) const {
     if (!p_.gradients.x && !p_.gradients.fc1_weight && !p_.gradients.fc1_bias) return;
@@ -94,9 +94,9 @@ class Backward {
     if (!p_.gradients.x) return;
     for (int64_t n = first; n < last; ++n) {
       const Reach<A> reach{ws.maps[n - first], d_pooled(n)};
-      run(t_.rows, [&](int64_t from, int64_t to) {
-        input_gradient_.write(n, reach, from, to, sample_to_fetch(n, last - first, end));
-      });
+      const int64_t next = sample_to_fetch(n, last - first, end);
+      run(t_.rows,
+          [&](int64_t from, int64_t to) { input_gradient_.write(n, reach, from, to, next); });
     }
   }
 

@@ -1,13 +1,14 @@
 // How samples are spread over threads, the same for forward and backward: whole samples where there
 // are enough of them, so that each stays in its core's cache; else one sample's stages split in
-// units. Between their stages the MLP is that of a group of samples, and where reading its weights
-// is what takes long, all threads share it. Units have fixed sizes and write to places of their
+// units. The MLP between their stages is that of a group of samples, and where reading its weights
+// is what takes long, that of all. Units have fixed sizes and write to places of their
 // own, so the thread count never shows.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "../attention_math.h"
 #include "../problem.h"
@@ -20,8 +21,11 @@ namespace {
 // Less work than this many elements is not worth a second thread: a fork and join costs
 // microseconds.
 constexpr int64_t kSmallestSplit = 16 * 1024;
-// As few weights are not, in a layer of the MLP.
+// Nor are fewer weights than this, in a layer of the MLP.
 constexpr int64_t kSmallestLayer = 64 * 1024;
+// All threads share the MLP if its weights have so many bytes, and a thread only so few samples to
+// read them for.
+constexpr int64_t kSharedWeights = 1 << 20, kMostShared = 2;
 // Samples share one walk over the MLP's weights: those whose x together fits in this many bytes,
 // and more where the weights are what most of the time goes to.
 constexpr int64_t kGroupBytes = 1 << 20, kMostTogether = 8;
@@ -108,23 +112,24 @@ class Scratch {
 };
 
 // The sample that is asked for while sample n is written: the one after those that are `together`,
-// n itself where none comes before `end`. On an Intel Xeon what arrives drives out what is in use:
-// a forward took a fifth longer with it, where on an AMD EPYC it took a twelfth less.
+// n itself where none comes before `end`, or it does not pay. On an Intel Xeon what arrives drives
+// out what is in use: a forward took a fifth longer with it, where on an AMD EPYC it took a twelfth
+// less; others have not been measured.
 inline int64_t sample_to_fetch(int64_t n, int64_t together, int64_t end) {
 #if defined(__x86_64__)
-  static const bool pays = __builtin_cpu_is("amd");
+  const bool pays = __builtin_cpu_is("amd");
 #else
-  constexpr bool pays = false;
+  const bool pays = false;
 #endif
   return pays && n + together < end ? n + together : n;
 }
 
 // How a batch is spread over threads.
 struct Split {
-  int64_t group;    // samples of one worker that a walk over the MLP's weights serves
+  int64_t group;    // samples that a worker takes together
   int64_t whole;    // samples that a worker takes alone; of the others the stages are split
   int64_t workers;  // that take whole samples
-  bool share_gate;  // whether these share the MLP, as reading its weights is what takes long
+  bool share_gate;  // whether the MLP of whole samples is shared by all threads
 
   Split(const ForwardProblem& p, int64_t threads, int64_t element_bytes) {
     const Shape& s = p.shape;
@@ -135,13 +140,17 @@ struct Split {
     if (elements * s.samples < kSmallestSplit) threads = 1;
     whole = s.samples - (elements < kSmallestSplit ? 0 : s.samples % threads);
     workers = whole == 0 ? 1 : whole < threads ? whole : threads;
-    share_gate = workers > 1 && weights * bytes_of(p.weights.dtype) >= kGroupBytes;
+    share_gate = weights * bytes_of(p.weights.dtype) >= kSharedWeights &&
+                 whole <= workers * (group < kMostShared ? group : kMostShared);
   }
 };
 
 // The workspaces of a call, each made by the worker that it is for.
 template <class Workspace>
 class Workspaces {
+  static_assert(std::is_trivially_destructible_v<Workspace>,
+                "made in memory that is given back as it is");
+
  public:
   Workspaces(const ForwardProblem& problem, const Split& split)
       : problem_(problem), group_(split.group) {
@@ -185,8 +194,8 @@ class Schedule {
         spaces_(problem, split_) {}
 
   void run() {
-    if (split_.share_gate)
-      in_waves();
+    if (split_.whole > 0 && split_.share_gate)
+      together();
     else if (split_.whole > 0)
       apart();
     for (int64_t n = split_.whole; n < samples_; ++n)
@@ -203,19 +212,18 @@ class Schedule {
     direction_.after_gate(first, last, end, ws, run);
   }
 
-  // Calls body(worker, first, last) for each worker's part of samples [first, last).
+  // Calls body(worker, first, last) for each worker's part of the whole samples.
   template <class Body>
-  void for_workers(int64_t first, int64_t last, Body body) const {
-    const int64_t count = last - first;
-    parallel_tasks(pool_, split_.workers, [&](int64_t worker) {
-      body(worker, first + count * worker / split_.workers,
-           first + count * (worker + 1) / split_.workers);
+  void for_workers(Body body) const {
+    const int64_t workers = split_.workers;
+    parallel_tasks(pool_, workers, [&](int64_t worker) {
+      body(worker, split_.whole * worker / workers, split_.whole * (worker + 1) / workers);
     });
   }
 
   // Each worker from its first sample to its last.
   void apart() {
-    for_workers(0, split_.whole, [&](int64_t worker, int64_t first, int64_t last) {
+    for_workers([&](int64_t worker, int64_t first, int64_t last) {
       Workspace& own = spaces_.make(worker);
       for (; first < last; first += split_.group)
         take(first, last - first < split_.group ? last : first + split_.group, last, own,
@@ -223,20 +231,15 @@ class Schedule {
     });
   }
 
-  // A group of every worker at a time.
-  void in_waves() {
-    const int64_t wave = split_.workers * split_.group;
-    for (int64_t begin = 0; begin < split_.whole; begin += wave) {
-      const int64_t end = split_.whole - begin < wave ? split_.whole : begin + wave;
-      for_workers(begin, end, [&](int64_t worker, int64_t first, int64_t last) {
-        Workspace& own = begin == 0 ? spaces_.make(worker) : spaces_[worker];
-        direction_.before_gate(first, last, own, OnOneThread{});
-      });
-      direction_.gate(begin, end, OverThreads{pool_});
-      for_workers(begin, end, [&](int64_t worker, int64_t first, int64_t last) {
-        direction_.after_gate(first, last, last, spaces_[worker], OnOneThread{});
-      });
-    }
+  // Every worker its samples, but all of them the MLP.
+  void together() {
+    for_workers([&](int64_t worker, int64_t first, int64_t last) {
+      direction_.before_gate(first, last, spaces_.make(worker), OnOneThread{});
+    });
+    direction_.gate(0, split_.whole, OverThreads{pool_});
+    for_workers([&](int64_t worker, int64_t first, int64_t last) {
+      direction_.after_gate(first, last, last, spaces_[worker], OnOneThread{});
+    });
   }
 
   const Direction& direction_;
