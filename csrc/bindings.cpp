@@ -135,13 +135,14 @@ py::dict resident_dict(const cbam::cuda::ResidentGeometry& g) {
 }
 
 py::dict mlp_dict(const cbam::cuda::MlpGeometry& g) {
-  return py::dict("hidden_samples"_a = g.hidden_samples, "unit_warps"_a = g.unit_warps,
-                  "gate_samples"_a = g.gate_samples, "vectors"_a = g.vectors);
+  return py::dict("together"_a = g.together, "hidden_samples"_a = g.hidden_samples,
+                  "unit_warps"_a = g.unit_warps, "gate_samples"_a = g.gate_samples,
+                  "vectors"_a = g.vectors);
 }
 
 py::dict mlp_dict(const cbam::cuda::MlpBackwardGeometry& g) {
-  return py::dict("gate_samples"_a = g.gate_samples, "units_along"_a = g.units_along,
-                  "hidden_samples"_a = g.hidden_samples);
+  return py::dict("together"_a = g.together, "gate_samples"_a = g.gate_samples,
+                  "units_along"_a = g.units_along, "hidden_samples"_a = g.hidden_samples);
 }
 
 py::dict passes_dict(const cbam::cuda::ForwardPlan& plan) {

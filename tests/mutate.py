@@ -45,10 +45,18 @@ REDUNDANT = {
     "for (int first = 0; first <= p.channels; first += Shared::kChunk) {": LAST_CHUNK,
     "channel_gate.cu: for (int first = 0; first < p.hidden_units; first += kUnitChunk) { -> "
     "for (int first = 0; first <= p.hidden_units; first += kUnitChunk) {": LAST_CHUNK,
+    "channel_gate.cu: for (int i = threadIdx.x; i < p.hidden_units * kSamples; i += kThreads) -> "
+    "for (int i = threadIdx.x; i <= p.hidden_units * kSamples; i += kThreads)": (
+        "one more sum, in its place and read by nobody"
+    ),
     "channel_gate_backward.cu: for (int first = 0; first < p.channels; first += Shared::kChunk) { "
     "-> for (int first = 0; first <= p.channels; first += Shared::kChunk) {": LAST_CHUNK,
     "channel_gate_backward.cu: for (int first = 0; first < p.hidden_units; first += kUnitChunk) { "
     "-> for (int first = 0; first <= p.hidden_units; first += kUnitChunk) {": LAST_CHUNK,
+    "channel_gate_backward.cu: for (int channel = threadIdx.x; channel < p.channels; channel += "
+    "kBlock) { -> for (int channel = threadIdx.x; channel <= p.channels; channel += kBlock) {": (
+        GUARDED
+    ),
     "reduce_rows.cu: for (int done = 0; done < rows; done += rows_at_once) { -> "
     "for (int done = 0; done <= rows; done += rows_at_once) {": NO_ROW,
     "reduce_packed_rows.cu: for (int done = 0; done < rows; done += rows_at_once) { -> "

@@ -235,7 +235,7 @@ def test_samples_come_to_the_chip_by_copies(sass, kind, architecture):
 
 
 # What reads the operator's weights, or asks for x or its gradient, while the launch before runs.
-READS_AHEAD = ("hidden_layer", "gate_layer", "spatial_gate", "stencil")
+READS_AHEAD = ("hidden_layer", "gate_layer", "both_layers", "spatial_gate", "stencil")
 PREFETCHES_AHEAD = ("reduce_columns", "spatial_gate", "map_terms", "input_gradient")
 
 

@@ -113,10 +113,18 @@ def walks_of(mlp: dict, samples: int, group: int) -> dict[str, int]:
     }
 
 
+def layers_together(problem: dict) -> bool:
+    """Whether a block can take all of the MLP's hidden units, and reads the weights fast enough."""
+    hidden, channels = problem["hidden"], problem["shape"][1]
+    return hidden <= 32 and 2 * hidden * channels * BYTES[problem["dtype"]] <= 128 * 1024
+
+
 def check_walks(found: dict, group: int, channels: int, hidden: int) -> None:
     """Eight samples share a reading of the weights, but where that leaves most of a device idle."""
     mlp, multiprocessors = found["passes"]["mlp"], found["device"]["multiprocessors"]
     blocks = {"hidden_samples": -(-hidden // 4), "gate_samples": -(-channels // 128)}
+    if mlp["together"]:
+        blocks = dict.fromkeys(blocks, 1)
     for name, most in blocks.items():
         idle = 4 * -(-group // 8) * most < multiprocessors
         assert mlp[name] == (2 if idle else 8)
@@ -140,7 +148,9 @@ def test_plans_of_any_problem_keep_the_limits_and_leave_nothing_out(device):
             assert stage["shared_bytes"] <= limits["shared_per_block"], problem
         group = found["group"]
         assert group == samples or (group % 8 == 0 and 8 <= group < samples)
-        assert len(found["stages"]) == 5
+        together = layers_together(problem)
+        assert found["passes"]["mlp"]["together"] == together
+        assert [s["name"] for s in found["stages"]] == FORWARD_STAGES[together]
         first = not problem["channels_last"] or channels == 1
         rows, cols = (channels, prod(space)) if first else (prod(space), channels)
         check_reduction(found["passes"]["pool"], problem, rows, cols)
@@ -165,7 +175,8 @@ def test_backward_plans_keep_the_limits_and_leave_nothing_out(device):
         problem = drawn(rng)
         found = ops.compiled().plan(**problem, device=device, backward=True, strategy="streaming")
         _, channels, *extents = problem["shape"]
-        assert [stage["name"] for stage in found["stages"]] == BACKWARD_STAGES
+        expected = BACKWARD_STAGES[layers_together(problem)]
+        assert [stage["name"] for stage in found["stages"]] == expected
         for stage in found["stages"]:
             assert 1 <= stage["blocks"] < 2**31, problem
             assert stage["threads"] in (128, 256, 512)
@@ -196,13 +207,13 @@ def test_backward_plans_keep_the_limits_and_leave_nothing_out(device):
         assert found["traffic"]["out_written"] == x_bytes
 
 
+# Where the MLP's layers take a launch each, and where one takes both.
+LAYERS = (["hidden layer", "channel gate"], ["both layers"])
+FORWARD_STAGES = [
+    ["channel pool", *layers, "spatial pool", "spatial gate, scale"] for layers in LAYERS
+]
 BACKWARD_STAGES = [
-    "sums of dout * x",
-    "stencil",
-    "map terms",
-    "channel gate",
-    "hidden layer",
-    "dx",
+    ["sums of dout * x", "stencil", "map terms", *reversed(layers), "dx"] for layers in LAYERS
 ]
 
 

@@ -188,9 +188,12 @@ void run_streaming(const BackwardProblem& problem, const BackwardPlan& plan,
     const ChannelGateBackward gate =
         group.channel_gate(further(sums.dm, first * s.channels, acc),
                            further(sums.d_hidden, first * 2 * s.hidden, acc));
-    gate_layer_backward(gate, grid.gate, stream);
+    if (takes_both_layers(plan, part))
+      both_layers_backward(gate, grid.gate, stream);
+    else
+      gate_layer_backward(gate, grid.gate, stream);
     if (!part.gradients.x) continue;
-    hidden_layer_backward(gate, grid.hidden, stream);
+    if (!plan.mlp.together) hidden_layer_backward(gate, grid.hidden, stream);
     input_gradient(part.dtype, group.input_gradient(), grid.input, stream);
   }
 }

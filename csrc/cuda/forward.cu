@@ -92,8 +92,12 @@ void run_streaming(const ForwardProblem& problem, const ForwardPlan& plan, void*
     const ForwardGroup group(part, plan, bytes, memory);
     const ForwardGrids grid = grids(plan, part, count);
     reduce(part.dtype, group.pool(), grid.pool, stream);
-    hidden_layer(group.channel_gate(), grid.hidden, stream);
-    gate_layer(group.channel_gate(), grid.gate, stream);
+    if (plan.mlp.together) {
+      both_layers(group.channel_gate(), grid.hidden, stream);
+    } else {
+      hidden_layer(group.channel_gate(), grid.hidden, stream);
+      gate_layer(group.channel_gate(), grid.gate, stream);
+    }
     reduce(part.dtype, group.maps(), grid.maps, stream);
     spatial_gate(part.dtype, group.spatial_gate(), grid.scale, stream);
   }

@@ -137,12 +137,14 @@ ReductionGeometry down_columns(const ForwardProblem& p, int64_t samples, int mul
   return best;
 }
 
+int launches_of(const ForwardProblem& p) { return takes_layers_together(p) ? 4 : 5; }
+
 Group groups_of(const ForwardProblem& p, const DeviceLimits& device) {
-  return group_samples(p, device, 1, 2, 5);
+  return group_samples(p, device, 1, 2, launches_of(p));
 }
 
 double streaming_seconds(const ForwardProblem& p, const DeviceLimits& device) {
-  return streamed_seconds(p, device, groups_of(p, device), 2, 2, 5);
+  return streamed_seconds(p, device, groups_of(p, device), 2, 2, launches_of(p));
 }
 
 template <class A>
@@ -164,9 +166,10 @@ ForwardGrids grids_of(const ForwardPlan& plan, const ForwardProblem& p, int64_t 
       grid_of(plan, samples * plan.pool.blocks_per_sample(), kThreads,
               reduction_bytes<A>(plan.pool, false, p.dtype)),
       grid_of(plan, ceil_div(samples, mlp.hidden_samples) * hidden_tiles(mlp, s), kThreads,
-              walk_shared_bytes<A, HiddenShared>(mlp.hidden_samples)),
-      grid_of(plan, ceil_div(samples, mlp.gate_samples) * gate_tiles(s), kGateChannels,
-              walk_shared_bytes<A, GateShared>(mlp.gate_samples)),
+              mlp.together ? walk_shared_bytes<A, BothShared>(mlp.hidden_samples)
+                           : walk_shared_bytes<A, HiddenShared>(mlp.hidden_samples)),
+      grid_of(plan, mlp.together ? 0 : ceil_div(samples, mlp.gate_samples) * gate_tiles(s),
+              kGateChannels, walk_shared_bytes<A, GateShared>(mlp.gate_samples)),
       grid_of(plan, samples * plan.maps.blocks_per_sample(), kThreads,
               reduction_bytes<A>(plan.maps, true, p.dtype)),
       grid_of(plan, samples * g.boxes() * g.chunks, kThreads,

@@ -27,9 +27,9 @@ Strategy strategy_of(const std::string& name);
 // The one that the environment asks for, in CBAM_CUDA_STRATEGY.
 Strategy strategy_asked_for();
 
-// Streaming: x is read three times, out written once, in five launches for each group of samples.
-// Resident, where `resident` is set: x is read once, in one launch; the geometries of the passes
-// are not used.
+// Streaming: x is read three times, out written once, in five launches for each group of samples,
+// or four where one takes both layers of the MLP. Resident, where `resident` is set: x is read
+// once, in one launch; the geometries of the passes are not used.
 struct ForwardPlan {
   std::optional<ResidentForwardGeometry> resident;
   const char* reason;  // for this strategy
@@ -57,7 +57,8 @@ int64_t resident_shared_bytes(const ForwardProblem& problem, const ResidentForwa
 int64_t resident_shared_bytes(const BackwardProblem& problem, const ResidentBackwardGeometry& g,
                               SharedLayout& layout);
 
-// The launches for a group of `samples`, in their order.
+// The launches for a group of `samples`, in their order. Where one takes both layers of the MLP, it
+// is that of the first of them, and the other has no blocks.
 struct ForwardGrids {
   Grid pool, hidden, gate, maps, scale;
 };
@@ -75,9 +76,10 @@ struct ForwardScratch {
 ForwardScratch scratch(const ForwardPlan& plan, const ForwardProblem& problem);
 
 // Backward, streaming: x and dout are read twice each, dx written once, in six launches for each
-// group; those whose results nobody asked for are left out. Resident, where `resident` is set: dout
-// is read once, x once or twice, in one launch; the geometries of the passes are not used. Up to
-// two small launches follow that sum over the batch. The plan of an empty batch has no groups.
+// group, or five as in a forward; those whose results nobody asked for are left out. Resident,
+// where `resident` is set: dout is read once, x once or twice, in one launch; the geometries of the
+// passes are not used. Up to two small launches follow that sum over the batch. The plan of an
+// empty batch has no groups.
 struct BackwardPlan {
   std::optional<ResidentBackwardGeometry> resident;
   const char* reason;  // for this strategy
@@ -116,6 +118,12 @@ auto plan_that_runs(const Problem& p, const DeviceLimits& device, WhyNotRun why_
   return known_plan(p, device, Strategy::kStreaming);
 }
 
+// Whether one launch goes through both layers of the MLP: nobody needs the first without dx.
+inline bool takes_both_layers(const BackwardPlan& plan, const BackwardProblem& p) {
+  return plan.mlp.together && p.gradients.x;
+}
+
+// As in a forward; here the second layer comes first.
 struct BackwardGrids {
   Grid cross, stencil, terms, gate, hidden, input;
 };

@@ -147,6 +147,7 @@ template <class A>
 BackwardGrids grids_of(const BackwardPlan& plan, const BackwardProblem& p, int64_t samples) {
   const Shape& s = p.shape;
   const MlpBackwardGeometry& mlp = plan.mlp;
+  const bool both = takes_both_layers(plan, p);
   return {
       grid_of(plan, samples * plan.cross.blocks_per_sample(), kThreads,
               shared_bytes<CrossShared<A>>(plan.cross)),
@@ -154,8 +155,10 @@ BackwardGrids grids_of(const BackwardPlan& plan, const BackwardProblem& p, int64
       grid_of(plan, samples * plan.terms.blocks_per_sample(), kThreads,
               shared_bytes<TermsShared<A>>(plan.terms, p.strides.channels_first())),
       grid_of(plan, ceil_div(samples, mlp.gate_samples) * gate_tiles(mlp, s),
-              kGateBackwardThreads<A>, walk_shared_bytes<A, GateBackwardShared>(mlp.gate_samples)),
-      grid_of(plan, ceil_div(samples, mlp.hidden_samples) * hidden_tiles(mlp, s),
+              kGateBackwardThreads<A>,
+              both ? walk_shared_bytes<A, BothBackwardShared>(mlp.gate_samples)
+                   : walk_shared_bytes<A, GateBackwardShared>(mlp.gate_samples)),
+      grid_of(plan, both ? 0 : ceil_div(samples, mlp.hidden_samples) * hidden_tiles(mlp, s),
               kHiddenBackwardThreads,
               walk_shared_bytes<A, HiddenBackwardShared>(mlp.hidden_samples)),
       grid_of(plan, samples * plan.input.blocks_per_sample(), kThreads,
@@ -163,13 +166,15 @@ BackwardGrids grids_of(const BackwardPlan& plan, const BackwardProblem& p, int64
   };
 }
 
+int launches_of(const BackwardProblem& p) { return takes_layers_together(p) ? 5 : 6; }
+
 Group groups_of(const BackwardProblem& p, const DeviceLimits& device) {
-  return group_samples(p, device, 2, 2, 6);
+  return group_samples(p, device, 2, 2, launches_of(p));
 }
 
 double streaming_seconds(const BackwardProblem& p, const DeviceLimits& device) {
   // With the two launches that sum over the batch, which a resident backward has as well.
-  return streamed_seconds(p, device, groups_of(p, device), 3, 2, 6 + 2);
+  return streamed_seconds(p, device, groups_of(p, device), 3, 2, launches_of(p) + 2);
 }
 
 void plan_streaming(BackwardPlan& plan, const BackwardProblem& p, const DeviceLimits& device) {

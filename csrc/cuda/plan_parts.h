@@ -156,8 +156,9 @@ ResidentPlan<ResidentBackwardGeometry> for_batch(const ResidentPlan<ResidentBack
 double streamed_seconds(const ForwardProblem& p, const DeviceLimits& device, const Group& group,
                         int first, int again, int launches);
 
-// plan_mlp.cpp: how the MLP's layers are cut, forwards and backwards, and how many blocks share the
-// samples of a walk over the weights of each.
+// plan_mlp.cpp: how the MLP's layers are cut, forwards and backwards, whether one launch takes
+// both, and how many blocks share the samples of a walk over the weights of each.
+bool takes_layers_together(const ForwardProblem& p);
 MlpGeometry plan_mlp(const ForwardProblem& p, int64_t samples, int pool_splits,
                      const DeviceLimits& device);
 MlpBackwardGeometry plan_mlp(const BackwardProblem& p, int64_t samples, const DeviceLimits& device);

@@ -67,9 +67,15 @@ Traffic of_hidden(const ForwardPlan& plan, const ForwardProblem& p, const Sizes&
 Traffic of_gate(const ForwardPlan& plan, const ForwardProblem& p, const Sizes& n) {
   Traffic t;
   t.weights_read = n.walked(plan.mlp.gate_samples, p.weights.fc2_bias ? n.channels : 0);
-  t.small_read = gate_tiles(p.shape) * n.samples * 2 * n.hidden * n.acc;
+  if (!plan.mlp.together) t.small_read = gate_tiles(p.shape) * n.samples * 2 * n.hidden * n.acc;
   t.small_written = n.samples * n.channels * n.acc;
   return t;
+}
+
+// Of one stage that does what two do.
+Traffic both(Traffic one, const Traffic& other) {
+  one += other;
+  return one;
 }
 
 Traffic of_scale(const ForwardPlan& plan, const ForwardProblem& p, const Sizes& n) {
@@ -154,7 +160,8 @@ Traffic of_gate_backward(const BackwardPlan& plan, const BackwardProblem& p, con
 Traffic of_hidden_backward(const BackwardPlan& plan, const BackwardProblem& p, const Sizes& n) {
   Traffic t;
   t.weights_read = n.walked(plan.mlp.hidden_samples, 0);
-  t.small_read = n.samples * hidden_tiles(plan.mlp, p.shape) * 2 * n.hidden * n.acc;
+  if (!plan.mlp.together)
+    t.small_read = n.samples * hidden_tiles(plan.mlp, p.shape) * 2 * n.hidden * n.acc;
   t.small_written = n.samples * 2 * n.channels * n.acc;
   return t;
 }
@@ -304,13 +311,18 @@ std::vector<Stage> stages(const ForwardPlan& plan, const ForwardProblem& p, int6
   const Sizes n(p, samples);
   if (plan.resident) return {{"resident", resident_grid(plan, p), of_resident(plan, p, n)}};
   const ForwardGrids g = grids(plan, p, samples);
-  return {
-      {"channel pool", g.pool, of_reduction(plan.pool, n, n.channels, false)},
-      {"hidden layer", g.hidden, of_hidden(plan, p, n)},
-      {"channel gate", g.gate, of_gate(plan, p, n)},
-      {"spatial pool", g.maps, of_reduction(plan.maps, n, n.pixels, true)},
-      {"spatial gate, scale", g.scale, of_scale(plan, p, n)},
-  };
+  std::vector<Stage> launched = {
+      {"channel pool", g.pool, of_reduction(plan.pool, n, n.channels, false)}};
+  const Traffic hidden = of_hidden(plan, p, n), gate = of_gate(plan, p, n);
+  if (plan.mlp.together) {
+    launched.push_back({"both layers", g.hidden, both(hidden, gate)});
+  } else {
+    launched.push_back({"hidden layer", g.hidden, hidden});
+    launched.push_back({"channel gate", g.gate, gate});
+  }
+  launched.push_back({"spatial pool", g.maps, of_reduction(plan.maps, n, n.pixels, true)});
+  launched.push_back({"spatial gate, scale", g.scale, of_scale(plan, p, n)});
+  return launched;
 }
 
 std::vector<Stage> stages(const BackwardPlan& plan, const BackwardProblem& p, int64_t samples) {
@@ -323,9 +335,14 @@ std::vector<Stage> stages(const BackwardPlan& plan, const BackwardProblem& p, in
   };
   if (!p.gradients.x && !p.gradients.mlp()) return launched;
   launched.push_back({"map terms", g.terms, of_terms(plan, p, n)});
-  launched.push_back({"channel gate", g.gate, of_gate_backward(plan, p, n)});
-  if (!p.gradients.x) return launched;
-  launched.push_back({"hidden layer", g.hidden, of_hidden_backward(plan, p, n)});
+  const Traffic gate = of_gate_backward(plan, p, n);
+  if (takes_both_layers(plan, p)) {
+    launched.push_back({"both layers", g.gate, both(gate, of_hidden_backward(plan, p, n))});
+  } else {
+    launched.push_back({"channel gate", g.gate, gate});
+    if (!p.gradients.x) return launched;
+    launched.push_back({"hidden layer", g.hidden, of_hidden_backward(plan, p, n)});
+  }
   launched.push_back({"dx", g.input, of_input(plan, p, n)});
   return launched;
 }

@@ -38,7 +38,11 @@ RUNS = (
 )
 # On a slice of a GPU, where eight samples share a walk over the MLP's weights.
 WALKS = Case("walks of eight samples, large products", (11, 1100, 3, 3), 133, (3, 3))
-SLICED = ((WALKS, SHORT[:1], BOTH[:1], (("H100", 2),)),)
+SMALL_MLP = Case("walks of eight samples, both layers in a launch", (11, 72, 3, 3), 24, (3, 3))
+SLICED = (
+    (WALKS, SHORT[:1], BOTH[:1], (("H100", 2),)),
+    (SMALL_MLP, SHORT, BOTH[:1], (("H100", 2),)),
+)
 # The resident kernels: cases, and the slices of GPUs whose teams take them.
 FIRST, HALF = BOTH[:1], SHORT[1:]
 UNEVEN = Case("boxes that the image cuts", (3, 64, 9, 8), 3, (5, 5))

@@ -147,8 +147,9 @@ struct StencilShared {
   }
 };
 
-// channel_gate_backward.cu: the MLP backwards, a launch for each layer.
+// channel_gate_backward.cu: the MLP backwards, in a launch for each layer or in one.
 struct MlpBackwardGeometry {
+  bool together;     // as in MlpGeometry
   int gate_samples;  // of a block: kSamplesPerWalk or kFewSamples
   int units_along;   // threads side by side over hidden units, a power of two up to 32
   int hidden_samples;
@@ -179,6 +180,7 @@ CBAM_INLINE constexpr int backward_channels(int samples) { return samples == kFe
 
 void gate_layer_backward(const ChannelGateBackward& p, const Grid& grid, Stream stream);
 void hidden_layer_backward(const ChannelGateBackward& p, const Grid& grid, Stream stream);
+void both_layers_backward(const ChannelGateBackward& p, const Grid& grid, Stream stream);
 
 template <class A, int kSamples>
 struct GateBackwardShared {
@@ -197,6 +199,15 @@ struct HiddenBackwardShared {
 
   CBAM_INLINE_MEMBER explicit HiddenBackwardShared(SharedCarver& carver)
       : d_hidden(carver.array<A>(kUnitChunk * 2 * kSamples, "d_hidden")) {}
+};
+
+template <class A, int kSamples>
+struct BothBackwardShared {
+  GateBackwardShared<A, kSamples> second;
+  HiddenBackwardShared<A, kSamples> first;
+
+  CBAM_INLINE_MEMBER explicit BothBackwardShared(SharedCarver& carver)
+      : second(carver), first(carver) {}
 };
 
 // input_gradient.cu: the last pass, dout -> dx.

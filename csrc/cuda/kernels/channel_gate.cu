@@ -1,4 +1,5 @@
-// The channel gate: one MLP over both pooled vectors of every sample, a launch for each layer.
+// The channel gate: one MLP over both pooled vectors of every sample, a launch for each layer, or
+// one for both where a block has warps for all hidden units.
 //
 //   hidden[p] = relu(W1 pooled[p] + b1)                      p: mean, max
 //   gate      = sigmoid(W2 (hidden[mean] + hidden[max]) + 2 b2)
@@ -117,39 +118,46 @@ __device__ __forceinline__ void put_sums(const A (&sum)[kCount], A* to) {
   }
 }
 
-// grid    ceil(samples / kSamples) * tiles blocks of 256 threads; a warp takes kUnitsPerWarp hidden
-//         units, its lanes and those of the warps beside it the channels
-// shared  pooled vectors of a chunk of channels, biases, the warps' sums
-// bytes   reads W1 once a group of samples; every block of the group reads the pooled parts
-template <class W, class A, int kSamples>
-__global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : 2)
-    hidden_layer_kernel(const ChannelGate p) {
+// Hidden units of a block: those from `first` on, so many of them for all its warps.
+struct UnitTile {
+  int number, first, units;
+
+  __device__ __forceinline__ UnitTile(const ChannelGate& p, int number_)
+      : number(number_),
+        first(number * p.geometry.unit_warps * kUnitsPerWarp),
+        units(p.geometry.unit_warps * kUnitsPerWarp) {}
+};
+
+template <class W, int kSamples, class A>
+__device__ __forceinline__ void stage_bias(const ChannelGate& p, const UnitTile& tile,
+                                           const HiddenShared<A, kSamples>& shared) {
+  if (threadIdx.x >= tile.units) return;
+  const int unit = tile.first + threadIdx.x;
+  shared.bias[threadIdx.x] = p.fc1_bias && unit < p.hidden_units
+                                 ? A(widen(static_cast<const W*>(p.fc1_bias)[unit]))
+                                 : A(0);
+}
+
+// Hidden units of a tile for the block's samples. put(i, v, value): unit i of the tile in vector v,
+// which is the mean's or the maximum's of sample v / 2; absent samples have some value.
+template <class W, int kSamples, class A, class Put>
+__device__ __forceinline__ void make_hidden(const ChannelGate& p, const UnitTile& tile,
+                                            int64_t first_sample,
+                                            const HiddenShared<A, kSamples>& shared, Put put) {
   using Shared = HiddenShared<A, kSamples>;
   const int unit_warps = p.geometry.unit_warps, slices = kThreads / 32 / unit_warps;
-  const int units = unit_warps * kUnitsPerWarp, tiles = (p.hidden_units + units - 1) / units;
-  const int tile = blockIdx.x % tiles;
-  const int64_t first_sample = static_cast<int64_t>(blockIdx.x / tiles) * kSamples;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  SharedCarver carver(dynamic_shared_memory());
-  const Shared shared(carver);
-  if (threadIdx.x < units) {
-    const int unit = tile * units + threadIdx.x;
-    shared.bias[threadIdx.x] = p.fc1_bias && unit < p.hidden_units
-                                   ? A(widen(static_cast<const W*>(p.fc1_bias)[unit]))
-                                   : A(0);
-  }
-  wait_for_previous_launch();
   A sum[Shared::kSums] = {};
   for (int first = 0; first < p.channels; first += Shared::kChunk) {
     const int count = min(Shared::kChunk, p.channels - first);
     if (p.parts.splits == 1)
       stage_pooled<kSamples>(p, first_sample, first, count, shared.pooled);
-    else if (p.pooled && tile == 0)
+    else if (p.pooled && tile.number == 0)
       stage_merged<true, kSamples>(p, first_sample, first, count, shared.pooled);
     else
       stage_merged<false, kSamples>(p, first_sample, first, count, shared.pooled);
     __syncthreads();
-    add_channels<kSamples, W>(p, tile * units + warp % unit_warps * kUnitsPerWarp, first,
+    add_channels<kSamples, W>(p, tile.first + warp % unit_warps * kUnitsPerWarp, first,
                               warp / unit_warps * 32 + lane, count, slices * 32, shared.pooled,
                               sum);
     __syncthreads();
@@ -157,16 +165,35 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : 2)
   put_sums(sum, shared.partial + warp * Shared::kSums);
   __syncthreads();
   for (int i = threadIdx.x; i < unit_warps * Shared::kSums; i += kThreads) {
-    const int within = i / Shared::kVectors, unit = tile * units + within;
+    const int within = i / Shared::kVectors, unit = tile.first + within;
     const int v = i % Shared::kVectors;
-    const int64_t n = first_sample + v / 2;
-    if (unit >= p.hidden_units || n >= p.samples) continue;
+    if (unit >= p.hidden_units) continue;
     A total = A(0);
     for (int slice = 0; slice < slices; ++slice)
       total += shared.partial[slice * unit_warps * Shared::kSums + i];
-    static_cast<A*>(p.hidden)[(n * 2 + v % 2) * p.hidden_units + unit] =
-        relu(total + shared.bias[within]);
+    const A value = relu(total + shared.bias[within]);
+    const int64_t n = first_sample + v / 2;
+    if (n < p.samples) static_cast<A*>(p.hidden)[(n * 2 + v % 2) * p.hidden_units + unit] = value;
+    put(within, v, value);
   }
+}
+
+// grid    ceil(samples / kSamples) * tiles blocks of 256 threads; a warp takes kUnitsPerWarp hidden
+//         units, its lanes and those of the warps beside it the channels
+// shared  pooled vectors of a chunk of channels, biases, the warps' sums
+// bytes   reads W1 once a group of samples; every block of the group reads the pooled parts
+template <class W, class A, int kSamples>
+__global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : 2)
+    hidden_layer_kernel(const ChannelGate p) {
+  const int units = p.geometry.unit_warps * kUnitsPerWarp;
+  const int tiles = (p.hidden_units + units - 1) / units;
+  const UnitTile tile(p, blockIdx.x % tiles);
+  SharedCarver carver(dynamic_shared_memory());
+  const HiddenShared<A, kSamples> shared(carver);
+  stage_bias<W>(p, tile, shared);
+  wait_for_previous_launch();
+  make_hidden<W>(p, tile, static_cast<int64_t>(blockIdx.x / tiles) * kSamples, shared,
+                 [](int, int, A) {});
 }
 
 // The hidden vectors of mean and max, added, hidden units [first, first + count), into shared
@@ -209,6 +236,32 @@ __device__ __forceinline__ void add_units(const W* row, int count, const A* hidd
   });
 }
 
+// The same of a row read in vectors where that can be.
+template <int kSamples, class W, class A>
+__device__ __forceinline__ void add_units(const ChannelGate& p, const W* row, int count,
+                                          const A* hidden, A (&z)[kSamples]) {
+  if (p.geometry.vectors)
+    add_units<kVector<W>>(row, count, hidden, z);
+  else
+    add_units<1>(row, count, hidden, z);
+}
+
+template <class W>
+__device__ __forceinline__ acc_t<W> bias_of_gate(const ChannelGate& p, int channel) {
+  return p.fc2_bias ? widen(static_cast<const W*>(p.fc2_bias)[channel]) : acc_t<W>(0);
+}
+
+// The gates of one channel, from its sums.
+template <int kSamples, class A>
+__device__ __forceinline__ void put_gates(const ChannelGate& p, int64_t first_sample, int channel,
+                                          A bias, const A (&z)[kSamples]) {
+#pragma unroll
+  for (int s = 0; s < kSamples; ++s)
+    if (first_sample + s < p.samples)
+      static_cast<A*>(p.gate)[(first_sample + s) * p.channels + channel] =
+          sigmoid(z[s] + A(2) * bias);
+}
+
 // grid    ceil(samples / kSamples) * ceil(channels / kGateChannels) blocks of kGateChannels
 //         threads; a thread takes one channel of the group's samples
 // shared  kUnitChunk * kSamples * acc
@@ -221,8 +274,7 @@ __global__ void __launch_bounds__(kGateChannels, 4) gate_layer_kernel(const Chan
   const int64_t first_sample = static_cast<int64_t>(blockIdx.x / tiles) * kSamples;
   SharedCarver carver(dynamic_shared_memory());
   const GateShared<A, kSamples> shared(carver);
-  A bias = A(0);
-  if (inside && p.fc2_bias) bias = widen(static_cast<const W*>(p.fc2_bias)[channel]);
+  const A bias = inside ? bias_of_gate<W>(p, channel) : A(0);
   const W* row =
       static_cast<const W*>(p.fc2_weight) + (inside ? int64_t{channel} * p.hidden_units : 0);
   wait_for_previous_launch();
@@ -231,20 +283,38 @@ __global__ void __launch_bounds__(kGateChannels, 4) gate_layer_kernel(const Chan
     const int count = min(kUnitChunk, p.hidden_units - first);
     stage_hidden<kSamples>(p, first_sample, first, count, shared.hidden);
     __syncthreads();
-    if (inside) {
-      if (p.geometry.vectors)
-        add_units<kVector<W>>(row + first, count, shared.hidden, z);
-      else
-        add_units<1>(row + first, count, shared.hidden, z);
-    }
+    if (inside) add_units(p, row + first, count, shared.hidden, z);
     __syncthreads();
   }
-  if (!inside) return;
-#pragma unroll
-  for (int s = 0; s < kSamples; ++s)
-    if (first_sample + s < p.samples)
-      static_cast<A*>(p.gate)[(first_sample + s) * p.channels + channel] =
-          sigmoid(z[s] + A(2) * bias);
+  if (inside) put_gates(p, first_sample, channel, bias, z);
+}
+
+// grid    ceil(samples / kSamples) blocks of 256 threads: as in the first layer, then every 256th
+//         channel a thread
+// shared  what both layers take
+// bytes   reads W1, W2 and the pooled parts once a group of samples
+template <class W, class A, int kSamples>
+__global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : 2)
+    both_layers_kernel(const ChannelGate p) {
+  const UnitTile all(p, 0);
+  const int64_t first_sample = int64_t{blockIdx.x} * kSamples;
+  SharedCarver carver(dynamic_shared_memory());
+  const BothShared<A, kSamples> shared(carver);
+  stage_bias<W>(p, all, shared.first);
+  wait_for_previous_launch();
+  A* pairs = shared.first.pooled;  // [hidden units, samples, mean and maximum]; read to its end
+  make_hidden<W>(p, all, first_sample, shared.first,
+                 [&](int unit, int v, A value) { pairs[unit * 2 * kSamples + v] = value; });
+  __syncthreads();
+  for (int i = threadIdx.x; i < p.hidden_units * kSamples; i += kThreads)
+    shared.second.hidden[i] = pairs[2 * i] + pairs[2 * i + 1];
+  __syncthreads();
+  for (int channel = threadIdx.x; channel < p.channels; channel += kThreads) {
+    A z[kSamples] = {};
+    add_units(p, static_cast<const W*>(p.fc2_weight) + int64_t{channel} * p.hidden_units,
+              p.hidden_units, shared.second.hidden, z);
+    put_gates(p, first_sample, channel, bias_of_gate<W>(p, channel), z);
+  }
 }
 
 }  // namespace
@@ -263,6 +333,15 @@ void gate_layer(const ChannelGate& p, const Grid& grid, Stream stream) {
     with_walk(p.geometry.gate_samples, [&](auto samples) {
       using W = typename decltype(weight)::type;
       launch("gate_layer", gate_layer_kernel<W, acc_t<W>, samples()>, grid, stream, p);
+    });
+  });
+}
+
+void both_layers(const ChannelGate& p, const Grid& grid, Stream stream) {
+  with_storage(p.dtype, [&](auto weight) {
+    with_walk(p.geometry.hidden_samples, [&](auto samples) {
+      using W = typename decltype(weight)::type;
+      launch("both_layers", both_layers_kernel<W, acc_t<W>, samples()>, grid, stream, p);
     });
   });
 }

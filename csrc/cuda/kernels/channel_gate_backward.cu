@@ -1,4 +1,5 @@
-// The channel gate backwards, a launch for each layer of the MLP:
+// The channel gate backwards, a launch for each layer of the MLP, or one for both where a block has
+// threads for all hidden units:
 //
 //   dm          = d_channel * channel_gate * (1 - channel_gate)
 //   d_hidden[p] = W2^T dm where hidden[p] passed the ReLU      p: mean, max
@@ -93,23 +94,17 @@ __device__ __forceinline__ void add_channels(const ChannelGateBackward& p, int f
   });
 }
 
-// grid    ceil(samples / kSamples) * tiles blocks of 512 threads, 256 for doubles; a thread takes
-//         kBackwardUnits hidden units, those beside it the others of the tile, and those below it
-//         share the channels
-// shared  dm of a chunk of channels, then the warps' sums
-// bytes   reads W2 once a group of samples; every block of the group reads the parts of d_channel
-template <class W, class A, int kSamples>
-__global__ void __launch_bounds__(kGateBackwardThreads<A>)
-    gate_layer_backward_kernel(const ChannelGateBackward p) {
+// d_hidden of the hidden units of a tile for the block's samples. put(i, s, of_mean, of_max): unit
+// i of the tile, sample s of the block; 0 for absent ones.
+template <class W, int kSamples, class A, class Put>
+__device__ __forceinline__ void make_d_hidden(const ChannelGateBackward& p, int tile,
+                                              int64_t first_sample,
+                                              const GateBackwardShared<A, kSamples>& shared,
+                                              Put put) {
   using Shared = GateBackwardShared<A, kSamples>;
   constexpr int kBlock = kGateBackwardThreads<A>;
   const int along = p.geometry.units_along, units = along * kBackwardUnits;
-  const int tiles = (p.hidden_units + units - 1) / units, tile = blockIdx.x % tiles;
-  const int64_t first_sample = static_cast<int64_t>(blockIdx.x / tiles) * kSamples;
   const int side = threadIdx.x % along, warp = threadIdx.x / 32;
-  SharedCarver carver(dynamic_shared_memory());
-  const Shared shared(carver);
-  wait_for_previous_launch();
   A sum[kBackwardUnits * kSamples] = {};
   for (int first = 0; first < p.channels; first += Shared::kChunk) {
     const int count = min(Shared::kChunk, p.channels - first);
@@ -131,17 +126,40 @@ __global__ void __launch_bounds__(kGateBackwardThreads<A>)
   for (int i = threadIdx.x; i < kSamples * units; i += kBlock) {
     const int64_t n = first_sample + i / units;
     const int unit = tile * units + i % units;
-    if (n >= p.samples || unit >= p.hidden_units) continue;
-    const int64_t at = n * 2 * p.hidden_units + unit;
-    const A* hidden = static_cast<const A*>(p.hidden);
-    const A mean = hidden[at], max = hidden[at + p.hidden_units];
-    A total = A(0);
+    if (unit >= p.hidden_units) continue;
+    A of_mean = A(0), of_max = A(0);
+    if (n < p.samples) {
+      const int64_t at = n * 2 * p.hidden_units + unit;
+      const A* hidden = static_cast<const A*>(p.hidden);
+      const A mean = hidden[at], max = hidden[at + p.hidden_units];
+      A total = A(0);
 #pragma unroll
-    for (int w = 0; w < kBlock / 32; ++w) total += partial[w * kSamples * units + i];
-    A* d_hidden = static_cast<A*>(p.d_hidden);
-    d_hidden[at] = relu_passes(mean) ? total : A(0);
-    d_hidden[at + p.hidden_units] = relu_passes(max) ? total : A(0);
+      for (int w = 0; w < kBlock / 32; ++w) total += partial[w * kSamples * units + i];
+      if (relu_passes(mean)) of_mean = total;
+      if (relu_passes(max)) of_max = total;
+      A* d_hidden = static_cast<A*>(p.d_hidden) + at;
+      d_hidden[0] = of_mean;
+      d_hidden[p.hidden_units] = of_max;
+    }
+    put(i % units, i / units, of_mean, of_max);
   }
+}
+
+// grid    ceil(samples / kSamples) * tiles blocks of 512 threads, 256 for doubles; a thread takes
+//         kBackwardUnits hidden units, those beside it the others of the tile, and those below it
+//         share the channels
+// shared  dm of a chunk of channels, then the warps' sums
+// bytes   reads W2 once a group of samples; every block of the group reads the parts of d_channel
+template <class W, class A, int kSamples>
+__global__ void __launch_bounds__(kGateBackwardThreads<A>)
+    gate_layer_backward_kernel(const ChannelGateBackward p) {
+  const int units = p.geometry.units_along * kBackwardUnits;
+  const int tiles = (p.hidden_units + units - 1) / units;
+  SharedCarver carver(dynamic_shared_memory());
+  const GateBackwardShared<A, kSamples> shared(carver);
+  wait_for_previous_launch();
+  make_d_hidden<W>(p, blockIdx.x % tiles, static_cast<int64_t>(blockIdx.x / tiles) * kSamples,
+                   shared, [](int, int, A, A) {});
 }
 
 // d_hidden of hidden units [first, first + count) of the block's samples into shared memory, a unit
@@ -163,6 +181,58 @@ __device__ __forceinline__ void stage_d_hidden(const ChannelGateBackward& p, int
   store_shared(d_hidden + u * 2 * kSamples, value);
 }
 
+// kEach channels of a thread, kStep apart, and their sums over hidden units.
+template <int kSamples, int kEach, int kStep, class A>
+struct PooledSums {
+  const ChannelGateBackward& p;
+  int channel;
+  A sum[kEach][2 * kSamples] = {};
+
+  __device__ __forceinline__ PooledSums(const ChannelGateBackward& p_, int channel_)
+      : p(p_), channel(channel_) {}
+
+  // Adds hidden units [first, first + count), whose d_hidden is staged.
+  template <class W>
+  __device__ __forceinline__ void add(int first, int count, const A* d_hidden) {
+    struct Weights {
+      W value[kEach];
+    };
+    const W* weights = static_cast<const W*>(p.fc1_weight) + int64_t{first} * p.channels + channel;
+    const auto read = [&](int u) {
+      Weights weight;
+#pragma unroll
+      for (int e = 0; e < kEach; ++e)
+        weight.value[e] = inside(e) ? weights[int64_t{u} * p.channels + e * kStep] : W();
+      return weight;
+    };
+    for_batches<kSamples == kFewSamples ? 16 : 4>(0, count, 1, read, [&](int u, const Weights& w) {
+      A value[2 * kSamples];
+      load_shared(d_hidden + u * 2 * kSamples, true, value);
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) {
+        const A weight = widen(w.value[e]);
+#pragma unroll
+        for (int v = 0; v < 2 * kSamples; ++v) sum[e][v] += weight * value[v];
+      }
+    });
+  }
+
+  __device__ __forceinline__ void put(int64_t first_sample) const {
+#pragma unroll
+    for (int e = 0; e < kEach; ++e)
+#pragma unroll
+      for (int v = 0; v < 2 * kSamples; ++v) {
+        const int64_t vector = first_sample * 2 + v;
+        if (inside(e) && vector < 2 * int64_t{p.samples})
+          static_cast<A*>(p.d_pooled)[vector * p.channels + channel + e * kStep] =
+              v % 2 ? sum[e][v] : sum[e][v] / static_cast<A>(p.pixels);
+      }
+  }
+
+ private:
+  __device__ __forceinline__ bool inside(int e) const { return channel + e * kStep < p.channels; }
+};
+
 // grid    ceil(samples / kSamples) * tiles blocks of kHiddenBackwardThreads threads; a thread takes
 //         backward_channels(kSamples) channels
 // shared  d_hidden of a chunk of hidden units
@@ -170,53 +240,48 @@ __device__ __forceinline__ void stage_d_hidden(const ChannelGateBackward& p, int
 template <class W, class A, int kSamples>
 __global__ void __launch_bounds__(kHiddenBackwardThreads)
     hidden_layer_backward_kernel(const ChannelGateBackward p) {
-  constexpr int kEach = backward_channels(kSamples), kVectors = 2 * kSamples;
-  struct Weights {
-    W value[kEach];
-  };
+  constexpr int kEach = backward_channels(kSamples);
   const int tiles =
       (p.channels + kHiddenBackwardThreads * kEach - 1) / (kHiddenBackwardThreads * kEach);
   const int channel = blockIdx.x % tiles * kHiddenBackwardThreads * kEach + threadIdx.x;
   const int64_t first_sample = static_cast<int64_t>(blockIdx.x / tiles) * kSamples;
-  const auto inside = [&](int e) { return channel + e * kHiddenBackwardThreads < p.channels; };
   SharedCarver carver(dynamic_shared_memory());
   const HiddenBackwardShared<A, kSamples> shared(carver);
   wait_for_previous_launch();
-  A sum[kEach][kVectors] = {};
+  PooledSums<kSamples, kEach, kHiddenBackwardThreads, A> sums(p, channel);
   for (int first = 0; first < p.hidden_units; first += kUnitChunk) {
     const int count = min(kUnitChunk, p.hidden_units - first);
     stage_d_hidden<kSamples>(p, first_sample, first, count, shared.d_hidden);
     __syncthreads();
-    const W* weights = static_cast<const W*>(p.fc1_weight) + int64_t{first} * p.channels + channel;
-    const auto read = [&](int u) {
-      Weights weight;
-#pragma unroll
-      for (int e = 0; e < kEach; ++e)
-        weight.value[e] =
-            inside(e) ? weights[int64_t{u} * p.channels + e * kHiddenBackwardThreads] : W();
-      return weight;
-    };
-    for_batches<kSamples == kFewSamples ? 16 : 4>(0, count, 1, read, [&](int u, const Weights& w) {
-      A value[kVectors];
-      load_shared(shared.d_hidden + u * kVectors, true, value);
-#pragma unroll
-      for (int e = 0; e < kEach; ++e) {
-        const A weight = widen(w.value[e]);
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v) sum[e][v] += weight * value[v];
-      }
-    });
+    sums.template add<W>(first, count, shared.d_hidden);
     __syncthreads();
   }
-#pragma unroll
-  for (int e = 0; e < kEach; ++e)
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t vector = first_sample * 2 + v;
-      if (inside(e) && vector < 2 * int64_t{p.samples})
-        static_cast<A*>(p.d_pooled)[vector * p.channels + channel + e * kHiddenBackwardThreads] =
-            v % 2 ? sum[e][v] : sum[e][v] / static_cast<A>(p.pixels);
-    }
+  sums.put(first_sample);
+}
+
+// grid    ceil(samples / kSamples) blocks of 512 threads, 256 for doubles: as in the second layer,
+//         then a thread takes every 512th channel, or every 256th
+// shared  what both layers take
+// bytes   reads W2, W1 and the parts of d_channel once a group of samples
+template <class W, class A, int kSamples>
+__global__ void __launch_bounds__(kGateBackwardThreads<A>, 1)
+    both_layers_backward_kernel(const ChannelGateBackward p) {
+  constexpr int kBlock = kGateBackwardThreads<A>;
+  const int64_t first_sample = int64_t{blockIdx.x} * kSamples;
+  SharedCarver carver(dynamic_shared_memory());
+  const BothBackwardShared<A, kSamples> shared(carver);
+  wait_for_previous_launch();
+  A* d_hidden = shared.first.d_hidden;
+  make_d_hidden<W>(p, 0, first_sample, shared.second, [&](int unit, int s, A of_mean, A of_max) {
+    d_hidden[(unit * kSamples + s) * 2] = of_mean;
+    d_hidden[(unit * kSamples + s) * 2 + 1] = of_max;
+  });
+  __syncthreads();
+  for (int channel = threadIdx.x; channel < p.channels; channel += kBlock) {
+    PooledSums<kSamples, 1, kBlock, A> sums(p, channel);
+    sums.template add<W>(0, p.hidden_units, d_hidden);
+    sums.put(first_sample);
+  }
 }
 
 }  // namespace
@@ -236,6 +301,16 @@ void hidden_layer_backward(const ChannelGateBackward& p, const Grid& grid, Strea
     with_walk(p.geometry.hidden_samples, [&](auto samples) {
       using W = typename decltype(weight)::type;
       launch("hidden_layer_backward", hidden_layer_backward_kernel<W, acc_t<W>, samples()>, grid,
+             stream, p);
+    });
+  });
+}
+
+void both_layers_backward(const ChannelGateBackward& p, const Grid& grid, Stream stream) {
+  with_storage(p.dtype, [&](auto weight) {
+    with_walk(p.geometry.gate_samples, [&](auto samples) {
+      using W = typename decltype(weight)::type;
+      launch("both_layers_backward", both_layers_backward_kernel<W, acc_t<W>, samples()>, grid,
              stream, p);
     });
   });

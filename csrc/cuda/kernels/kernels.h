@@ -146,13 +146,14 @@ constexpr int kWalkBytes = 32 * 1024;
 
 // How the work on the MLP's layers is cut. Samples of a block are kSamplesPerWalk or kFewSamples.
 struct MlpGeometry {
+  bool together;  // both layers in one launch, whose blocks take all hidden units and all channels
   int hidden_samples;
   int unit_warps;  // warps of a block that share the hidden units, 1 to 8; the others, its channels
   int gate_samples;
   bool vectors;  // every row of fc2_weight starts on a multiple of 16 bytes and ends on one
 };
 
-// channel_gate.cu: the shared MLP of both pooled vectors, in two launches, one a layer.
+// channel_gate.cu: the shared MLP of both pooled vectors, in a launch for each layer or in one.
 struct ChannelGate {
   int samples, channels, hidden_units;
   MlpGeometry geometry;
@@ -174,6 +175,7 @@ constexpr int kUnitChunk = 128;     // hidden units staged at a time by what wal
 
 void hidden_layer(const ChannelGate& p, const Grid& grid, Stream stream);
 void gate_layer(const ChannelGate& p, const Grid& grid, Stream stream);
+void both_layers(const ChannelGate& p, const Grid& grid, Stream stream);
 
 template <class A, int kSamples>
 struct HiddenShared {
@@ -199,6 +201,14 @@ struct GateShared {
 
   CBAM_INLINE_MEMBER explicit GateShared(SharedCarver& carver)
       : hidden(carver.array<A>(kUnitChunk * kSamples, "hidden")) {}
+};
+
+template <class A, int kSamples>
+struct BothShared {
+  HiddenShared<A, kSamples> first;
+  GateShared<A, kSamples> second;
+
+  CBAM_INLINE_MEMBER explicit BothShared(SharedCarver& carver) : first(carver), second(carver) {}
 };
 
 // The extents of an image and of the convolution's kernel: as in Shape, for index arithmetic in 32
