@@ -167,6 +167,11 @@ def make_weights(
     )
 
 
+def misaligned(weights: Weights) -> Weights:
+    """The same values, none of which start on a multiple of 16 bytes."""
+    return Weights(*(None if w is None else _odd_offset(w) for w in weights))
+
+
 def leaves(x: Tensor, weights: Weights, dtype: torch.dtype | None = None) -> list[Tensor | None]:
     """x and the weights, detached, all of which require gradients; layout kept.
 

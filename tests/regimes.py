@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from cases import NATIVE_LAYOUTS, Case
+from cases import NATIVE_LAYOUTS, Case, make_weights, misaligned
 
 from cbam_cuda import ops
 
@@ -82,3 +82,13 @@ class Regime:
         g["uneven"] = self.shape[1] < g["team"] * g["channels"]
         g["several boxes"] = g["boxes_each"] > 1
         return {name: g[name] for name in self.plan}
+
+
+# A team visits several samples, and its weights stay on the chip: in either direction.
+STAYING = Regime(
+    "weights that stay", (7, 32, 14, 14), 8, multiprocessors=2, plan={"holds_weights": True}
+)
+WEIGHTS_THAT_STAY = {
+    "float32 beside x of 16 bits": make_weights(STAYING.case, torch.float32),
+    "misaligned": misaligned(make_weights(STAYING.case, STAYING.dtype)),
+}

@@ -42,7 +42,9 @@ WRITES = ("spatial_gate", "input_gradient")  # and those that write one
 RESIDENT = ("resident_forward", "resident_backward")  # and those that hold them on the chip
 THREADS = {
     "gate_layer": 128,
+    "gate_layer_backward": 512,
     "hidden_layer_backward": 128,
+    "both_layers_backward": 512,
     "vector_sums": 512,
     "resident_forward": 512,
     "resident_backward": 512,
@@ -288,6 +290,9 @@ def test_passes_ask_for_their_tensor_before_the_wait(sass, kind):
 
 
 BLOCKS = {
+    "hidden_layer": 2,
+    "gate_layer": 4,
+    "both_layers": 2,
     "reduce_rows": 4,
     "reduce_packed_rows": 4,
     "reduce_columns": 3,
@@ -298,12 +303,19 @@ BLOCKS = {
 }
 
 
+# Of doubles half as many threads share an SM.
+HALVED = ("hidden_layer", "both_layers", "gate_layer_backward", "both_layers_backward")
+
+
 def most_registers(kernel) -> int:
     """A thread's registers at most, by the blocks an SM holds of the kernel (__launch_bounds__)."""
     blocks = BLOCKS.get(kernel.kind, 1)
     if kernel.kind == "reduce_columns" and {"packed", "argmax"} <= set(kernel.words):
         blocks = 2
-    return min(255, REGISTERS_OF_SM // (blocks * THREADS.get(kernel.kind, 256)) // 8 * 8)
+    threads = blocks * THREADS.get(kernel.kind, 256)
+    if kernel.kind in HALVED and kernel.dtype == "float64":
+        threads //= 2
+    return min(255, REGISTERS_OF_SM // threads // 8 * 8)
 
 
 @each_architecture

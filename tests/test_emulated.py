@@ -4,6 +4,7 @@ finds nothing, and the bytes that kernels move are those that the plan says.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -14,7 +15,7 @@ import torch
 from cases import CASES, LAYOUTS, NATIVE_LAYOUTS, Case, make_weights, make_x
 from conftest import why_not
 from emulated_run import LARGE, Device, counting, planned, run
-from regimes import device
+from regimes import device, plan_of
 from tolerance import assert_as_good_as_eager
 
 import cbam_cuda
@@ -76,35 +77,41 @@ def test_positions_are_those_of_the_cpu():
 
 
 GROUPED = Case("several groups of samples", (19, 12, 10, 10), 3, (5, 5))
+GROUPED_LARGER = dataclasses.replace(GROUPED, name="the same, of a larger MLP", hidden=40)
 
 
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
-def test_groups_of_samples(layout, emulator, strategy):
+@pytest.mark.parametrize(("case", "launches"), [(GROUPED, 4), (GROUPED_LARGER, 5)], ids=str)
+def test_groups_of_samples(case, launches, layout, emulator, strategy):
     """A device whose cache holds 8 of 19 samples walks them in three groups, the last one short."""
-    x = LAYOUTS[layout](make_x(GROUPED, torch.float32))
-    weights = make_weights(GROUPED, torch.float32)
+    x = LAYOUTS[layout](make_x(case, torch.float32))
+    weights = make_weights(case, torch.float32)
     sample = x[0].numel() * 4
     strategy("streaming")
     # Slow memory, as on no real device, makes groups worth their launches.
     with device(emulator, "H100", l2=9 * sample * 5 // 2, bandwidth=1):
         emulator.emulator_reset_counts()
         out = cbam_cuda.cbam(x, *weights, backend="emulated")
-        assert emulator.emulator_launches() == 3 * 4
+        assert emulator.emulator_launches() == 3 * launches
     eager = cbam_cuda.cbam(x, *weights, backend="reference")
     wide = [w.double() for w in weights]
     truth = cbam_cuda.cbam(x.double(), *wide, backend="reference")
     assert_as_good_as_eager("out", out, eager, truth)
 
 
-# More channels, and units, than a chunk; products in large tiles.
-WALKED = Case("walks over the weights", (11, 1100, 3, 3), 133, (3, 3))
+# More channels, and units, than a chunk, products in large tiles; and both layers in one launch.
+WALKED = (
+    Case("walks over the weights", (11, 1100, 3, 3), 133, (3, 3)),
+    Case("walks over few weights", (11, 300, 3, 3), 24, (3, 3)),
+)
 
 
+@pytest.mark.parametrize("case", WALKED, ids=str)
 @pytest.mark.parametrize("multiprocessors", [1, 16, 132])
-def test_walks_over_the_weights(multiprocessors, emulator, strategy):
+def test_walks_over_the_weights(multiprocessors, case, emulator, strategy):
     """Devices of any size cut the MLP in their own ways, and find the same but for roundings."""
-    x, grad = (make_x(WALKED, torch.float64, seed=seed) for seed in (1, 2))
-    given = (x, *make_weights(WALKED, torch.float64))
+    x, grad = (make_x(case, torch.float64, seed=seed) for seed in (1, 2))
+    given = (x, *make_weights(case, torch.float64))
     strategy("streaming")
     found = []
     for backend in (torch.ops.cbam_cuda, torch.ops.cbam_cuda_emulated):
@@ -177,7 +184,7 @@ def test_bytes_are_those_of_the_plan(counted, problem):
 # Batches of which a visit has 8 samples on an H100, the last one fewer.
 @pytest.mark.parametrize(
     ("batch", "direction", "layout"),
-    [(23, "training", "channels_last"), (9, "backward", "contiguous")],
+    [(23, "training", "channels_last"), (23, "backward", "contiguous")],
 )
 def test_weights_are_read_once_for_eight_samples_of_7x7(batch, direction, layout):
     """Counted with all channels that a ResNet-50 has there."""
@@ -190,6 +197,22 @@ def test_weights_are_read_once_for_eight_samples_of_7x7(batch, direction, layout
     # By every block that adds the sums of the hidden layer, and once for every gate.
     biases = visits * 8 * 128 * held["team"] + batch * 2048 if direction == "training" else 0
     assert counts["mlp_weights"] == [4 * (visits * 2 * 128 * 2048 + biases), 0]
+
+
+@pytest.mark.parametrize("direction", ["inference", "training", "backward"])
+def test_weights_that_stay_are_read_once_by_a_team(direction):
+    """However many samples it visits; biases are read in every visit."""
+    case, sliced = Case("", (7, 32, 14, 14), 2, (7, 7)), Device("H100", 2)
+    listed = counting([case.shape], "float32", [(direction, "resident")])
+    asked = {"training": direction == "training", "backward": direction == "backward"}
+    found = plan_of(case, torch.float32, "contiguous", sliced.name, sliced.multiprocessors, **asked)
+    held, weights = found["passes"]["resident"], 2 * 32 * 2
+    assert held["holds_weights"]
+    assert held["teams"] < 7
+    biases = 0 if direction == "backward" else 7 * (2 * held["team"] + 32)
+    assert found["traffic"]["weights_read"] == 4 * (held["teams"] * weights + biases)
+    for counts in run("race", "bytes", json.dumps(listed), device=sliced):
+        assert counts["mlp_weights"] == [found["traffic"]["weights_read"], 0]
 
 
 RESNET = ((256, 256, 56, 56), (256, 512, 28, 28), (256, 1024, 14, 14), (256, 2048, 7, 7))

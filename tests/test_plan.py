@@ -202,6 +202,9 @@ def test_backward_plans_keep_the_limits_and_leave_nothing_out(device):
         stencil = found["passes"]["stencil"]
         for boxes, box, extent in zip(stencil["boxes"], stencil["box"], space, strict=True):
             assert covers(boxes, box, extent)
+        walks = walks_of(found["passes"]["mlp"], problem["shape"][0], found["group"])
+        read = sum(walks.values()) * channels * problem["hidden"] * BYTES[problem["dtype"]]
+        assert found["traffic"]["weights_read"] == read, problem
         x_bytes = prod(problem["shape"]) * BYTES[problem["dtype"]]
         assert found["traffic"]["x_read"] == 4 * x_bytes
         assert found["traffic"]["out_written"] == x_bytes

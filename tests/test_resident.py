@@ -9,7 +9,16 @@ import pytest
 import torch
 from cases import CASES, LAYOUTS, NATIVE_LAYOUTS, Case, make_weights, make_x, operators
 from conftest import why_not
-from regimes import CHANNELS_LAST, HELD, NOT_POSSIBLE, Regime, device, plan_of
+from regimes import (
+    CHANNELS_LAST,
+    HELD,
+    NOT_POSSIBLE,
+    STAYING,
+    WEIGHTS_THAT_STAY,
+    Regime,
+    device,
+    plan_of,
+)
 from tolerance import assert_as_good_as_eager, assert_strategies_agree
 
 import cbam_cuda
@@ -87,8 +96,8 @@ REGIMES = (
         (19, 512, 7, 7),
         128,
         "A100",
-        32,
-        plan={"kind": "grid", "samples": 8},
+        8,
+        plan={"kind": "grid", "samples": 8, "rounds": 2, "holds_weights": False},
     ),
     Regime("little shared memory", (3, 128, 28, 28), 8, "RTX 5090", plan={"kind": "cluster"}),
     Regime("many visits of each team", (23, 32, 8, 8), 2, multiprocessors=4, plan={"rounds": 3}),
@@ -122,16 +131,16 @@ REGIMES = (
         (33, 512, 7, 7),
         128,
         multiprocessors=8,
-        plan={"samples": 8, "rounds": 3},
+        plan={"samples": 8, "rounds": 3, "holds_weights": True},
     ),
     Regime(
         "the same, channels last",
         (21, 512, 7, 7),
         128,
         "H100",
-        16,
+        8,
         CHANNELS_LAST,
-        plan={"samples": 8},
+        plan={"samples": 8, "rounds": 2},
     ),
     Regime(
         "a block with fewer channels", (2, 30, 16, 16), 6, multiprocessors=16, plan={"uneven": True}
@@ -207,6 +216,20 @@ def test_every_regime(regime, emulator, strategy):
     assert regime.facts(training=True) == regime.plan
     with device(emulator, regime.gpu, regime.multiprocessors):
         assert_is_right(regime.case, regime.dtype, regime.layout, strategy)
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+@pytest.mark.parametrize("weights", WEIGHTS_THAT_STAY, ids=str)
+def test_weights_that_stay(weights, layout, emulator, strategy):
+    """On their way to the chip: of another type than x, and at any address."""
+    assert STAYING.facts() == STAYING.plan
+    x, run = LAYOUTS[layout](make_x(STAYING.case, STAYING.dtype)), operators("emulated")
+    with device(emulator, STAYING.gpu, STAYING.multiprocessors):
+        found = []
+        for name in ("resident", "streaming"):
+            strategy(name)
+            found.append(run.forward_train(x, *WEIGHTS_THAT_STAY[weights]))
+    assert_agree(*found, x.dtype)
 
 
 LARGE_KERNEL = Case("large kernel", (2, 32, 24, 40), 2, (41, 41))

@@ -12,7 +12,16 @@ import torch
 from cases import CASES, LAYOUTS, NATIVE_LAYOUTS, Case, gradients, leaves, make_weights, make_x
 from cases import operators as operators_of
 from conftest import why_not
-from regimes import CHANNELS_LAST, HELD, NOT_POSSIBLE, Regime, device, plan_of
+from regimes import (
+    CHANNELS_LAST,
+    HELD,
+    NOT_POSSIBLE,
+    STAYING,
+    WEIGHTS_THAT_STAY,
+    Regime,
+    device,
+    plan_of,
+)
 from tolerance import assert_as_good_as_eager, assert_strategies_agree
 
 import cbam_cuda
@@ -113,7 +122,7 @@ REGIMES = (
         16,
         "RTX 5090",
         2,
-        plan={"x": "is read twice", "access": "packed", "rounds": 4},
+        plan={"x": "is read twice", "access": "packed", "rounds": 4, "holds_weights": False},
     ),
     Regime(
         "x comes and goes on the whole grid",
@@ -237,6 +246,23 @@ def test_every_regime(regime, emulator, strategy):
     with device(emulator, regime.gpu, regime.multiprocessors):
         what = (regime.case, regime.dtype, regime.layout)
         assert_agree(*assert_is_right(*what, strategy, "resident", "streaming"))
+
+
+@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+@pytest.mark.parametrize("weights", WEIGHTS_THAT_STAY, ids=str)
+def test_weights_that_stay(weights, layout, emulator, strategy):
+    """On their way to the chip: of another type than x, and at any address."""
+    assert STAYING.facts(backward=True) == STAYING.plan
+    x, grad = (LAYOUTS[layout](make_x(STAYING.case, STAYING.dtype, seed=seed)) for seed in (0, 2))
+    given = (x, *WEIGHTS_THAT_STAY[weights])
+    strategy("streaming")
+    saved = operators().forward_train(*given)[1:]
+    with device(emulator, STAYING.gpu, STAYING.multiprocessors):
+        found = []
+        for name in ("resident", "streaming"):
+            strategy(name)
+            found.append(operators().backward(grad, None, None, *given, *saved, [True] * 7))
+    assert_agree(*found)
 
 
 GATES = Case("gates", (3, 32, 12, 12), 4, (5, 5))

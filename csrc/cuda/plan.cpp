@@ -35,6 +35,8 @@ constexpr double kKernelSeconds = 3.8e-6, kOverlappingSeconds = 3.0e-6;
 constexpr double kFirstBytesSeconds = 2e-6;  // of the first launch, until bytes arrive
 // What passes take of the memory's bandwidth, on the whole: so much on an H200, from 100 MB on.
 constexpr double kStreamedShare = 0.68;
+// A product of the MLP, by a multiprocessor: at 2048x7x7 some 20 us of 256 samples on an H100.
+constexpr double kStreamedProductSeconds = 13e-12;
 
 // Short rows that are no whole number of vectors, taken as one piece of memory.
 bool are_packed(const View& view, int vector, DType dtype) {
@@ -208,7 +210,11 @@ double streamed_seconds(const ForwardProblem& p, const DeviceLimits& device, con
   const double passes = first + (group.in_cache ? again / kCacheSpeed : again);
   const double kernel =
       device.capability >= kOverlapCapability ? kOverlappingSeconds : kKernelSeconds;
-  return kFirstBytesSeconds + passes * pass + launches * groups * kernel;
+  // Two vectors through the first layer and one through the second, in both directions.
+  const double products = 3.0 *
+                          static_cast<double>(p.shape.samples * p.shape.channels * p.shape.hidden) *
+                          kStreamedProductSeconds / device.multiprocessors;
+  return kFirstBytesSeconds + passes * pass + products + launches * groups * kernel;
 }
 
 int64_t most_samples(int64_t blocks_per_sample) {

@@ -13,7 +13,7 @@ constexpr int64_t kIdleShare = 4;
 // than 32 bytes of a row of float16.
 constexpr int kFewestAlong = 8;
 // Bytes of both layers' weights up to which one launch takes both: every block reads all of them,
-// some 100 GB/s, while a launch more takes 3 us.
+// at some 100 GB/s, while a launch more takes 3 us.
 constexpr int64_t kMostTogether = 128 * 1024;
 
 bool leaves_idle(int64_t blocks, const DeviceLimits& device) {
@@ -29,7 +29,7 @@ int samples_of_walk(int64_t samples, int64_t tiles, const DeviceLimits& device) 
 
 bool takes_layers_together(const ForwardProblem& p) {
   const Shape& s = p.shape;
-  return s.hidden <= kThreads / 32 * kUnitsPerWarp &&
+  return s.hidden <= kUnitsTogether &&
          2 * s.channels * s.hidden * bytes_of(p.weights.dtype) <= kMostTogether;
 }
 
@@ -79,7 +79,9 @@ MlpBackwardGeometry plan_mlp(const BackwardProblem& p, int64_t samples,
           (!g.together && leaves_idle(walks * gate_tiles(g, s), device))))
     g.units_along /= 2;
   const int64_t most_channels = kHiddenBackwardThreads * backward_channels(kSamplesPerWalk);
-  g.hidden_samples = samples_of_walk(samples, ceil_div(s.channels, most_channels), device);
+  g.hidden_samples = g.together
+                         ? g.gate_samples
+                         : samples_of_walk(samples, ceil_div(s.channels, most_channels), device);
   return g;
 }
 

@@ -129,7 +129,7 @@ void split(Geometry& g, int64_t count, int64_t blocks, int64_t wanted, int64_t s
 
 inline int64_t padded(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
 
-// The geometry that is predicted to be the fastest, and the seconds; none, and why, where no sample
+// The geometry that is estimated to be the fastest, and the seconds; none, and why, where no sample
 // fits.
 template <class Geometry>
 struct ResidentPlan {

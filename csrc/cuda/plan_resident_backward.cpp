@@ -20,7 +20,7 @@ constexpr double kPlaceSeconds = 40e-9;
 class BackwardFitting : public Teams {
  public:
   using Geometry = ResidentBackwardGeometry;
-  static constexpr Measured kMeasured{18e-6, 3.2, 5.5};
+  static constexpr Measured kMeasured{18e-6, 3.2, 5.5, 3.6};
 
   BackwardFitting(const BackwardProblem& p, const DeviceLimits& device)
       : Teams(p, device, 2, kBackwardThreads), problem_(p) {}
@@ -32,7 +32,7 @@ class BackwardFitting : public Teams {
     g.groups = groups(g, int64_t{g.samples} * ceil_div(g.pitch, columns_together(g)));
     set_access(g);
     g.x_slots = g.samples * g.chunks;
-    if (fit(g, limit(c))) return g;
+    if (fit(g, limit(c.blocks))) return g;
     if (g.samples > 1) return std::nullopt;
     // Chunks of whole groups of rows; the number of rows in each kind is a power of two.
     const int64_t rows = std::max(kRowsTogether, g.row_group);
@@ -40,16 +40,22 @@ class BackwardFitting : public Teams {
     g.chunks = static_cast<int>(ceil_div(g.rows, g.chunk));
     for (int slots = std::min(kMostSlots, g.chunks - 1); slots >= kFewestSlots; --slots) {
       g.x_slots = slots;
-      if (fit(g, limit(c))) return g;
+      if (fit(g, limit(c.blocks))) return g;
     }
     return std::nullopt;
+  }
+
+  int64_t shared_bytes(const Geometry& g) const {
+    SharedLayout layout;
+    return resident_shared_bytes(problem_, g, layout);
   }
 
   // Of a visit of each of `teams` teams.
   double round_seconds(const Geometry& g, double teams) const {
     const double bytes = slice(g) * static_cast<double>(bytes_of(p_.dtype));
     const double passes = g.holds_x() ? 3 : 3 + 1 / kCacheSpeed;
-    const double memory = passes * bytes / rate(g, teams) + weight_seconds(g, rate(g, teams));
+    const double memory = passes * bytes / rate(g, teams) + weight_seconds(g, rate(g, teams)) +
+                          merge_seconds(g, g.mlp_samples(), rate(g, teams));
     const double chunks = g.holds_x() ? 0 : 2.0 * g.chunks;
     const int64_t pixels = ceil_div(g.boxes.pixels(), g.threads) * g.boxes_each;
     const int64_t places = ceil_div(g.boxes.pixels(), 32) * g.boxes_each *
@@ -82,8 +88,7 @@ class BackwardFitting : public Teams {
   // Sets the boxes; whether all fits into `limit` bytes.
   bool fit(Geometry& g, int64_t limit) const {
     set_boxes(g, 1);
-    SharedLayout layout;
-    if (resident_shared_bytes(problem_, g, layout) > limit) return false;
+    if (shared_bytes(g) > limit) return false;
     g.exchange = g.cluster ? 0 : exchange_bytes(g);
     return true;
   }

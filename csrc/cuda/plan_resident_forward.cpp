@@ -17,7 +17,7 @@ constexpr double kElementSeconds = 22e-12;
 class ForwardFitting : public Teams {
  public:
   using Geometry = ResidentForwardGeometry;
-  static constexpr Measured kMeasured{6e-6, 2.2, 4.0};
+  static constexpr Measured kMeasured{6e-6, 2.2, 4.0, 1.6};
 
   ForwardFitting(const ForwardProblem& p, const DeviceLimits& device)
       : Teams(p, device, 1, kForwardThreads) {}
@@ -25,14 +25,20 @@ class ForwardFitting : public Teams {
   // Null where the slices do not fit, or not as many teams as one.
   std::optional<Geometry> geometry(const Candidate& c) const {
     Geometry g{};
-    if (!set_slice(g, c) || !fit(g, limit(c))) return std::nullopt;
+    if (!set_slice(g, c) || !fit(g, limit(c.blocks))) return std::nullopt;
     return g;
+  }
+
+  int64_t shared_bytes(const Geometry& g) const {
+    SharedLayout layout;
+    return resident_shared_bytes(p_, g, layout);
   }
 
   // Of a visit of each of `teams` teams.
   double round_seconds(const Geometry& g, double teams) const {
     const double bytes = slice(g) * static_cast<double>(bytes_of(p_.dtype));
-    const double memory = 2 * bytes / rate(g, teams) + weight_seconds(g, rate(g, teams));
+    const double memory = 2 * bytes / rate(g, teams) + weight_seconds(g, rate(g, teams)) +
+                          merge_seconds(g, g.vectors(), rate(g, teams));
     const double barriers = 1.0 + 2.0 * static_cast<double>(ceil_div(s_.pixels(), g.band));
     const int64_t runs = ceil_div(g.boxes.pixels(), int64_t{kRun} * g.threads) * g.boxes_each;
     const double waits = barrier_seconds(g, barriers) + slice(g) * kElementSeconds +
@@ -52,8 +58,7 @@ class ForwardFitting : public Teams {
         // Between bands each box stays staged, and no scratch is there to share a column.
         if (bands > 1 && (g.boxes_each > 1 || g.band < g.threads)) continue;
         set_walks(g);
-        SharedLayout layout;
-        if (resident_shared_bytes(p_, g, layout) > limit) continue;
+        if (shared_bytes(g) > limit) continue;
         g.exchange = g.cluster ? 0 : exchange_bytes(g);
         return true;
       }

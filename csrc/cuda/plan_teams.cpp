@@ -53,9 +53,11 @@ int Teams::samples_per_visit() const {
   return samples;
 }
 
-double Teams::measured(const Measured& measured, double estimated) const {
+double Teams::measured(const Measured& measured, const ResidentGeometry& g,
+                       double estimated) const {
   const bool whole = !first_ || s_.pixels() % vector_ == 0;
-  return measured.more + (whole ? measured.whole : measured.rest) * estimated;
+  const double of_one = whole ? measured.whole : measured.rest;
+  return measured.more + (g.samples > 1 ? measured.several : of_one) * estimated;
 }
 
 int Teams::fewest_blocks(int samples) const {
@@ -63,9 +65,8 @@ int Teams::fewest_blocks(int samples) const {
   return static_cast<int>(ceil_div(held, device_.shared_per_block));
 }
 
-int64_t Teams::limit(const Candidate& c) const {
-  return c.blocks == 1 ? device_.shared_per_block
-                       : device_.shared_per_multiprocessor / c.blocks - 1024;
+int64_t Teams::limit(int blocks) const {
+  return blocks == 1 ? device_.shared_per_block : device_.shared_per_multiprocessor / blocks - 1024;
 }
 
 Copy Teams::copy_of(const ResidentGeometry& g) const {
@@ -136,12 +137,18 @@ double Teams::slice(const ResidentGeometry& g) const {
 }
 
 double Teams::weight_seconds(const ResidentGeometry& g, double rate) const {
+  if (g.weight_bytes) return 0;  // they came while the first samples did
   const double weights = 2.0 * share(g) * static_cast<double>(s_.hidden);
   return weights * static_cast<double>(bytes_of(p_.weights.dtype)) / (rate * kCacheSpeed);
 }
 
 double Teams::product_seconds(const ResidentGeometry& g, int vectors) const {
   return 2.0 * share(g) * static_cast<double>(s_.hidden) * vectors * kProductSeconds;
+}
+
+double Teams::merge_seconds(const ResidentGeometry& g, int vectors, double rate) const {
+  const double sums = static_cast<double>(s_.hidden) * vectors * g.team;
+  return sums * sizeof(float) / (rate * kCacheSpeed);
 }
 
 double Teams::barrier_seconds(const ResidentGeometry& g, double barriers) {

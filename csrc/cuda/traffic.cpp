@@ -212,6 +212,11 @@ Traffic of_weights(const BackwardPlan& plan, const BackwardProblem& p, const Siz
 // Where a team that is no cluster counts its blocks: it is set to zero.
 constexpr int64_t kCountBytes = 4;
 
+// How often the weights of the MLP are read: by every visit, or by every team where they stay.
+int64_t readings(const ResidentGeometry& g, int64_t visits) {
+  return g.weight_bytes ? std::min(visits, g.teams) : visits;
+}
+
 // What the blocks of a team that is no cluster tell each other.
 Traffic of_exchange(const ResidentForwardGeometry& g, const ForwardProblem& p, const Sizes& n) {
   const int64_t visits = ceil_div(n.samples, g.samples), each_map = 2 * n.acc + n.index;
@@ -232,9 +237,9 @@ Traffic of_resident(const ForwardPlan& plan, const ForwardProblem& p, const Size
   if (!g.cluster) t = of_exchange(g, p, n);
   t.x_read = t.out_written = n.x;
   t.weights_read =
-      n.weight *
-      (visits * n.hidden * (2 * n.channels + (p.weights.fc1_bias ? g.team * g.vectors() / 2 : 0)) +
-       (p.weights.fc2_bias ? n.samples * n.channels : 0));
+      n.weight * (readings(g, visits) * 2 * n.hidden * n.channels +
+                  (p.weights.fc1_bias ? visits * n.hidden * g.team * g.vectors() / 2 : 0) +
+                  (p.weights.fc2_bias ? n.samples * n.channels : 0));
   t.small_read +=
       g.teams * g.team * n.weight * (2 * p.shape.taps() + (p.weights.conv_bias ? 1 : 0));
   if (p.training())
@@ -265,7 +270,7 @@ Traffic of_resident(const BackwardPlan& plan, const BackwardProblem& p, const Si
   if (!g.cluster) t = of_exchange(g, n, staged);
   t.x_read = (g.holds_x() ? 2 : 3) * n.x;
   if (p.gradients.x) t.out_written = n.x;
-  t.weights_read = visits * n.weight * 2 * n.hidden * n.channels;
+  t.weights_read = readings(g, visits) * n.weight * 2 * n.hidden * n.channels;
   t.small_read +=
       g.teams * g.team * 2 * p.shape.taps() * n.weight +
       n.samples * n.channels * (n.acc + 4 + (p.d_channel_gate ? n.acc : 0)) +

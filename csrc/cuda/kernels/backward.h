@@ -204,10 +204,10 @@ struct HiddenBackwardShared {
 template <class A, int kSamples>
 struct BothBackwardShared {
   GateBackwardShared<A, kSamples> second;
-  HiddenBackwardShared<A, kSamples> first;
+  A* d_hidden;  // [kUnitsTogether, samples, mean and maximum]
 
   CBAM_INLINE_MEMBER explicit BothBackwardShared(SharedCarver& carver)
-      : second(carver), first(carver) {}
+      : second(carver), d_hidden(carver.array<A>(kUnitsTogether * 2 * kSamples, "d_hidden")) {}
 };
 
 // input_gradient.cu: the last pass, dout -> dx.

@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kGateChannels, 4) gate_layer_kernel(const Chan
 
 // grid    ceil(samples / kSamples) blocks of 256 threads: as in the first layer, then every 256th
 //         channel a thread
-// shared  what both layers take
+// shared  what the first layer takes, and the hidden vectors
 // bytes   reads W1, W2 and the pooled parts once a group of samples
 template <class W, class A, int kSamples>
 __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : 2)
@@ -302,17 +302,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : 2)
   const BothShared<A, kSamples> shared(carver);
   stage_bias<W>(p, all, shared.first);
   wait_for_previous_launch();
-  A* pairs = shared.first.pooled;  // [hidden units, samples, mean and maximum]; read to its end
+  // [hidden units, samples, mean and maximum], where the pooled vectors were.
+  A* pairs = shared.first.pooled;
   make_hidden<W>(p, all, first_sample, shared.first,
                  [&](int unit, int v, A value) { pairs[unit * 2 * kSamples + v] = value; });
   __syncthreads();
   for (int i = threadIdx.x; i < p.hidden_units * kSamples; i += kThreads)
-    shared.second.hidden[i] = pairs[2 * i] + pairs[2 * i + 1];
+    shared.hidden[i] = pairs[2 * i] + pairs[2 * i + 1];
   __syncthreads();
   for (int channel = threadIdx.x; channel < p.channels; channel += kThreads) {
     A z[kSamples] = {};
     add_units(p, static_cast<const W*>(p.fc2_weight) + int64_t{channel} * p.hidden_units,
-              p.hidden_units, shared.second.hidden, z);
+              p.hidden_units, shared.hidden, z);
     put_gates(p, first_sample, channel, bias_of_gate<W>(p, channel), z);
   }
 }

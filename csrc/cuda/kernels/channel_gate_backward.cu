@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kHiddenBackwardThreads)
 
 // grid    ceil(samples / kSamples) blocks of 512 threads, 256 for doubles: as in the second layer,
 //         then a thread takes every 512th channel, or every 256th
-// shared  what both layers take
+// shared  what the second layer takes, and d_hidden
 // bytes   reads W2, W1 and the parts of d_channel once a group of samples
 template <class W, class A, int kSamples>
 __global__ void __launch_bounds__(kGateBackwardThreads<A>, 1)
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(kGateBackwardThreads<A>, 1)
   SharedCarver carver(dynamic_shared_memory());
   const BothBackwardShared<A, kSamples> shared(carver);
   wait_for_previous_launch();
-  A* d_hidden = shared.first.d_hidden;
+  A* d_hidden = shared.d_hidden;
   make_d_hidden<W>(p, 0, first_sample, shared.second, [&](int unit, int s, A of_mean, A of_max) {
     d_hidden[(unit * kSamples + s) * 2] = of_mean;
     d_hidden[(unit * kSamples + s) * 2 + 1] = of_max;

@@ -169,7 +169,8 @@ struct ChannelGate {
   void* gate;       // acc [samples, channels]
 };
 
-constexpr int kUnitsPerWarp = 4;    // hidden units of a warp in the first layer
+constexpr int kUnitsPerWarp = 4;  // hidden units of a warp in the first layer
+constexpr int kUnitsTogether = kThreads / 32 * kUnitsPerWarp;  // of a block, at most
 constexpr int kGateChannels = 128;  // channels, and threads, of a block in the second layer
 constexpr int kUnitChunk = 128;     // hidden units staged at a time by what walks along them
 
@@ -191,7 +192,7 @@ struct HiddenShared {
 
   CBAM_INLINE_MEMBER explicit HiddenShared(SharedCarver& carver)
       : pooled(carver.array<A>(kChunk * kPitch, "pooled")),
-        bias(carver.array<A>(kThreads / 32 * kUnitsPerWarp, "bias")),
+        bias(carver.array<A>(kUnitsTogether, "bias")),
         partial(carver.array<A>(kThreads / 32 * kSums, "partial")) {}
 };
 
@@ -206,9 +207,10 @@ struct GateShared {
 template <class A, int kSamples>
 struct BothShared {
   HiddenShared<A, kSamples> first;
-  GateShared<A, kSamples> second;
+  A* hidden;  // [kUnitsTogether, samples]: the sum of both hidden vectors
 
-  CBAM_INLINE_MEMBER explicit BothShared(SharedCarver& carver) : first(carver), second(carver) {}
+  CBAM_INLINE_MEMBER explicit BothShared(SharedCarver& carver)
+      : first(carver), hidden(carver.array<A>(kUnitsTogether * kSamples, "hidden")) {}
 };
 
 // The extents of an image and of the convolution's kernel: as in Shape, for index arithmetic in 32

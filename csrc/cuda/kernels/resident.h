@@ -37,6 +37,8 @@ struct ResidentGeometry {
   Copy copy;
   BoxGeometry boxes;  // what the convolution is computed in; boxes go round the blocks of the team
   int boxes_each;     // boxes of a visit that a block takes, at most
+  int weight_bytes;   // of a weight of the MLP, where those of a block's channels stay on the chip
+                      // for all visits; else 0
   int64_t exchange;   // bytes that a block puts out for the others in global memory; 0 in a cluster
 
   // The samples that the MLP's sums are made for; what belongs to absent ones is zero.
@@ -59,6 +61,17 @@ struct Resident {
   Saved saved;     // written by the forward, all null in inference; read by the backward
   char* exchange;  // geometry.exchanged() bytes, or null
   SharedLayout layout;
+};
+
+// The weights of the MLP that belong to a block's channels, of their own type.
+struct HeldWeights {
+  char* fc1;  // [hidden, channels]
+  char* fc2;  // [channels, hidden]
+
+  template <class Carver>
+  CBAM_INLINE_MEMBER HeldWeights(Carver& carver, const ResidentGeometry& g, int units)
+      : fc1(carver.template array<char>(int64_t{g.weight_bytes} * units * g.channels, "fc1")),
+        fc2(carver.template array<char>(int64_t{g.weight_bytes} * units * g.channels, "fc2")) {}
 };
 
 // Where threads that share a column leave what each has of it.

@@ -6,13 +6,14 @@
 // grid    teams * team blocks of 256 or 512 threads, as clusters of `team` blocks or all at once; a
 //         team visits `samples` samples, then those `teams` visits further on, which begin to
 //         arrive while it writes dx
-// shared  the slice of dout, that of x or a few chunks of it; what belongs to all pixels; dz of the
-//         block's boxes with their halo; what it puts out for the other blocks of a cluster
+// shared  the slice of dout, that of x or a few chunks of it; the weights of its channels, where
+//         there is room; what belongs to all pixels; dz of the block's boxes with their halo; what
+//         it puts out for the other blocks of a cluster
 // bytes   reads dout once and x once, or twice where it does not stay; writes dx once; reads the
-//         weights of the MLP once a visit, what the forward saved once. Blocks that are no cluster
-//         exchange through global memory. Where nobody asks for dx or for the convolution's
-//         gradients, their last step is left out; all else is done, so that no gradient depends on
-//         which others are asked for.
+//         weights of the MLP once a visit, or once a team where they stay, what the forward saved
+//         once. Blocks that are no cluster exchange through global memory. Where nobody asks for dx
+//         or for the convolution's gradients, their last step is left out; all else is done, so
+//         that no gradient depends on which others are asked for.
 #include "../dispatch.cuh"
 #include "../launch.cuh"
 #include "resident_channel_gate_backward.cuh"
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     const int sample = n / g.chunks;
     if (sample < block.samples_in(0)) load_dout(0, sample, n % g.chunks);
   }
-  prefetch_weights(p, block);
+  fetch_weights(block, m.shared.held);
   block.team.open();
   for (block.start(0); block.samples > 0; block.start(block.round + 1)) {
     stage_channels(p, block, m);

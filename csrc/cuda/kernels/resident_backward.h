@@ -80,7 +80,8 @@ struct ResidentBackwardShared {
   A* weight;                   // [2, taps]
   A* dz;                       // [boxes_each, box with its halo, rows padded]
   A* maps;                     // [boxes_each, both maps of the same]
-  A* sum;                      // [kMostAside, threads]: where several share a row or a column
+  HeldWeights held;
+  A* sum;  // [kMostAside, threads]: where several share a row or a column
 
   template <class Carver>
   CBAM_INLINE_MEMBER ResidentBackwardShared(Carver& carver, const ResidentBackwardGeometry& g,
@@ -99,6 +100,7 @@ struct ResidentBackwardShared {
         weight(carver.template array<A>(int64_t{2} * space.taps(), "weight")),
         dz(carver.template array<A>(int64_t{g.boxes_each} * g.boxes.staged(space), "dz")),
         maps(carver.template array<A>(g.boxes_each * staged_maps(g.boxes, space), "maps")),
+        held(carver, g, units),
         sum(carver.template array<A>(int64_t{kMostAside} * g.threads, "sum")) {}
 };
 

@@ -3,7 +3,8 @@
 //   channel_gate[c] = sigmoid(W2 (relu(W1 avg + b1) + relu(W1 max + b1)) + 2 b2)
 //
 // Every block sums the first layer over its own channels, the team adds these shares in the order
-// of ranks, and every block makes the gates of its own channels: the team reads the weights once.
+// of ranks, and every block makes the gates of its own channels: the team reads the weights once,
+// for a visit or for all of them.
 #pragma once
 
 #include "resident_extremes.cuh"
@@ -18,12 +19,12 @@ __device__ __forceinline__ void hidden_shares(const ResidentForward& p,
                                               const ForwardMemory<T>& m) {
   constexpr int kRows = kVectors == 2 ? 8 : 2;
   const int row = threadIdx.x % 32 / kVectors, vector = threadIdx.x % kVectors;
-  with_weights<T>(p.weights.fc1_weight, p.weights.dtype, [&](const auto* weights) {
+  with_first_layer(block, m.shared.held, [&](const auto* weights, int64_t stride) {
     for (int unit = threadIdx.x / 32 * kRows; unit < p.hidden;
          unit += p.geometry.threads / 32 * kRows) {
-      const auto sum = warp_products<kRows, kVectors>(
-          weights + int64_t{unit} * p.channels + block.first_channel, p.channels, p.hidden - unit,
-          block.channels, m.shared.pooled, p.geometry.pooled_pitch());
+      const auto sum = warp_products<kRows, kVectors>(weights + unit * stride, stride,
+                                                      p.hidden - unit, block.channels,
+                                                      m.shared.pooled, p.geometry.pooled_pitch());
       if (row < kRows && unit + row < p.hidden)
         m.exchange.hidden[(unit + row) * kVectors + vector] = sum;
     }
@@ -42,6 +43,7 @@ __device__ __forceinline__ void merge_hidden(const ResidentForward& p,
   constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(A)), kPairs = kCount / 2;
   const int samples = p.geometry.mlp_samples(), pairs = p.hidden * samples;
   const Team& team = block.team;
+  const int64_t first_sample = block.first_sample();
   for (int first = kPairs * threadIdx.x; first < pairs; first += kPairs * p.geometry.threads) {
     A sum[kCount] = {};  // mean and max of one unit and sample, then of the next
     read_from(team, [&](auto read) {
@@ -62,7 +64,7 @@ __device__ __forceinline__ void merge_hidden(const ResidentForward& p,
       const A mean = relu(sum[2 * k] + b), max = relu(sum[2 * k + 1] + b);
       m.shared.both[first + k] = mean + max;
       if (kTraining && team.rank == 0 && sample < block.samples) {
-        const int64_t n = block.first_sample() + sample;
+        const int64_t n = first_sample + sample;
         A* saved = static_cast<A*>(p.saved.hidden) + n * 2 * p.hidden + unit;
         saved[0] = mean;
         saved[p.hidden] = max;
@@ -80,22 +82,22 @@ __device__ __forceinline__ void gate_channels(const ResidentForward& p,
   using A = acc_t<T>;
   constexpr int kRows = kSamples == 1 ? 8 : 4;
   const int row = threadIdx.x % 32 / kSamples, sample = threadIdx.x % kSamples;
-  with_weights<T>(p.weights.fc2_weight, p.weights.dtype, [&](const auto* weights) {
+  const int64_t n = block.first_sample() + sample;
+  with_second_layer(block, m.shared.held, [&](const auto* weights) {
     for (int first = threadIdx.x / 32 * kRows; first < block.channels;
          first += p.geometry.threads / 32 * kRows) {
       const int c = first + row, channel = block.first_channel + c;
       const bool own = row < kRows && c < block.channels && sample < block.samples;
       const void* bias = own ? p.weights.fc2_bias : nullptr;
       const A b = bias ? weight_at<T>(bias, p.weights.dtype, channel) : A(0);
-      const A sum = warp_products<kRows, kSamples>(
-          weights + int64_t{block.first_channel + first} * p.hidden, p.hidden,
-          block.channels - first, p.hidden, m.shared.both, kSamples);
+      const A sum =
+          warp_products<kRows, kSamples>(weights + int64_t{first} * p.hidden, p.hidden,
+                                         block.channels - first, p.hidden, m.shared.both, kSamples);
       if (!own) continue;
       const A gate = sigmoid(sum + A(2) * b);
       m.shared.gate[sample * p.geometry.channels + c] = gate;
       if constexpr (kTraining)
-        static_cast<A*>(
-            p.saved.channel_gate)[(block.first_sample() + sample) * p.channels + channel] = gate;
+        static_cast<A*>(p.saved.channel_gate)[n * p.channels + channel] = gate;
     }
   });
   __syncthreads();

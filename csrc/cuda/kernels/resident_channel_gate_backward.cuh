@@ -6,7 +6,7 @@
 //   d_pooled[p] = W1^T d_hidden[p], the mean's divided by the pixels
 //
 // Every block has dm of its own channels and sums the second layer's share over them; the team adds
-// these shares in the order of ranks: it reads the weights once.
+// these shares in the order of ranks: it reads the weights once, for a visit or for all of them.
 #pragma once
 
 #include "resident_mlp.cuh"
@@ -81,11 +81,11 @@ __device__ __forceinline__ void stage_dm(const ResidentBackward& p,
   const ResidentBackwardGeometry& g = p.geometry;
   const int samples = g.mlp_samples();
   const A* more = static_cast<const A*>(p.d_channel_gate);
+  const int64_t first_sample = block.first_sample();
   for_own_channels(block, samples, [&](int sample, int c) {
     A dm = A(0);
     if (sample < block.samples) {
-      const int64_t n = block.first_sample() + sample,
-                    at = n * p.channels + block.first_channel + c;
+      const int64_t n = first_sample + sample, at = n * p.channels + block.first_channel + c;
       const A d = m.shared.d_channel[sample * g.channels + c] + (more ? more[at] : A(0));
       dm = d * sigmoid_derivative<A>(m.shared.of_channels.gate()[sample * g.channels + c]);
       if (p.dm) static_cast<A*>(p.dm)[at] = dm;
@@ -103,11 +103,12 @@ __device__ __forceinline__ void merge_d_hidden(const ResidentBackward& p,
   using A = acc_t<T>;
   const int samples = p.geometry.mlp_samples();
   const Team& team = block.team;
+  const int64_t first_sample = block.first_sample();
   for (int i = threadIdx.x; i < p.hidden * samples; i += p.geometry.threads) {
     const int unit = i % p.hidden, sample = i / p.hidden;
     A of_mean = A(0), of_max = A(0);
     if (sample < block.samples) {
-      const int64_t at = (block.first_sample() + sample) * 2 * p.hidden + unit;
+      const int64_t at = (first_sample + sample) * 2 * p.hidden + unit;
       const A* hidden = static_cast<const A*>(p.saved.hidden) + at;
       const bool mean_passes = relu_passes(hidden[0]), max_passes = relu_passes(hidden[p.hidden]);
       const A total = sum_over_team(team, m.exchange.hidden + sample * p.hidden + unit);
@@ -133,27 +134,25 @@ __device__ __forceinline__ void mlp_backward(const ResidentBackward& p,
                                              const ResidentBlock<T, kChannelsFirst>& block,
                                              const BackwardMemory<T>& m) {
   using A = acc_t<T>;
-  const Weights& w = p.weights;
-  with_weights<T>(w.fc2_weight, w.dtype, [&](const auto* weights) {
+  with_second_layer(block, m.shared.held, [&](const auto* weights) {
     column_products<kSamples>(
-        weights + int64_t{block.first_channel} * p.hidden, p.hidden, block.channels, p.hidden,
-        m.shared.dm, m.shared.sum,
+        weights, p.hidden, block.channels, p.hidden, m.shared.dm, m.shared.sum,
         [&](int sample, int unit, A sum) { m.exchange.hidden[sample * p.hidden + unit] = sum; });
   });
   block.team.barrier();
   merge_d_hidden(p, block, m);
   const StagedTerms<A>& terms = m.shared.of_channels;
-  with_weights<T>(w.fc1_weight, w.dtype, [&](const auto* weights) {
-    column_products<2 * kSamples>(
-        weights + block.first_channel, p.channels, p.hidden, block.channels, m.shared.d_hidden,
-        m.shared.sum, [&](int vector, int c, A sum) {
-          const int sample = vector / 2, at = sample * p.geometry.channels + c;
-          if (sample >= block.samples) return;
-          if (vector % 2 == 0)
-            terms.first()[at] = sum / static_cast<A>(block.pixels());
-          else
-            terms.second()[at] = sum;
-        });
+  with_first_layer(block, m.shared.held, [&](const auto* weights, int64_t stride) {
+    column_products<2 * kSamples>(weights, stride, p.hidden, block.channels, m.shared.d_hidden,
+                                  m.shared.sum, [&](int vector, int c, A sum) {
+                                    const int sample = vector / 2,
+                                              at = sample * p.geometry.channels + c;
+                                    if (sample >= block.samples) return;
+                                    if (vector % 2 == 0)
+                                      terms.first()[at] = sum / static_cast<A>(block.pixels());
+                                    else
+                                      terms.second()[at] = sum;
+                                  });
   });
 }
 

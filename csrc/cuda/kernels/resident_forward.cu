@@ -8,10 +8,12 @@
 // grid    teams * team blocks of 256 or 512 threads, as clusters of `team` blocks or all at once; a
 //         team visits `samples` samples, then those `teams` visits further on, which begin to
 //         arrive while it writes out
-// shared  the slice; the boxes of pixels whose gates the block computes, with their halo; both
-//         gates; what it puts out for the other blocks of a cluster
-// bytes   reads x once, writes out once; reads the weights of the MLP once a visit. In training
-//         also writes what is saved. Blocks that are no cluster exchange through global memory.
+// shared  the slice; the weights of its channels, where there is room; the boxes of pixels whose
+//         gates the block computes, with their halo; both gates; what it puts out for the other
+//         blocks of a cluster
+// bytes   reads x once, writes out once; reads the weights of the MLP once a visit, or once a team
+//         where they stay. In training also writes what is saved. Blocks that are no cluster
+//         exchange through global memory.
 #include "../dispatch.cuh"
 #include "../launch.cuh"
 #include "resident_channel_gate.cuh"
@@ -76,12 +78,13 @@ __device__ __forceinline__ void pool(const ResidentForward& p,
   using A = acc_t<T>;
   const ResidentForwardGeometry& g = p.geometry;
   A* pooled = m.shared.pooled;
+  const int64_t first_sample = block.first_sample();
   const auto put = [&](int sample, int c, const Extremes<A, kTraining>& e) {
     const A mean = e.sum / static_cast<A>(block.pixels());
     pooled[c * g.pooled_pitch() + 2 * sample] = mean;
     pooled[c * g.pooled_pitch() + 2 * sample + 1] = e.max;
     if constexpr (kTraining) {
-      const int64_t n = block.first_sample() + sample, channel = block.first_channel + c;
+      const int64_t n = first_sample + sample, channel = block.first_channel + c;
       A* saved = static_cast<A*>(p.saved.pooled) + n * 2 * p.channels + channel;
       saved[0] = mean;
       saved[p.channels] = e.max;
@@ -214,7 +217,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   };
   for (int sample = 0; sample < block.samples_in(0); ++sample)
     for (int number = 0; number < g.chunks; ++number) load(0, sample, number);
-  prefetch_weights(p, block);
+  fetch_weights(block, m.shared.held);
   block.team.open();
   for (block.start(0); block.samples > 0; block.start(block.round + 1)) {
     __syncthreads();

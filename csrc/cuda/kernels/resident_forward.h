@@ -80,6 +80,7 @@ struct ResidentForwardShared {
   A* gate;              // [samples, channels]
   A* weight;            // [2, taps], and the bias
   A* spatial;           // [samples, pixels]; null where ForwardExchange has room for it
+  HeldWeights held;
   ColumnScratch<A> scratch;
 
   template <class Carver>
@@ -95,6 +96,7 @@ struct ResidentForwardShared {
         weight(carver.template array<A>(int64_t{2} * space.taps() + 1, "weight")),
         spatial(carver.template array<A>(g.cluster ? 0 : int64_t{g.samples} * space.pixels(),
                                          "spatial")),
+        held(carver, g, units),
         scratch{carver.template array<A>(shared_columns(g), "sum"),
                 carver.template array<A>(shared_columns(g), "max"),
                 carver.template array<int32_t>(training ? shared_columns(g) : 0, "argmax")} {}

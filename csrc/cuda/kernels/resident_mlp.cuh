@@ -1,5 +1,5 @@
-// Products with the weights of the MLP, by a block that has some of the channels: along the rows of
-// a matrix, and down its columns.
+// The weights of the MLP that a block's channels need, and products with them: along the rows of a
+// matrix, and down its columns.
 #pragma once
 
 #include "../primitives/vector_io.cuh"
@@ -10,8 +10,8 @@ namespace cbam::cuda {
 
 // Brings the weights of the block's channels to the cache while the first samples arrive.
 template <bool kChannelsFirst, class T>
-__device__ __forceinline__ void prefetch_weights(const Resident& p,
-                                                 const ResidentBlock<T, kChannelsFirst>& block) {
+__device__ __forceinline__ void prefetch_weights(const ResidentBlock<T, kChannelsFirst>& block) {
+  const Resident& p = block.p;
   const int size = static_cast<int>(bytes_of(p.weights.dtype));
   const int lines = (block.channels * size + kLineBytes - 1) / kLineBytes;
   const int row = p.hidden * size, end = (block.channels * row + kLineBytes - 1) / kLineBytes;
@@ -24,8 +24,98 @@ __device__ __forceinline__ void prefetch_weights(const Resident& p,
   }
 }
 
-// Weights that a lane has under way: they come from the second-level cache, hundreds of cycles
-// away.
+// Calls body(weights) with a pointer to their type: x's own, or that of sums.
+template <class T, class Body>
+__device__ __forceinline__ void with_weights(const void* weights, DType dtype, Body body) {
+  if constexpr (std::is_same_v<acc_t<T>, T>)
+    body(static_cast<const T*>(weights));
+  else if (dtype == DType::kFloat32)
+    body(static_cast<const acc_t<T>*>(weights));
+  else
+    body(static_cast<const T*>(weights));
+}
+
+// A matrix to shared memory: `cols` columns side by side, in rows `stride` apart there and `pitch`
+// apart here, kCount elements at a time.
+template <int kCount, class W>
+__device__ __forceinline__ void hold_rows(const W* from, int64_t stride, int rows, int cols,
+                                          int pitch, W* to) {
+  const int vectors = cols / kCount;
+  for_batches<4>(
+      threadIdx.x, rows * vectors, blockDim.x,
+      [&](int i) { return load<kCount>(from + i / vectors * stride + i % vectors * kCount); },
+      [&](int i, const Raw<W, kCount>& raw) {
+        W* target = to + i / vectors * pitch + i % vectors * kCount;
+        if constexpr (kCount == 1)
+          *target = raw.element[0];
+        else
+          *reinterpret_cast<uint4*>(target) = raw.words;
+      });
+}
+
+// The same by vectors where its rows are whole ones.
+template <class W>
+__device__ __forceinline__ void hold(const W* from, int64_t stride, int rows, int cols, int pitch,
+                                     char* held) {
+  W* to = reinterpret_cast<W*>(held);
+  const bool whole = stride % kVector<W> == 0 && cols % kVector<W> == 0 && pitch % kVector<W> == 0;
+  if (whole && elements_to_boundary(from) == 0)
+    hold_rows<kVector<W>>(from, stride, rows, cols, pitch, to);
+  else
+    hold_rows<1>(from, stride, rows, cols, pitch, to);
+}
+
+// The weights of the block's channels: where they stay on the chip they come there, else to the
+// cache, while the first samples arrive.
+template <bool kChannelsFirst, class T>
+__device__ __forceinline__ void fetch_weights(const ResidentBlock<T, kChannelsFirst>& block,
+                                              const HeldWeights& held) {
+  const Resident& p = block.p;
+  if (!block.g.weight_bytes) {
+    prefetch_weights(block);
+    return;
+  }
+  with_weights<T>(p.weights.fc1_weight, p.weights.dtype, [&](const auto* weights) {
+    hold(weights + block.first_channel, p.channels, p.hidden, block.channels, block.g.channels,
+         held.fc1);
+  });
+  with_weights<T>(p.weights.fc2_weight, p.weights.dtype, [&](const auto* weights) {
+    hold(weights + int64_t{block.first_channel} * p.hidden, p.hidden, block.channels, p.hidden,
+         p.hidden, held.fc2);
+  });
+}
+
+// Calls body(weights, stride), where weights[u * stride + c] belongs to hidden unit u and channel c
+// of the block.
+template <bool kChannelsFirst, class T, class Body>
+__device__ __forceinline__ void with_first_layer(const ResidentBlock<T, kChannelsFirst>& block,
+                                                 const HeldWeights& held, Body body) {
+  const Resident& p = block.p;
+  if (block.g.weight_bytes)
+    with_weights<T>(held.fc1, p.weights.dtype,
+                    [&](const auto* weights) { body(weights, int64_t{block.g.channels}); });
+  else
+    with_weights<T>(p.weights.fc1_weight, p.weights.dtype, [&](const auto* weights) {
+      body(weights + block.first_channel, int64_t{p.channels});
+    });
+}
+
+// Calls body(weights), where weights[c * hidden + u] belongs to channel c of the block and hidden
+// unit u.
+template <bool kChannelsFirst, class T, class Body>
+__device__ __forceinline__ void with_second_layer(const ResidentBlock<T, kChannelsFirst>& block,
+                                                  const HeldWeights& held, Body body) {
+  const Resident& p = block.p;
+  if (block.g.weight_bytes)
+    with_weights<T>(held.fc2, p.weights.dtype, body);
+  else
+    with_weights<T>(p.weights.fc2_weight, p.weights.dtype, [&](const auto* weights) {
+      body(weights + int64_t{block.first_channel} * p.hidden);
+    });
+}
+
+// Weights that a lane has under way: where they do not stay on the chip they come from the
+// second-level cache, hundreds of cycles away.
 constexpr int kWeightsUnderWay = 8;
 // Elements of vectors that are read at once.
 template <int kVectors>
@@ -66,18 +156,6 @@ __device__ __forceinline__ A warp_products(const W* weights, int64_t stride, int
     }
   }
   return sums_of_warp(sum);
-}
-
-// Calls body(weights) with a pointer to their type: x's own, or that of sums.
-template <class T, class Body>
-__device__ __forceinline__ void with_weights(const void* weights, DType dtype, Body body) {
-  const auto* wide = static_cast<const acc_t<T>*>(weights);
-  if constexpr (std::is_same_v<acc_t<T>, T>)
-    body(wide);
-  else if (dtype == DType::kFloat32)
-    body(wide);
-  else
-    body(static_cast<const T*>(weights));
 }
 
 // For every column j of a matrix of weights, whose rows are `stride` apart: put(v, j, sum over k of

@@ -238,12 +238,11 @@ __device__ __forceinline__ void gate_boxes(const ResidentForward& p,
     A* gates = m.exchange.gates + k * g.gates_each();
     for (int i = box.pixels() + threadIdx.x; i < g.gates_each(); i += g.threads)
       gates[i] = A(0);  // read with others in a vector
+    const int64_t n = block.first_sample() + box.sample;
     const auto put = [&](int at, int pixel, A gate) {
       gates[at] = gate;
       if constexpr (kTraining)
-        static_cast<A*>(
-            p.saved.spatial_gate)[(block.first_sample() + box.sample) * block.pixels() + pixel] =
-            gate;
+        static_cast<A*>(p.saved.spatial_gate)[n * block.pixels() + pixel] = gate;
     };
     // Runs of four pixels by eight threads take two threads a pixel; each has a row of the kernel.
     constexpr int kSharing = 8;

@@ -17,14 +17,12 @@ struct ResidentBlock {
   const Resident& p;
   const ResidentGeometry& g;
   Team team;
-  int number;  // of the team
   int first_channel, channels;
   int samples = 0;  // of the visit
   int round = 0;    // of the team's visits
 
   __device__ __forceinline__ ResidentBlock(const Resident& p_, const ResidentGeometry& g_)
       : p(p_), g(g_) {
-    number = blockIdx.x / g.team;
     team = {g.cluster, g.team, static_cast<int>(blockIdx.x) % g.team, static_cast<int>(g.exchange),
             p.exchange};
     // Shares of the channels are even but for one group; the first blocks have one more.
@@ -38,9 +36,11 @@ struct ResidentBlock {
   __device__ __forceinline__ int rows() const { return kChannelsFirst ? channels : g.rows; }
   __device__ __forceinline__ int cols() const { return kChannelsFirst ? g.pitch : channels; }
 
+  // Of the team.
+  __device__ __forceinline__ int number() const { return block_index() / g.team; }
   // Samples of this team's visit in a round; none once all are done.
   __device__ __forceinline__ int samples_in(int any_round) const {
-    const int64_t left = p.samples - (number + any_round * g.teams) * g.samples;
+    const int64_t left = p.samples - (number() + any_round * g.teams) * g.samples;
     return static_cast<int>(max(int64_t{0}, min(left, int64_t{g.samples})));
   }
   __device__ __forceinline__ void start(int this_round) {
@@ -49,7 +49,7 @@ struct ResidentBlock {
   }
   // Of the visit.
   __device__ __forceinline__ int64_t first_sample() const {
-    return (number + round * g.teams) * g.samples;
+    return (number() + round * g.teams) * g.samples;
   }
   // Of what is loaded once a visit.
   __device__ __forceinline__ int parity() const { return round & 1; }
@@ -100,7 +100,7 @@ __device__ __forceinline__ void load_chunk(const ResidentGeometry& g,
   const Chunk chunk(g, block.rows(), number);
   if (chunk.count <= 0) return;
   const int64_t row = kChannelsFirst ? block.first_channel + chunk.first : chunk.first;
-  const int64_t sample = (block.number + round * g.teams) * g.samples + within;
+  const int64_t sample = (block.number() + round * g.teams) * g.samples + within;
   const T* data = static_cast<const T*>(from.data) + sample * from.sample_stride +
                   row * from.row_stride + (kChannelsFirst ? 0 : block.first_channel);
   // Rows without a gap between them are one piece.

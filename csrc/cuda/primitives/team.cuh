@@ -26,6 +26,18 @@ __device__ __forceinline__ unsigned* arrivals(char* counts, int blocks) {
   return reinterpret_cast<unsigned*>(counts + blockIdx.x / blocks * kLineBytes);
 }
 
+// blockIdx.x, read anew each time: a value that follows from it takes no register from one use to
+// the next.
+__device__ __forceinline__ unsigned block_index() {
+#if defined(CBAM_EMULATED)
+  return blockIdx.x;
+#else
+  unsigned index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+#endif
+}
+
 #if defined(CBAM_EMULATED)
 
 __device__ __forceinline__ void cluster_barrier(emulator::Place place = emulator::Place::here()) {
