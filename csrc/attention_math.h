@@ -35,7 +35,7 @@ CBAM_INLINE V input_gradient_of(V dout, V spatial_gate, V of_maps, V channel_gat
 // Whether `v` takes the place of `best`: a NaN beats every number, the first of equals stays.
 template <class A>
 CBAM_INLINE auto takes_maximum(A v, A best) {
-  return !(v <= best) & (best == best);
+  return (!(v <= best)) & (best == best);
 }
 
 // Whether (v, i) comes before (best, j) where partial results meet in any order: the larger value

@@ -1,6 +1,7 @@
 // CBAM's forward on the CPU, a sample at a time: pool over space, channel gate, pool over channels,
 // spatial gate, scale. x comes from memory once and from cache the other two times.
 // Compiled once per target, with CBAM_CPU_TARGET naming it.
+#include "column_parts.h"
 #include "kernels.h"
 #include "mlp.h"
 #include "schedule.h"
@@ -23,25 +24,20 @@ class Forward {
         planes_(problem.shape),
         pixels_(problem.shape.pixels()),
         channels_first_(problem.strides.channels_first()),
+        columns_(columns_of(problem)),
         large_(is_large(problem)),
         sums_(sums) {}
 
   struct Workspace {
-    A* block_sum;  // channels last: [row blocks, channels], partial results of the pool
-    A* block_max;
-    Index* block_argmax;
-    A* planes;   // [2, image rows, pitch]: the maps
-    A* spatial;  // [pixels]: the spatial gate
-    A* taps;     // [2, taps]: the convolution's weights
+    typename ColumnParts<T>::Results columns;  // of parts of the rows
+    A* planes;                                 // [2, image rows, pitch]: the maps
+    A* spatial;                                // [pixels]: the spatial gate
+    A* taps;                                   // [2, taps]: the convolution's weights
     A bias = A(0);
 
     Workspace(const ForwardProblem& p, int64_t, Carver& carver) {
       const Planes<A> planes_of(p.shape);
-      const int64_t partial =
-          p.strides.channels_first() ? 0 : blocks(p.shape.pixels()) * p.shape.channels;
-      block_sum = carver.array<A>(partial);
-      block_max = carver.array<A>(partial);
-      block_argmax = carver.array<Index>(partial);
+      columns = columns_of(p).carve(carver);
       planes = carver.array<A>(2 * planes_of.size());
       spatial = carver.array<A>(p.shape.pixels());
       taps = carver.array<A>(2 * p.shape.taps());
@@ -82,7 +78,15 @@ class Forward {
   }
 
  private:
-  static int64_t blocks(int64_t rows) { return (rows + kPoolBlock - 1) / kPoolBlock; }
+  // The stage that goes down x's columns: the pool where channels come last, else the maps. Of
+  // these an image that is several tiles of columns has enough to share.
+  static ColumnParts<T> columns_of(const ForwardProblem& p) {
+    const int64_t channels = p.shape.channels, pixels = p.shape.pixels();
+    if (!p.strides.channels_first()) return {pixels, channels, kPoolRows};
+    if (pixels > kColumnTile) return {channels, pixels, channels};
+    const int64_t eighth = (channels + 63) / 64 * 8;
+    return {channels, pixels, eighth < kMapRows ? kMapRows : eighth};
+  }
 
   Matrix<const T> x(int64_t n) const { return matrix(static_cast<const T*>(p_.x), p_.strides, n); }
   Matrix<T> out(int64_t n) const { return matrix(static_cast<T*>(p_.out), p_.out_strides, n); }
@@ -122,75 +126,62 @@ class Forward {
         });
       });
     } else {
-      run(blocks(pixels_), [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) pool_block(n, b, ws);
-      });
-      merge_blocks(n, ws);
-    }
-  }
-
-  // Channels last: all channels over one block of pixels.
-  void pool_block(int64_t n, int64_t block, Workspace& ws) const {
-    const int64_t begin = block * kPoolBlock;
-    const int64_t end = begin + kPoolBlock < pixels_ ? begin + kPoolBlock : pixels_;
-    A sum[kColumnTile], max[kColumnTile];
-    Index argmax[kColumnTile];
-    for (int64_t c = 0; c < shape_.channels; c += kColumnTile) {
-      const int64_t count = shape_.channels - c < kColumnTile ? shape_.channels - c : kColumnTile;
       if (p_.training())
-        reduce_columns<false, true>(x(n), begin, end, c, count, nullptr, sum, max, argmax);
+        pool_columns<true>(n, ws, run);
       else
-        reduce_columns<false, false>(x(n), begin, end, c, count, nullptr, sum, max, argmax);
-      const int64_t at = block * shape_.channels + c;
-      std::memcpy(ws.block_sum + at, sum, count * sizeof(A));
-      std::memcpy(ws.block_max + at, max, count * sizeof(A));
-      std::memcpy(ws.block_argmax + at, argmax, count * sizeof(Index));
+        pool_columns<false>(n, ws, run);
     }
   }
 
-  void merge_blocks(int64_t n, const Workspace& ws) const {
-    for (int64_t c = 0; c < shape_.channels; ++c) {
-      A sum = A(0), max = minus_infinity<A>();
-      int64_t argmax = 0;
-      for (int64_t b = 0; b < blocks(pixels_); ++b) {
-        const int64_t at = b * shape_.channels + c;
-        sum += ws.block_sum[at];
-        if (takes_maximum(ws.block_max[at], max)) {
-          max = ws.block_max[at];
-          argmax = ws.block_argmax[at];
-        }
-      }
-      write_pooled(n, c, sum, max, argmax);
+  // Channels last.
+  template <bool kArgmax, class Run>
+  void pool_columns(int64_t n, Workspace& ws, Run run) const {
+    const int64_t channels = shape_.channels;
+    columns_.template reduce<false, kArgmax>(x(n), nullptr, ws.columns, run);
+    A sum[kColumnTile], max[kColumnTile];
+    Index argmax[kColumnTile] = {};
+    for (int64_t c = 0; c < channels; c += kColumnTile) {
+      const int64_t count = channels - c < kColumnTile ? channels - c : kColumnTile;
+      columns_.template merge<false, kArgmax>(x(n), nullptr, ws.columns, c, count, sum, max,
+                                              argmax);
+      for (int64_t j = 0; j < count; ++j) write_pooled(n, c + j, sum[j], max[j], argmax[j]);
     }
   }
 
   // Mean and maximum over channels of x * channel_gate, into the planes.
   template <class Run>
   void maps(int64_t n, Workspace& ws, Run run) const {
-    const int64_t tiles = (pixels_ + kColumnTile - 1) / kColumnTile;
-    run(tiles, [&](int64_t first, int64_t last) {
+    if (p_.training())
+      make_maps<true>(n, ws, run);
+    else
+      make_maps<false>(n, ws, run);
+  }
+
+  template <bool kArgmax, class Run>
+  void make_maps(int64_t n, Workspace& ws, Run run) const {
+    if (channels_first_)
+      columns_.template reduce<true, kArgmax>(x(n), channel_gate(n), ws.columns, run);
+    run((pixels_ + kColumnTile - 1) / kColumnTile, [&](int64_t first, int64_t last) {
       A mean[kColumnTile], max[kColumnTile];
       Index argmax[kColumnTile];
       for (int64_t begin = first * kColumnTile; begin < last * kColumnTile; begin += kColumnTile) {
         const int64_t end = begin + kColumnTile < pixels_ ? begin + kColumnTile : pixels_;
         if (begin >= end) break;
-        if (p_.training())
-          map_tile<true>(n, begin, end, mean, max, argmax);
-        else
-          map_tile<false>(n, begin, end, mean, max, argmax);
+        map_tile<kArgmax>(n, begin, end, mean, max, argmax, ws);
         planes_.insert(mean, begin, end, ws.planes);
         planes_.insert(max, begin, end, ws.planes + planes_.size());
-        if (p_.training()) save_maps(n, begin, end, mean, max, argmax);
+        if (kArgmax) save_maps(n, begin, end, mean, max, argmax);
       }
     });
   }
 
   template <bool kArgmax>
-  void map_tile(int64_t n, int64_t begin, int64_t end, A* mean, A* max, Index* argmax) const {
+  void map_tile(int64_t n, int64_t begin, int64_t end, A* mean, A* max, Index* argmax,
+                const Workspace& ws) const {
     const A* gate = channel_gate(n);
     if (channels_first_) {
-      reduce_columns<true, kArgmax>(x(n), 0, shape_.channels, begin, end - begin, gate, mean, max,
-                                    argmax);
+      columns_.template merge<true, kArgmax>(x(n), gate, ws.columns, begin, end - begin, mean, max,
+                                             argmax);
     } else {
       for_rows<kRowsTogether>(begin, end, [&](auto together, int64_t s) {
         constexpr int kRows = decltype(together)::value;
@@ -227,7 +218,7 @@ class Forward {
     });
   }
 
-  static constexpr int64_t kPoolBlock = 1024;
+  static constexpr int64_t kPoolRows = 1024, kMapRows = 32;
 
   const ForwardProblem& p_;
   const Shape& shape_;
@@ -235,6 +226,7 @@ class Forward {
   Planes<A> planes_;
   int64_t pixels_;
   bool channels_first_;
+  ColumnParts<T> columns_;
   bool large_;  // the output
   A* sums_;     // [samples, hidden]: of the hidden vectors
 };
