@@ -81,7 +81,7 @@ FORMS = {
     "several boxes a block": (grid := {"kind": "grid", "several boxes": True}, grid, None),
     "backward on the whole grid": ({}, {}, {"kind": "grid", "team": 8}),
     "several samples of a visit, several visits": (
-        several := {"samples": 8, "rounds": 2, "team": 8},
+        several := {"samples": 8, "rounds": 2, "team": 4, "holds_weights": True},
         several,
         several | {"x": "stays", "access": "packed"},
     ),

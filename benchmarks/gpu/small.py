@@ -58,7 +58,7 @@ FORMS = (
     _form("x comes and goes, clusters of 16", (1, 256, 40, 40), 16, torch.float32),
     _form("several boxes a block", (1, 8, 72, 72), 2, torch.float32, last=True),
     _form("backward on the whole grid", (1, 8, 100, 100), 2, torch.float16),
-    _form("several samples of a visit, several visits", (256, 64, 2, 2), 64, torch.float16),
+    _form("several samples of a visit, several visits", (512, 32, 2, 2), 64, torch.float16),
     _form("several visits of a team", (133, 64, 2, 2), 64, torch.float16, last=True),
 )
 
