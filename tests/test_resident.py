@@ -5,6 +5,8 @@ test_emulated.py.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from cases import CASES, LAYOUTS, NATIVE_LAYOUTS, Case, make_weights, make_x, operators
@@ -222,7 +224,7 @@ def test_every_regime(regime, emulator, strategy):
 @pytest.mark.parametrize("weights", WEIGHTS_THAT_STAY, ids=str)
 def test_weights_that_stay(weights, layout, emulator, strategy):
     """On their way to the chip: of another type than x, and at any address."""
-    assert STAYING.facts() == STAYING.plan
+    assert dataclasses.replace(STAYING, layout=layout).facts() == STAYING.plan
     x, run = LAYOUTS[layout](make_x(STAYING.case, STAYING.dtype)), operators("emulated")
     with device(emulator, STAYING.gpu, STAYING.multiprocessors):
         found = []

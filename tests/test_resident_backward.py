@@ -252,7 +252,7 @@ def test_every_regime(regime, emulator, strategy):
 @pytest.mark.parametrize("weights", WEIGHTS_THAT_STAY, ids=str)
 def test_weights_that_stay(weights, layout, emulator, strategy):
     """On their way to the chip: of another type than x, and at any address."""
-    assert STAYING.facts(backward=True) == STAYING.plan
+    assert dataclasses.replace(STAYING, layout=layout).facts(backward=True) == STAYING.plan
     x, grad = (LAYOUTS[layout](make_x(STAYING.case, STAYING.dtype, seed=seed)) for seed in (0, 2))
     given = (x, *WEIGHTS_THAT_STAY[weights])
     strategy("streaming")

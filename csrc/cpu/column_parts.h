@@ -18,7 +18,7 @@ class ColumnParts {
   ColumnParts(int64_t rows, int64_t cols, int64_t rows_of_part)
       : rows_(rows_of_part),
         count_((rows + rows_of_part - 1) / rows_of_part),
-        pitch_((cols + kLanes<A> - 1) / kLanes<A> * kLanes<A>) {}
+        pitch_(in_whole_vectors<A>(cols)) {}
 
   // What each part has of each column: [parts, columns in whole vectors].
   struct Results {

@@ -163,7 +163,7 @@ void reduce_columns(const Matrix<const T>& m, int64_t begin, int64_t end, int64_
   using A = acc_t<T>;
   constexpr int kRows = 8;
   // Of whole vectors: their last lanes are made, and not read.
-  const int64_t whole = (cols + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  const int64_t whole = in_whole_vectors<A>(cols);
   for (int64_t j = 0; j < whole; ++j) {
     sum[j] = A(0);
     max[j] = minus_infinity<A>();

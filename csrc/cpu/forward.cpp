@@ -125,11 +125,10 @@ class Forward {
             write_pooled(n, c + i, of[i].sum, of[i].max, of[i].argmax);
         });
       });
+    } else if (p_.training()) {
+      pool_columns<true>(n, ws, run);
     } else {
-      if (p_.training())
-        pool_columns<true>(n, ws, run);
-      else
-        pool_columns<false>(n, ws, run);
+      pool_columns<false>(n, ws, run);
     }
   }
 

@@ -49,6 +49,12 @@ using index_t = typename Lanes<A>::index;
 template <class A>
 constexpr int kLanes = Lanes<A>::count;
 
+// n and what is missing to whole vectors.
+template <class A>
+CBAM_INLINE int64_t in_whole_vectors(int64_t n) {
+  return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
 template <class A>
 CBAM_INLINE vec_t<A> splat(A v) {
   return vec_t<A>{} + v;

@@ -20,7 +20,7 @@ struct Planes {
         pad_depth(s.kernel_depth / 2),
         pad_height(s.kernel_height / 2),
         pad_width(s.kernel_width / 2),
-        pitch((s.width + kLanes<A> - 1) / kLanes<A> * kLanes<A> + s.kernel_width - 1) {}
+        pitch(in_whole_vectors<A>(s.width) + s.kernel_width - 1) {}
 
   int64_t image_rows() const { return shape.depth * shape.height; }
   int64_t size() const { return image_rows() * pitch; }

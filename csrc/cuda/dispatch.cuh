@@ -41,13 +41,16 @@ void with_bool(bool value, Body body) {
     body(std::false_type());
 }
 
-// Calls body(std::integral_constant<int, ...>()) for the samples of a walk over the MLP's weights.
+// Calls body(Type<W>(), std::integral_constant<int, ...>()) for the MLP's weights and the samples
+// of a walk over them.
 template <class Body>
-void with_walk(int samples, Body body) {
-  if (samples == kFewSamples)
-    body(std::integral_constant<int, kFewSamples>());
-  else
-    body(std::integral_constant<int, kSamplesPerWalk>());
+void with_walk(DType dtype, int samples, Body body) {
+  with_storage(dtype, [&](auto weight) {
+    if (samples == kFewSamples)
+      body(weight, std::integral_constant<int, kFewSamples>());
+    else
+      body(weight, std::integral_constant<int, kSamplesPerWalk>());
+  });
 }
 
 template <Access kAccess>

@@ -321,29 +321,23 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 1 : 2)
 }  // namespace
 
 void hidden_layer(const ChannelGate& p, const Grid& grid, Stream stream) {
-  with_storage(p.dtype, [&](auto weight) {
-    with_walk(p.geometry.hidden_samples, [&](auto samples) {
-      using W = typename decltype(weight)::type;
-      launch("hidden_layer", hidden_layer_kernel<W, acc_t<W>, samples()>, grid, stream, p);
-    });
+  with_walk(p.dtype, p.geometry.hidden_samples, [&](auto weight, auto samples) {
+    using W = typename decltype(weight)::type;
+    launch("hidden_layer", hidden_layer_kernel<W, acc_t<W>, samples()>, grid, stream, p);
   });
 }
 
 void gate_layer(const ChannelGate& p, const Grid& grid, Stream stream) {
-  with_storage(p.dtype, [&](auto weight) {
-    with_walk(p.geometry.gate_samples, [&](auto samples) {
-      using W = typename decltype(weight)::type;
-      launch("gate_layer", gate_layer_kernel<W, acc_t<W>, samples()>, grid, stream, p);
-    });
+  with_walk(p.dtype, p.geometry.gate_samples, [&](auto weight, auto samples) {
+    using W = typename decltype(weight)::type;
+    launch("gate_layer", gate_layer_kernel<W, acc_t<W>, samples()>, grid, stream, p);
   });
 }
 
 void both_layers(const ChannelGate& p, const Grid& grid, Stream stream) {
-  with_storage(p.dtype, [&](auto weight) {
-    with_walk(p.geometry.hidden_samples, [&](auto samples) {
-      using W = typename decltype(weight)::type;
-      launch("both_layers", both_layers_kernel<W, acc_t<W>, samples()>, grid, stream, p);
-    });
+  with_walk(p.dtype, p.geometry.hidden_samples, [&](auto weight, auto samples) {
+    using W = typename decltype(weight)::type;
+    launch("both_layers", both_layers_kernel<W, acc_t<W>, samples()>, grid, stream, p);
   });
 }
 

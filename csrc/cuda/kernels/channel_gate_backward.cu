@@ -287,32 +287,26 @@ __global__ void __launch_bounds__(kGateBackwardThreads<A>, 1)
 }  // namespace
 
 void gate_layer_backward(const ChannelGateBackward& p, const Grid& grid, Stream stream) {
-  with_storage(p.dtype, [&](auto weight) {
-    with_walk(p.geometry.gate_samples, [&](auto samples) {
-      using W = typename decltype(weight)::type;
-      launch("gate_layer_backward", gate_layer_backward_kernel<W, acc_t<W>, samples()>, grid,
-             stream, p);
-    });
+  with_walk(p.dtype, p.geometry.gate_samples, [&](auto weight, auto samples) {
+    using W = typename decltype(weight)::type;
+    launch("gate_layer_backward", gate_layer_backward_kernel<W, acc_t<W>, samples()>, grid, stream,
+           p);
   });
 }
 
 void hidden_layer_backward(const ChannelGateBackward& p, const Grid& grid, Stream stream) {
-  with_storage(p.dtype, [&](auto weight) {
-    with_walk(p.geometry.hidden_samples, [&](auto samples) {
-      using W = typename decltype(weight)::type;
-      launch("hidden_layer_backward", hidden_layer_backward_kernel<W, acc_t<W>, samples()>, grid,
-             stream, p);
-    });
+  with_walk(p.dtype, p.geometry.hidden_samples, [&](auto weight, auto samples) {
+    using W = typename decltype(weight)::type;
+    launch("hidden_layer_backward", hidden_layer_backward_kernel<W, acc_t<W>, samples()>, grid,
+           stream, p);
   });
 }
 
 void both_layers_backward(const ChannelGateBackward& p, const Grid& grid, Stream stream) {
-  with_storage(p.dtype, [&](auto weight) {
-    with_walk(p.geometry.gate_samples, [&](auto samples) {
-      using W = typename decltype(weight)::type;
-      launch("both_layers_backward", both_layers_backward_kernel<W, acc_t<W>, samples()>, grid,
-             stream, p);
-    });
+  with_walk(p.dtype, p.geometry.gate_samples, [&](auto weight, auto samples) {
+    using W = typename decltype(weight)::type;
+    launch("both_layers_backward", both_layers_backward_kernel<W, acc_t<W>, samples()>, grid,
+           stream, p);
   });
 }
 
