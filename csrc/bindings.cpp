@@ -125,11 +125,14 @@ const char* name_of(cbam::cuda::Copy copy) {
 }
 
 py::dict resident_dict(const cbam::cuda::ResidentGeometry& g) {
+  const bool by_pixels = g.split == cbam::cuda::Split::kPixels;
   py::dict d("kind"_a = g.cluster ? "cluster" : "grid", "team"_a = g.team, "teams"_a = g.teams,
-             "threads"_a = g.threads, "samples"_a = g.samples, "channels"_a = g.channels,
-             "chunk"_a = g.chunk, "chunks"_a = g.chunks, "copy"_a = name_of(g.copy),
-             "boxes_each"_a = g.boxes_each, "lanes"_a = g.lanes, "groups"_a = g.groups,
-             "holds_weights"_a = g.weight_bytes > 0, "exchange"_a = g.exchange);
+             "threads"_a = g.threads, "samples"_a = g.samples,
+             "split"_a = by_pixels ? "pixels" : "channels", "channels"_a = g.channels,
+             "pixels"_a = g.pixels, "chunk"_a = g.chunk, "chunks"_a = g.chunks,
+             "copy"_a = name_of(g.copy), "boxes_each"_a = g.boxes_each, "lanes"_a = g.lanes,
+             "groups"_a = g.groups, "holds_weights"_a = g.weight_bytes > 0,
+             "exchange"_a = g.exchange);
   d.attr("update")(box_dict(g.boxes));
   return d;
 }

@@ -32,6 +32,7 @@ ACCESSES = {f"LNS0_6AccessE{i}E": name for i, name in enumerate(("scalar", "vect
 SCALED = {"Lb0E": "", "Lb1E": "scaled"}
 ARGMAX = {"Lb0E": "", "Lb1E": "argmax"}
 KEPT = {"Lb0E": "inference", "Lb1E": "training"}
+SPLITS = {"LNS0_5SplitE0E": "", "LNS0_5SplitE1E": "by pixels"}
 ORDER = {"Lb0E": "channels last", "Lb1E": "channels first"}
 ACCUMULATOR = {"f": "", "d": ""}  # follows from the dtype
 WALKS = {"Li2E": "few samples", "Li8E": ""}
@@ -40,7 +41,7 @@ TEMPLATES = {
     "reduce_rows": (DTYPES, SCALED, ARGMAX),
     "reduce_packed_rows": (DTYPES, ARGMAX),
     "reduce_columns": (DTYPES, ACCESSES, SCALED, ARGMAX),
-    "resident_forward": (DTYPES, ORDER, KEPT),
+    "resident_forward": (DTYPES, ORDER, KEPT, SPLITS),
     "resident_backward": (DTYPES, ACCESSES, ORDER),
     "hidden_layer": (DTYPES, ACCUMULATOR, WALKS),
     "gate_layer": (DTYPES, ACCUMULATOR, WALKS),
@@ -58,7 +59,7 @@ TEMPLATES = {
 }
 PROBE = "5probeEv"  # does nothing: it tells whether a build has code for a device
 WAIT, START_NEXT = "ACQBULK", "PREEXIT"  # of launches that overlap
-ARGUMENT = re.compile(r"L(?:[bi]|NS0_6AccessE)\d+E|NS_4HalfE|NS_8BFloat16E|[fd]")
+ARGUMENT = re.compile(r"L(?:[bi]|NS0_(?:6Access|5Split)E)\d+E|NS_4HalfE|NS_8BFloat16E|[fd]")
 
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ +)?([A-Z][\w.]*)\s*(.*?)\s*;")
 SECTION = re.compile(r"\s*\.section\s+\.text\.(\w+)")

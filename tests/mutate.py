@@ -86,11 +86,11 @@ REDUNDANT = {
     "for (int number = 0; number <= g.chunks; ++number) {": NO_CHUNK,
     "resident_backward.cu: for (int n = 0; n < max(loads.slots, g.samples * g.chunks); ++n) { -> "
     "for (int n = 0; n <= max(loads.slots, g.samples * g.chunks); ++n) {": GUARDED,
-    "resident_forward.cu: for (int number = 0; number < g.chunks; ++number) load(0, sample, "
+    "resident_forward.cuh: for (int number = 0; number < g.chunks; ++number) load(0, sample, "
     "number); -> for (int number = 0; number <= g.chunks; ++number) load(0, sample, number);": (
         NO_CHUNK
     ),
-    "resident_forward.cu: for (int number = 0; number < g.chunks; ++number) { -> "
+    "resident_output.cuh: for (int number = 0; number < g.chunks; ++number) { -> "
     "for (int number = 0; number <= g.chunks; ++number) {": NO_CHUNK,
     "resident_mlp.cuh: for (int i = threadIdx.x; i < lines * p.hidden; i += blockDim.x) { -> "
     "for (int i = threadIdx.x; i <= lines * p.hidden; i += blockDim.x) {": HINT,
@@ -172,7 +172,7 @@ REDUNDANT = {
     "g.groups; -> if (row <= to) row += (to - row + g.groups - 1) / g.groups * g.groups;": (
         "from there to there it adds 0"
     ),
-    "resident_forward.cu: const int along = min(vectors, g.threads), below = g.threads / "
+    "resident_output.cuh: const int along = min(vectors, g.threads), below = g.threads / "
     "along; -> const int along = (g.threads), below = g.threads / along;": (
         "threads without a vector are idle, and the others take every row"
     ),
@@ -182,13 +182,14 @@ REDUNDANT = {
     "resident_mlp.cuh: for (int first = threadIdx.x % 32; first < count; first += 32 * "
     "kAtOnce) { -> for (int first = threadIdx.x % 32; first <= count; first += 32 * kAtOnce) "
     "{": GUARDED,
-    "resident_spatial_gate.cuh: if (rows && 2 * box.pixels() <= g.threads) -> if (rows && 2 * "
-    "box.pixels() <= 1 + g.threads)": "there are whole warps of threads, an even number",
-    "resident_spatial_gate.cuh: const bool rows = 2 * p.space.kernel_depth * p.space.kernel_height "
-    ">= kSharing; -> const bool rows = 2 * p.space.kernel_depth * p.space.kernel_height > "
-    "kSharing;": "extents of the kernel are odd, so that twice their product is never 8",
-    "resident_spatial_gate.cuh: else if (box.pixels() <= g.threads) -> else if (box.pixels() "
-    "<= 1 + g.threads)": "either way takes every pixel, and sums its taps in the same order",
+    "convolution.cuh: if (rows && 2 * box.pixels() <= threads) -> if (rows && 2 * box.pixels() <= "
+    "1 + threads)": "there are whole warps of threads, an even number",
+    "convolution.cuh: const bool rows = 2 * s.kernel_depth * s.kernel_height >= kSharing; -> const "
+    "bool rows = 2 * s.kernel_depth * s.kernel_height > kSharing;": (
+        "extents of the kernel are odd, so that twice their product is never 8"
+    ),
+    "convolution.cuh: else if (box.pixels() <= threads) -> else if (box.pixels() <= 1 + "
+    "threads)": "either way takes every pixel, and sums its taps in the same order",
     "weight_gradients.cu: const auto depth = static_cast<int>(min(int64_t{kDepth}, p.a.count "
     "- first_k)); -> const auto depth = static_cast<int>((int64_t{kDepth}));": (
         "what is staged behind the last is zero"

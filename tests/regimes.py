@@ -71,15 +71,19 @@ class Regime:
         gpu = (self.gpu, self.multiprocessors)
         found = plan_of(self.case, self.dtype, self.layout, *gpu, **what)
         g = dict(found["passes"]["resident"])
-        pixels = torch.Size(self.shape[2:]).numel()
+        pixels, channels = g["pixels"], g["channels"]
+        by_pixels = g["split"] == "pixels"
         visits = -(-self.shape[0] // g["samples"])
         g["rounds"] = -(-visits // g["teams"])
         if "band" in g:
             g["bands"] = -(-pixels // g["band"])
             g["a short last band"] = pixels % g["band"] > 0
-        rows = pixels if self.layout == CHANNELS_LAST else g["channels"]
+        held = self.shape[1] if by_pixels else channels
+        rows = pixels if self.layout == CHANNELS_LAST else held
         g["a short last chunk"] = rows % g["chunk"] > 0
-        g["uneven"] = self.shape[1] < g["team"] * g["channels"]
+        shared, share = (self.shape[2:], pixels) if by_pixels else (self.shape[1:2], channels)
+        g["uneven"] = torch.Size(shared).numel() < g["team"] * share
+        g["blocks without channels"] = self.shape[1] <= (g["team"] - 1) * channels
         g["several boxes"] = g["boxes_each"] > 1
         return {name: g[name] for name in self.plan}
 

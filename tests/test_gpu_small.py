@@ -71,8 +71,17 @@ def test_a_call_whose_result_is_not_finite_fails(monkeypatch):
 
 
 FORMS = {
-    "maps in bands": ({"bands": 2}, {"bands": 2}, {}),
-    "maps in bands while training": ({}, {"bands": 2, "copy": "bulk"}, None),
+    "maps in bands": (bands := {"bands": 2, "copy": "bulk"}, bands, None),
+    "pixels of clusters of 16": (
+        pixels := {"split": "pixels", "kind": "cluster", "team": 16},
+        pixels,
+        {"x": "is read twice", "team": 4},
+    ),
+    "pixels of the whole grid": (
+        pixels := {"split": "pixels", "kind": "grid", "copy": "async"},
+        pixels,
+        None,
+    ),
     "x comes and goes, clusters of 16": (
         {"team": 16},
         {"team": 16},

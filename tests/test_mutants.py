@@ -8,15 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import why_not
 from mutate import REDUNDANT, chosen, parse
 from mutation.find import all_mutants, emulated, mutants_of, sources
-from mutation.run import RESIDENT_FORWARD
+from mutation.run import RESIDENT_FORWARD, RESIDENT_PIXELS
 
 from cbam_cuda.plan import plan
 
-KERNELS = [path for path in sources() if path.suffix == ".cu"]
+KERNELS = [path for path in sources() if "__global__" in path.read_text()]
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
@@ -51,11 +50,9 @@ def test_what_is_listed_as_redundant_is_there_once():
     assert set(keys.values()) == {1}
 
 
-@pytest.mark.parametrize(("name", "short"), [("bands of maps", False), ("a short last band", True)])
-def test_there_are_bands_to_break(name, short):
-    """Plans change: none of these would be noticed to be no more what it is called."""
-    (problem,) = [problem for problem in RESIDENT_FORWARD if problem[0].name == name]
-    case, (dtype,), _, ((device, multiprocessors),) = problem
+def held(problem) -> dict:
+    """How the blocks of its plan hold a sample."""
+    case, (dtype,), (layout, *_), ((device, multiprocessors),) = problem
     found = plan(
         case.shape,
         str(dtype).removeprefix("torch."),
@@ -64,11 +61,23 @@ def test_there_are_bands_to_break(name, short):
         multiprocessors=multiprocessors,
         hidden=case.hidden,
         kernel_size=case.kernel,
+        channels_last=layout == "channels_last",
         training=True,
     )
-    pixels, band = torch.Size(case.shape[2:]).numel(), found["passes"]["resident"]["band"]
-    assert pixels > band
-    assert (pixels % band > 0) == short
+    return found["passes"]["resident"]
+
+
+# Plans change: none of these would be noticed to be no more what it is called.
+def test_there_are_bands_to_break():
+    (problem,) = [p for p in RESIDENT_FORWARD if p[0].name == "a short last band"]
+    found = held(problem)
+    assert found["pixels"] > found["band"]
+    assert found["pixels"] % found["band"] > 0
+
+
+@pytest.mark.parametrize("problem", RESIDENT_PIXELS, ids=lambda problem: problem[0].name)
+def test_there_are_blocks_that_hold_pixels_to_break(problem):
+    assert held(problem)["split"] == "pixels"
 
 
 def test_what_only_nvcc_compiles_is_left_alone():
@@ -121,7 +130,7 @@ def test_a_shard_that_is_none(text, capsys):
 SAMPLE = (
     "__syncthreads after stage_hidden",
     "within <= rows) write_part",
-    "__syncthreads after for (int v = 2 * block.samples",
+    "__syncthreads after m.shared.pooled[c * g.pooled_pitch",
     "v <= end; v += along",
     "publish_inits after init_landed(g, m.shared.landed",
 )

@@ -52,36 +52,60 @@ def check_fits(found: dict, threads: int) -> None:
 
 
 def check_slices(problem: dict, g: dict) -> None:
-    """No block is without channels; slices and chunks are whole vectors on multiples of them."""
-    vector = 16 // BYTES[problem["dtype"]]
+    """No block holds nothing; slices and chunks are whole vectors on multiples of them."""
+    vector, by_pixels = 16 // BYTES[problem["dtype"]], g["split"] == "pixels"
     samples, channels, *extents = problem["shape"]
-    first = not problem["channels_last"] or channels == 1
+    pixels, first = prod(extents), not problem["channels_last"] or channels == 1
     assert problem["aligned"]
-    group = vector // gcd(prod(extents), vector) if first else vector
-    assert channels % group == 0
-    assert channels // group >= g["team"]
-    assert g["channels"] == -(-channels // group // g["team"]) * group
-    rows, cols = (g["channels"], prod(extents)) if first else (prod(extents), g["channels"])
+    if by_pixels:
+        shared, group = pixels, vector if first else 1
+    else:
+        shared, group = channels, vector // gcd(pixels, vector) if first else vector
+    assert shared % group == 0
+    assert shared // group >= g["team"]
+    share = -(-shared // group // g["team"]) * group
+    assert (g["channels"], g["pixels"]) == (
+        (-(-channels // g["team"]), share) if by_pixels else (share, pixels)
+    )
+    held = channels if by_pixels else share
+    rows, cols = (held, g["pixels"]) if first else (g["pixels"], held)
     assert covers(g["chunks"], g["chunk"], rows)
     if first:
-        for count in (g["channels"], g["chunk"], channels):
+        for count in (held, g["chunk"], channels):
             assert count * cols % vector == 0
     else:
         assert cols % vector == 0 == channels % vector
-        assert g["team"] == 1 or cols * BYTES[problem["dtype"]] >= 32
-    assert 1 <= g["samples"] <= 8
+    whole_rows = first != by_pixels
+    assert whole_rows or g["team"] == 1 or cols * BYTES[problem["dtype"]] >= 32
+    assert 1 <= g["samples"] <= (1 if by_pixels else 8)
     assert g["teams"] <= -(-samples // g["samples"])
 
 
 def check_boxes(problem: dict, g: dict) -> None:
     extents = [1] * (5 - len(problem["shape"])) + problem["shape"][2:]
+    if g["split"] == "pixels":
+        check_box_around_pixels(extents, g)
+        return
     for boxes, box, extent in zip(g["boxes"], g["box"], extents, strict=True):
         assert covers(boxes, box, extent)
     assert covers(g["boxes_each"], g["team"], g["samples"] * prod(g["boxes"]))
 
 
+def check_box_around_pixels(extents: list[int], g: dict) -> None:
+    """There is room for the box around the pixels of any block, the first ones or others."""
+    _, height, width = extents
+    assert g["boxes"] == (1, 1, 1)
+    for first in range(0, prod(extents) - g["pixels"] + 1):
+        last = first + g["pixels"] - 1
+        depth = last // (height * width) - first // (height * width) + 1
+        rows = last // width - first // width + 1
+        around = (depth, height if depth > 1 else rows, width if rows > 1 else g["pixels"])
+        assert all(size <= room for size, room in zip(around, g["box"], strict=True))
+
+
 def check_bands(problem: dict, g: dict) -> None:
-    if -(-prod(problem["shape"][2:]) // g["band"]) > 1:
+    if g["band"] < g["pixels"]:
+        assert g["split"] == "channels"
         assert g["boxes_each"] == 1
         assert g["groups"] == 1 or g["neighbours"] > 1 or problem["channels_last"]
 
@@ -231,6 +255,7 @@ def test_command(capsys):
     assert main([*arguments, "--strategy", "resident"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("resident on H100")
-    assert "kind grid, team 8" in shown
+    assert "kind cluster, team 16" in shown
+    assert "split pixels" in shown
     assert main([*arguments, "--strategy", "streaming", "--multiprocessors", "16"]) == 0
     assert capsys.readouterr().out.startswith("streaming on H100")

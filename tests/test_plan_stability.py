@@ -2,7 +2,8 @@
 
 What a resident plan takes goes up and down along a walk, as teams of whole blocks fill a device
 more or less well. So a strategy may change where samples stop or start to fit on the chip and where
-one strategy is clearly faster; where neither is, shapes with one typical shape get the same one.
+one strategy is clearly faster; where neither is, shapes with one typical shape get the same one, if
+as many blocks share a multiprocessor.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cbam_cuda.plan import plan
 DTYPES = ("float16", "float32")
 CLEARLY = 1.15  # the planner's
 NEEDED = 4  # switches that a walk may need: a sample begins to fit, to pay, no longer pays or fits
-MORE = 7  # switches of a walk beside those
+MORE = 4  # switches of a walk beside those
 MORE_ON_AVERAGE = 1.2
 
 
@@ -32,16 +33,18 @@ class Step:
     shape: list[int]
     resident: bool
     share: float | None  # of streaming's time that a resident plan takes; None where there is none
+    threads: int = 0  # of the resident plan's blocks
 
     @classmethod
     def of(cls, shape: list[int], **what) -> Step:
         streamed = plan(shape, **what, strategy="streaming")["predicted_seconds"]
         chosen = plan(shape, **what)["strategy"] == "resident"
         try:
-            held = plan(shape, **what, strategy="resident")["predicted_seconds"]
+            held = plan(shape, **what, strategy="resident")
         except ValueError:
             return cls(shape, chosen, None)
-        return cls(shape, chosen, held / streamed)
+        (stage,) = held["stages"]
+        return cls(shape, chosen, held["predicted_seconds"] / streamed, stage["threads"])
 
     def clear(self) -> bool | None:
         """Whether it must be resident; None where neither strategy is clearly slower."""
@@ -56,7 +59,7 @@ class Step:
         batch, channels, *space = self.shape
         hidden = max(1, channels // 16)
         sizes = (octave(size) for size in (batch, channels, hidden))
-        return (*sizes, *(octave(size / 7) for size in space))
+        return (*sizes, *(octave(size / 7) for size in space), self.threads)
 
 
 def switches(choices: list[bool]) -> int:

@@ -53,10 +53,11 @@ def _form(name: str, shape: tuple[int, ...], hidden: int, dtype: torch.dtype, la
 
 # Ways of an H100 to hold samples on the chip that no smaller problem takes.
 FORMS = (
-    _form("maps in bands", (1, 224, 56, 56), 8, torch.float32, last=True),
-    _form("maps in bands while training", (1, 32, 112, 112), 2, torch.float32),
+    _form("maps in bands", (1, 72, 106, 106), 4, torch.float16),
+    _form("pixels of clusters of 16", (1, 64, 56, 56), 4, torch.float16, last=True),
+    _form("pixels of the whole grid", (1, 64, 112, 112), 4, torch.float32),
     _form("x comes and goes, clusters of 16", (1, 256, 40, 40), 16, torch.float32),
-    _form("several boxes a block", (1, 8, 72, 72), 2, torch.float32, last=True),
+    _form("several boxes a block", (1, 4, 161, 53), 2, torch.float32),
     _form("backward on the whole grid", (1, 8, 100, 100), 2, torch.float16),
     _form("several samples of a visit, several visits", (512, 32, 2, 2), 64, torch.float16),
     _form("several visits of a team", (133, 64, 2, 2), 64, torch.float16, last=True),

@@ -113,15 +113,19 @@ void run_resident(const ForwardProblem& p, const ForwardPlan& plan, void* memory
   if (!p.training()) r.saved = {};
   r.geometry = *plan.resident;
   resident_shared_bytes(p, r.geometry, r.layout);
-  resident_forward(p.dtype, first, r, resident_grid(plan, p), stream);
+  const auto forward = r.geometry.split == Split::kPixels ? resident_forward<Split::kPixels>
+                                                          : resident_forward<Split::kChannels>;
+  forward(p.dtype, first, r, resident_grid(plan, p), stream);
 }
 
 }  // namespace
 
 ForwardPlan plan_to_run(const ForwardProblem& p, const DeviceLimits& device) {
   return plan_that_runs(p, device, [&](const ForwardPlan& found) {
-    return why_no_resident_forward(p.dtype, p.strides.channels_first(), p.training(),
-                                   resident_grid(found, p));
+    const auto why_not = found.resident->split == Split::kPixels
+                             ? why_no_resident_forward<Split::kPixels>
+                             : why_no_resident_forward<Split::kChannels>;
+    return why_not(p.dtype, p.strides.channels_first(), p.training(), resident_grid(found, p));
   });
 }
 

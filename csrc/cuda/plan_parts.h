@@ -151,6 +151,16 @@ ResidentPlan<ResidentBackwardGeometry> for_batch(const ResidentPlan<ResidentBack
                                                  const BackwardProblem& p,
                                                  const DeviceLimits& device);
 
+// plan_exchange.cpp: bytes that the blocks of a team that is no cluster write for each other, and
+// read, of so many samples: the maps, and pools and gates, but not the hidden layer's sums.
+struct Exchanged {
+  int64_t written, read;
+};
+Exchanged exchanged_maps(const ResidentForwardGeometry& g, const ForwardProblem& p,
+                         int64_t samples);
+// How many pixels all boxes of an image read, each with its halo.
+int64_t read_by_boxes(const BoxGeometry& g, const Shape& s);
+
 // What passes over tensors of x's size take where x is streamed: `first` from memory or to it, and
 // `again` as many that could come from the cache, in so many launches for each group.
 double streamed_seconds(const ForwardProblem& p, const DeviceLimits& device, const Group& group,

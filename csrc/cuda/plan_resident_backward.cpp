@@ -21,6 +21,7 @@ class BackwardFitting : public Teams {
  public:
   using Geometry = ResidentBackwardGeometry;
   static constexpr Measured kMeasured{18e-6, 3.2, 5.5, 3.6};
+  static constexpr bool kHoldsPixels = false;
 
   BackwardFitting(const BackwardProblem& p, const DeviceLimits& device)
       : Teams(p, device, 2, kBackwardThreads), problem_(p) {}

@@ -18,6 +18,7 @@ class ForwardFitting : public Teams {
  public:
   using Geometry = ResidentForwardGeometry;
   static constexpr Measured kMeasured{6e-6, 2.2, 4.0, 1.6};
+  static constexpr bool kHoldsPixels = true;
 
   ForwardFitting(const ForwardProblem& p, const DeviceLimits& device)
       : Teams(p, device, 1, kForwardThreads) {}
@@ -37,9 +38,13 @@ class ForwardFitting : public Teams {
   // Of a visit of each of `teams` teams.
   double round_seconds(const Geometry& g, double teams) const {
     const double bytes = slice(g) * static_cast<double>(bytes_of(p_.dtype));
-    const double memory = 2 * bytes / rate(g, teams) + weight_seconds(g, rate(g, teams)) +
-                          merge_seconds(g, g.vectors(), rate(g, teams));
-    const double barriers = 1.0 + 2.0 * static_cast<double>(ceil_div(s_.pixels(), g.band));
+    const double memory =
+        2 * bytes / rate(g, teams) + weight_seconds(g, rate(g, teams)) +
+        merge_seconds(g, g.vectors(), rate(g, teams)) +
+        exchange_seconds(g, exchanged_maps(g, p_, g.samples).read, rate(g, teams));
+    const double barriers = g.split == Split::kPixels
+                                ? 4
+                                : 1.0 + 2.0 * static_cast<double>(ceil_div(s_.pixels(), g.band));
     const int64_t runs = ceil_div(g.boxes.pixels(), int64_t{kRun} * g.threads) * g.boxes_each;
     const double waits = barrier_seconds(g, barriers) + slice(g) * kElementSeconds +
                          0.75 * product_seconds(g, g.vectors()) +
@@ -50,10 +55,11 @@ class ForwardFitting : public Teams {
  private:
   // Sets the boxes and bands with the fewest barriers that fit into `limit` bytes.
   bool fit(Geometry& g, int64_t limit) const {
-    for (int64_t bands = 1; bands <= kMostBands; ++bands)
-      for (int64_t each = 1; each <= 4; each *= 2) {
-        g.band = static_cast<int>(
-            std::min(s_.pixels(), ceil_div(ceil_div(s_.pixels(), bands), vector_) * vector_));
+    const bool by_pixels = g.split == Split::kPixels;
+    for (int64_t bands = 1; bands <= (by_pixels ? 1 : kMostBands); ++bands)
+      for (int64_t each = 1; each <= (by_pixels ? 1 : 4); each *= 2) {
+        g.band = static_cast<int>(std::min<int64_t>(
+            g.pixels, ceil_div(ceil_div(int64_t{g.pixels}, bands), vector_) * vector_));
         set_boxes(g, each);
         // Between bands each box stays staged, and no scratch is there to share a column.
         if (bands > 1 && (g.boxes_each > 1 || g.band < g.threads)) continue;
@@ -73,11 +79,12 @@ class ForwardFitting : public Teams {
     const int64_t groups_of_rows = int64_t{g.samples} * g.rows / kRowsAlong;
     while (first_ && g.lanes > kFewestLanes && groups_of_rows * g.lanes / 2 >= g.threads)
       g.lanes /= 2;
-    if (first_ && s_.pixels() % (vector_ / 2) && s_.pixels() <= kShortRow) g.lanes = 1;
+    if (first_ && g.pixels % (vector_ / 2) && g.pixels <= kShortRow) g.lanes = 1;
     g.neighbours = 1;
-    g.groups = groups(g, int64_t{g.samples} * (first_ ? g.band : g.channels));
+    g.groups = groups(g, int64_t{g.samples} * (first_ ? g.band : g.held_channels));
+    if (g.split == Split::kPixels) return;
     for (int count : {vector_ / 2, vector_}) {
-      if (!first_ || s_.pixels() % count || g.band % count) continue;
+      if (!first_ || g.pixels % count || g.band % count) continue;
       const int64_t columns = int64_t{g.samples} * g.band / count;
       const int sharing = std::min(groups(g, columns), kMostSharing);
       if (3 * columns * sharing < 2 * int64_t{g.threads}) continue;

@@ -70,7 +70,8 @@ int64_t Teams::limit(int blocks) const {
 }
 
 Copy Teams::copy_of(const ResidentGeometry& g) const {
-  const bool pieces_pay = first_ || int64_t{g.channels} * bytes_of(p_.dtype) >= kBulkPiece;
+  const bool whole = first_ == (g.split == Split::kChannels);
+  const bool pieces_pay = whole || g.pitch * bytes_of(p_.dtype) >= kBulkPiece;
   if (device_.capability >= kClusterCapability && pieces_pay) return Copy::kBulk;
   return device_.capability >= kAsyncCapability ? Copy::kAsync : Copy::kPlain;
 }
@@ -80,31 +81,66 @@ bool Teams::set_slice(ResidentGeometry& g, const Candidate& c) const {
   g.team = c.team;
   g.threads = threads_ / c.blocks;
   g.samples = c.samples;
-  const int64_t common = std::gcd(s_.pixels(), int64_t{vector_});
-  const int64_t multiple = first_ ? vector_ / common : vector_;
-  const int64_t groups = s_.channels / multiple;
-  if (s_.channels % multiple || (g.cluster && g.team > groups)) return false;
-  // A grid's team needs no more blocks than keep the largest share as it is.
-  if (!g.cluster) g.team = static_cast<int>(ceil_div(groups, ceil_div(groups, g.team)));
-  const int64_t channels = ceil_div(groups, g.team) * multiple;
-  if (!first_ && g.team > 1 && channels * bytes_of(p_.dtype) < kSectorBytes) return false;
-  if (channels * s_.pixels() * bytes_of(p_.dtype) > device_.shared_per_block) return false;
-  g.channels = static_cast<int>(channels);
-  g.channel_group = static_cast<int>(multiple);
-  g.rows = static_cast<int>(first_ ? channels : s_.pixels());
-  g.pitch = static_cast<int>(first_ ? s_.pixels() : channels);
-  const int64_t step = first_ ? multiple : 1;
+  g.split = c.split;
+  if (!(g.split == Split::kPixels ? share_pixels(g) : share_channels(g))) return false;
+  if (int64_t{g.held_channels} * g.pixels * bytes_of(p_.dtype) > device_.shared_per_block)
+    return false;
+  g.rows = first_ ? g.held_channels : g.pixels;
+  g.pitch = first_ ? g.pixels : g.held_channels;
+  const int64_t step = first_ && g.split == Split::kChannels ? g.channel_group : 1;
   const int64_t wanted = ceil_div(int64_t{g.samples} * g.rows, kWantedChunks);
   g.chunk = static_cast<int>(ceil_div(std::min<int64_t>(wanted, g.rows), step) * step);
   g.chunks = static_cast<int>(ceil_div(g.rows, g.chunk));
-  const int64_t vectors = (first_ ? s_.pixels() : channels) / vector_;
+  const int64_t vectors = g.pitch / vector_;
   g.lanes = vectors >= 64 ? 32 : vectors >= 8 || first_ ? 8 : 4;
   g.copy = copy_of(g);
   g.teams = teams(g);
   return g.teams >= 1;
 }
 
+bool Teams::set_team(ResidentGeometry& g, int64_t groups) {
+  // A grid's team needs no more blocks than keep the largest share as it is.
+  if (!g.cluster) g.team = static_cast<int>(ceil_div(groups, ceil_div(groups, g.team)));
+  return g.team <= groups;
+}
+
+bool Teams::share_channels(ResidentGeometry& g) const {
+  const int64_t common = std::gcd(s_.pixels(), int64_t{vector_});
+  const int64_t multiple = first_ ? vector_ / common : vector_;
+  if (s_.channels % multiple || !set_team(g, s_.channels / multiple)) return false;
+  g.channel_group = static_cast<int>(multiple);
+  g.channels = static_cast<int>(ceil_div(s_.channels / multiple, g.team) * multiple);
+  g.held_channels = g.channels;
+  g.pixels = static_cast<int>(s_.pixels());
+  g.pixel_group = 1;
+  return first_ || g.team == 1 || g.channels * bytes_of(p_.dtype) >= kSectorBytes;
+}
+
+bool Teams::share_pixels(ResidentGeometry& g) const {
+  const int64_t multiple = first_ ? vector_ : 1;
+  if (g.samples > 1 || (first_ ? s_.pixels() : s_.channels) % vector_) return false;
+  if (!set_team(g, s_.pixels() / multiple)) return false;
+  g.pixel_group = static_cast<int>(multiple);
+  g.pixels = static_cast<int>(ceil_div(s_.pixels() / multiple, g.team) * multiple);
+  g.channel_group = 1;
+  g.channels = static_cast<int>(ceil_div(s_.channels, g.team));
+  g.held_channels = static_cast<int>(s_.channels);
+  return !first_ || g.team == 1 || g.pixels * bytes_of(p_.dtype) >= kSectorBytes;
+}
+
 void Teams::set_boxes(ResidentGeometry& g, int64_t each) const {
+  if (g.split == Split::kPixels) {
+    // How many rows so many pixels can touch, and how many planes.
+    const auto touched = [&](int64_t length, int64_t most) {
+      return static_cast<int>(std::min(most, (g.pixels - 2 + length) / length + 1));
+    };
+    const int depth = touched(s_.height * s_.width, s_.depth);
+    const int height = depth > 1 ? static_cast<int>(s_.height) : touched(s_.width, s_.height);
+    const bool one_row = depth == 1 && height == 1;
+    g.boxes = {depth, height, one_row ? g.pixels : static_cast<int>(s_.width), 1, 1, 1};
+    g.boxes_each = 1;
+    return;
+  }
   int64_t wanted = std::max<int64_t>(1, g.team * each / g.samples);
   const auto cut = [&](int64_t extent, int& box, int& boxes) {
     box = static_cast<int>(ceil_div(extent, std::min(wanted, extent)));
@@ -123,8 +159,11 @@ int Teams::groups(const ResidentGeometry& g, int64_t columns) {
 
 double Teams::rate(const ResidentGeometry& g, double teams) const {
   const double all = device_.multiprocessors;
-  const double piece = share(g) * static_cast<double>(bytes_of(p_.dtype));
-  const double used = first_ || g.team == 1 ? 1 : used_in_pieces(piece);
+  const bool pixels = g.split == Split::kPixels;
+  const double length = pixels ? static_cast<double>(s_.pixels()) / g.team : share(g);
+  const double piece = length * static_cast<double>(bytes_of(p_.dtype));
+  const bool whole = g.team == 1 || first_ != pixels;
+  const double used = whole ? 1 : used_in_pieces(piece);
   return used * device_.bandwidth / std::max(std::min(all, teams * g.team), all / kMostShare);
 }
 
@@ -149,6 +188,10 @@ double Teams::product_seconds(const ResidentGeometry& g, int vectors) const {
 double Teams::merge_seconds(const ResidentGeometry& g, int vectors, double rate) const {
   const double sums = static_cast<double>(s_.hidden) * vectors * g.team;
   return sums * sizeof(float) / (rate * kCacheSpeed);
+}
+
+double Teams::exchange_seconds(const ResidentGeometry& g, int64_t bytes, double rate) {
+  return g.cluster ? 0 : static_cast<double>(bytes) / (g.team * rate * kCacheSpeed);
 }
 
 double Teams::barrier_seconds(const ResidentGeometry& g, double barriers) {

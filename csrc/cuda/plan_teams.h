@@ -14,10 +14,11 @@ namespace cbam::cuda {
 constexpr double kClusterBarrier = 0.6e-6, kPartBarrier = 0.8e-6;
 constexpr double kProductSeconds = 8e-12, kTapSeconds = 10e-9, kStartSeconds = 3e-6;
 
-// Blocks of a team, samples of a visit, blocks on a multiprocessor.
+// Blocks of a team, samples of a visit, blocks on a multiprocessor, and what they hold.
 struct Candidate {
   bool cluster;
   int team, samples, blocks;
+  Split split;
 };
 
 // What plans took on an H100 and an H200 beside what is estimated here: seconds more, and so many
@@ -52,7 +53,8 @@ class Teams {
   // many teams there are; a team of the grid has no more blocks than it needs. False where a part
   // would be none, no whole vectors or in short pieces, or where no team runs.
   bool set_slice(ResidentGeometry& g, const Candidate& c) const;
-  // Boxes for every block of the team, `each` times: cut along the slowest dimension first.
+  // Boxes for every block of the team, `each` times: cut along the slowest dimension first. Where
+  // blocks hold pixels, the largest that is around those of one.
   void set_boxes(ResidentGeometry& g, int64_t each) const;
   // Threads that share a column where these are so many in all.
   static int groups(const ResidentGeometry& g, int64_t columns);
@@ -69,6 +71,8 @@ class Teams {
   double product_seconds(const ResidentGeometry& g, int vectors) const;
   // Until a block has read the team's shares of the hidden layer's sums for so many vectors.
   double merge_seconds(const ResidentGeometry& g, int vectors, double rate) const;
+  // Until the blocks of a team that is no cluster have read so many bytes of each other in all.
+  static double exchange_seconds(const ResidentGeometry& g, int64_t bytes, double rate);
   static double barrier_seconds(const ResidentGeometry& g, double barriers);
   // Of a visit: where two blocks share a multiprocessor, the one uses what the other waits.
   double together(const ResidentGeometry& g, double teams, double memory, double waits) const;
@@ -81,6 +85,11 @@ class Teams {
   bool first_;
 
  private:
+  // What a block is given of the channels or of the pixels; false where a share would be none, no
+  // whole vectors or in short pieces.
+  static bool set_team(ResidentGeometry& g, int64_t groups);
+  bool share_channels(ResidentGeometry& g) const;
+  bool share_pixels(ResidentGeometry& g) const;
   Copy copy_of(const ResidentGeometry& g) const;
 
   // Of a multiprocessor.
@@ -109,6 +118,7 @@ template <class Fitting>
 ResidentPlan<typename Fitting::Geometry> fastest_way(const Fitting& fitting, const Shape& s,
                                                      const DeviceLimits& device) {
   ResidentPlan<typename Fitting::Geometry> best;
+  const int all = device.multiprocessors;
   // Returns how many blocks the candidate's team needs.
   const auto consider = [&](const Candidate& candidate) {
     const auto g = fitting.geometry(candidate);
@@ -118,25 +128,25 @@ ResidentPlan<typename Fitting::Geometry> fastest_way(const Fitting& fitting, con
       best = {g, needed, g->cluster ? "clusters hold the samples" : "the whole grid holds samples"};
     return g->team;
   };
-  const auto consider_all = [&](int samples) {
+  const auto consider_all = [&](int samples, Split split) {
     for (int blocks = 1; blocks <= 2; ++blocks)
       for (int size = 0; size < kClusterSizes; ++size)
-        if (device.clusters[size]) consider({true, 1 << size, samples, blocks});
-    const int all = device.multiprocessors;
+        if (device.clusters[size]) consider({true, 1 << size, samples, blocks, split});
     if (best.geometry && best.geometry->cluster) {
       // Of the whole grid's teams the smallest alone: they leave fewer blocks without a team.
       int team = fitting.fewest_blocks(samples);
-      while (team < all && !fitting.geometry({false, team, samples, 1})) ++team;
-      consider({false, team, samples, 1});
+      while (team < all && !fitting.geometry({false, team, samples, 1, split})) ++team;
+      consider({false, team, samples, 1, split});
       return;
     }
     // The largest teams of which so many run at once.
     for (int team = all; team > 0; team = all / (all / team + 1))
-      team = consider({false, team, samples, 1});
+      team = consider({false, team, samples, 1, split});
   };
   const int samples = fitting.samples_per_visit();
-  consider_all(samples);
-  if (samples > 1) consider_all(1);
+  consider_all(samples, Split::kChannels);
+  if (samples > 1) consider_all(1, Split::kChannels);
+  if (Fitting::kHoldsPixels) consider_all(1, Split::kPixels);
   if (!best.geometry) best.reason = "a sample does not fit on the chip";
   return best;
 }

@@ -7,23 +7,6 @@
 namespace cbam::cuda {
 namespace {
 
-// How many positions of an extent all boxes read together, halo included, none outside the image.
-int64_t read_with_halo(int64_t extent, int64_t box, int64_t kernel) {
-  const int64_t halo = kernel / 2;
-  int64_t total = 0;
-  for (int64_t begin = 0; begin < extent; begin += box)
-    total += std::min(begin + std::min(box, extent - begin) + halo, extent) -
-             std::max<int64_t>(begin - halo, 0);
-  return total;
-}
-
-// How many pixels all boxes of an image read, each with its halo.
-int64_t read_by_boxes(const BoxGeometry& g, const Shape& s) {
-  return read_with_halo(s.depth, g.box_depth, s.kernel_depth) *
-         read_with_halo(s.height, g.box_height, s.kernel_height) *
-         read_with_halo(s.width, g.box_width, s.kernel_width);
-}
-
 struct Sizes {
   int64_t samples, channels, pixels, hidden;
   int64_t x, acc, weight, index;  // bytes: of all of x; of an element
@@ -219,13 +202,12 @@ int64_t readings(const ResidentGeometry& g, int64_t visits) {
 
 // What the blocks of a team that is no cluster tell each other.
 Traffic of_exchange(const ResidentForwardGeometry& g, const ForwardProblem& p, const Sizes& n) {
-  const int64_t visits = ceil_div(n.samples, g.samples), each_map = 2 * n.acc + n.index;
+  const int64_t visits = ceil_div(n.samples, g.samples);
   const int64_t hidden = visits * n.hidden * g.vectors() * n.acc;
+  const Exchanged maps = exchanged_maps(g, p, n.samples);
   Traffic t;
-  t.small_written = g.teams * kCountBytes + g.team * (hidden + n.samples * n.pixels * each_map) +
-                    n.samples * n.pixels * n.acc;
-  t.small_read = g.team * (g.team * hidden + n.samples * n.pixels * n.acc +
-                           n.samples * read_by_boxes(g.boxes, p.shape) * each_map);
+  t.small_written = g.teams * kCountBytes + g.team * hidden + maps.written;
+  t.small_read = int64_t{g.team} * g.team * hidden + maps.read;
   return t;
 }
 

@@ -42,9 +42,21 @@ struct Box {
     depth = min(g.box_depth, s.depth - z);
     height = min(g.box_height, s.height - y);
     width = min(g.box_width, s.width - x);
-    staged_height = height + s.kernel_height - 1;
-    staged_row = staged_width(width, s.kernel_width);
-    staged = staged_row * staged_height * (depth + s.kernel_depth - 1);
+    set_staged(s);
+  }
+  // The smallest around so many pixels that follow each other.
+  __device__ __forceinline__ Box(const Space& s, int first, int count) : sample(0) {
+    const int plane = s.height * s.width, last = first + count - 1;
+    const int last_z = last / plane, last_y = last % plane / s.width;
+    z = first / plane;
+    y = first % plane / s.width;
+    depth = last_z - z + 1;
+    const bool one_row = depth == 1 && y == last_y;
+    x = one_row ? first % s.width : 0;
+    width = one_row ? count : s.width;
+    if (depth > 1) y = 0;
+    height = depth > 1 ? s.height : last_y - y + 1;
+    set_staged(s);
   }
   __device__ __forceinline__ int pixels() const { return depth * height * width; }
   // Where a map is staged for a place that counts from the halo's first.
@@ -54,6 +66,13 @@ struct Box {
   // The number in the image of the box's pixel at this place.
   __device__ __forceinline__ int pixel(const Space& s, int from_z, int from_y, int from_x) const {
     return ((z + from_z) * s.height + y + from_y) * s.width + x + from_x;
+  }
+
+ private:
+  __device__ __forceinline__ void set_staged(const Space& s) {
+    staged_height = height + s.kernel_height - 1;
+    staged_row = staged_width(width, s.kernel_width);
+    staged = staged_row * staged_height * (depth + s.kernel_depth - 1);
   }
 };
 

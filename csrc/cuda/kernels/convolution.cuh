@@ -108,4 +108,20 @@ __device__ __forceinline__ void gate_box(const Box& box, const Space& s, const A
   }
 }
 
+// The same, by a thread or by two for a pixel where there are so many.
+template <class A, class Put>
+__device__ __forceinline__ void gate_box(const Box& box, const Space& s, const A* staged,
+                                         const A* weight, Put put) {
+  // Runs of four pixels by eight threads take two threads a pixel; each has a row of the kernel.
+  constexpr int kSharing = 8;
+  const int threads = static_cast<int>(blockDim.x);
+  const bool rows = 2 * s.kernel_depth * s.kernel_height >= kSharing;
+  if (rows && 2 * box.pixels() <= threads)
+    gate_box<kRun, kSharing>(box, s, staged, weight, put);
+  else if (box.pixels() <= threads)
+    gate_box<1, 1>(box, s, staged, weight, put);
+  else
+    gate_box<kRun, 1>(box, s, staged, weight, put);
+}
+
 }  // namespace cbam::cuda

@@ -1,5 +1,5 @@
 // What both resident kernels are handed: how a team of blocks holds samples on the chip, each block
-// a slice of the channels, from the first read of x to the last write.
+// a slice of the channels or of the pixels, from the first read of x to the last write.
 #pragma once
 
 #include "../primitives/async_copy.cuh"
@@ -20,15 +20,25 @@ enum class Copy {
   kBulk,   // in long pieces by the copy engine, from 9.0 on
 };
 
+// What of a sample a block of a team holds.
+enum class Split {
+  kChannels,  // all pixels of some channels: the team merges the maps
+  kPixels,    // some pixels of all channels: the team merges the pools
+};
+
 struct ResidentGeometry {
   bool cluster;  // blocks of a team are a cluster; else all blocks run at once and exchange through
                  // global memory
   int team;      // blocks that hold the samples of a visit together
   int threads;   // of a block: all of a multiprocessor's, or half of them
-  int64_t teams;      // each of which visits every teams-th group of samples
-  int samples;        // of a visit
-  int channels;       // of a block; some have a group fewer
-  int channel_group;  // channels that are whole vectors together: what blocks are given
+  int64_t teams;  // each of which visits every teams-th group of samples
+  int samples;    // of a visit; 1 where blocks hold pixels
+  Split split;
+  int channels;       // whose gates a block makes, at most; some make those of a group fewer
+  int channel_group;  // what blocks are given at a time; if they hold it, whole vectors
+  int held_channels;  // that a block holds, at most: those, or all
+  int pixels;         // that a block holds, at most; all where it holds channels
+  int pixel_group;    // as channel_group, where blocks hold pixels
   int rows, pitch;    // of a slice of one sample: channels of pixels, or pixels of channels
   int chunk;          // rows that are loaded together
   int chunks;         // of a slice
@@ -63,7 +73,25 @@ struct Resident {
   SharedLayout layout;
 };
 
-// The weights of the MLP that belong to a block's channels, of their own type.
+// How the blocks of a team share what is given out in groups: evenly but for one group, which the
+// first blocks have more.
+struct Shares {
+  int group, each, more;
+
+  CBAM_INLINE_MEMBER Shares(int count, int group_, int team)
+      : group(group_), each(count / group_ / team), more(count / group_ - each * team) {}
+  CBAM_INLINE_MEMBER int first(int rank) const {
+    return (rank * each + (rank < more ? rank : more)) * group;
+  }
+  CBAM_INLINE_MEMBER int count(int rank) const { return (each + (rank < more)) * group; }
+  // The block whose share this place is in.
+  CBAM_INLINE_MEMBER int owner(int place) const {
+    const int number = place / group, larger = more * (each + 1);
+    return number < larger ? number / (each + 1) : more + (number - larger) / each;
+  }
+};
+
+// The weights of the MLP that belong to the channels whose gates a block makes, of their own type.
 struct HeldWeights {
   char* fc1;  // [hidden, channels]
   char* fc2;  // [channels, hidden]

@@ -4,7 +4,7 @@
 //
 // Every block sums the first layer over its own channels, the team adds these shares in the order
 // of ranks, and every block makes the gates of its own channels: the team reads the weights once,
-// for a visit or for all of them.
+// for a visit or for all of them. Where blocks hold pixels, these gates go round the team.
 #pragma once
 
 #include "resident_extremes.cuh"
@@ -13,9 +13,9 @@
 namespace cbam::cuda {
 
 // This block's share of the first layer: the sums over its own channels.
-template <int kVectors, bool kChannelsFirst, class T>
+template <int kVectors, bool kChannelsFirst, Split kSplit, class T>
 __device__ __forceinline__ void hidden_shares(const ResidentForward& p,
-                                              const ResidentBlock<T, kChannelsFirst>& block,
+                                              const ResidentBlock<T, kChannelsFirst, kSplit>& block,
                                               const ForwardMemory<T>& m) {
   constexpr int kRows = kVectors == 2 ? 8 : 2;
   const int row = threadIdx.x % 32 / kVectors, vector = threadIdx.x % kVectors;
@@ -35,9 +35,9 @@ __device__ __forceinline__ void hidden_shares(const ResidentForward& p,
 }
 
 // The hidden vectors of mean and max, summed over the team and then over both.
-template <bool kTraining, bool kChannelsFirst, class T>
+template <bool kTraining, bool kChannelsFirst, Split kSplit, class T>
 __device__ __forceinline__ void merge_hidden(const ResidentForward& p,
-                                             const ResidentBlock<T, kChannelsFirst>& block,
+                                             const ResidentBlock<T, kChannelsFirst, kSplit>& block,
                                              const ForwardMemory<T>& m) {
   using A = acc_t<T>;
   constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(A)), kPairs = kCount / 2;
@@ -74,10 +74,10 @@ __device__ __forceinline__ void merge_hidden(const ResidentForward& p,
   __syncthreads();
 }
 
-// The gates of the block's own channels.
-template <int kSamples, bool kTraining, bool kChannelsFirst, class T>
+// The gates of the block's own channels: to where it looks them up, or where others do.
+template <int kSamples, bool kTraining, bool kChannelsFirst, Split kSplit, class T>
 __device__ __forceinline__ void gate_channels(const ResidentForward& p,
-                                              const ResidentBlock<T, kChannelsFirst>& block,
+                                              const ResidentBlock<T, kChannelsFirst, kSplit>& block,
                                               const ForwardMemory<T>& m) {
   using A = acc_t<T>;
   constexpr int kRows = kSamples == 1 ? 8 : 4;
@@ -95,7 +95,8 @@ __device__ __forceinline__ void gate_channels(const ResidentForward& p,
                                          block.channels - first, p.hidden, m.shared.both, kSamples);
       if (!own) continue;
       const A gate = sigmoid(sum + A(2) * b);
-      m.shared.gate[sample * p.geometry.channels + c] = gate;
+      (block.kHoldsPixels ? m.exchange.gates : m.shared.gate)[sample * p.geometry.channels + c] =
+          gate;
       if constexpr (kTraining)
         static_cast<A*>(p.saved.channel_gate)[n * p.channels + channel] = gate;
     }
@@ -103,10 +104,26 @@ __device__ __forceinline__ void gate_channels(const ResidentForward& p,
   __syncthreads();
 }
 
-template <bool kTraining, bool kChannelsFirst, class T>
-__device__ __forceinline__ void gate_all_channels(const ResidentForward& p,
-                                                  const ResidentBlock<T, kChannelsFirst>& block,
-                                                  const ForwardMemory<T>& m) {
+// The gates of all channels, from the blocks that made them.
+template <bool kChannelsFirst, Split kSplit, class T>
+__device__ __forceinline__ void collect_channel_gates(
+    const ResidentForward& p, const ResidentBlock<T, kChannelsFirst, kSplit>& block,
+    const ForwardMemory<T>& m) {
+  block.team.barrier();
+  const Shares shares = block.channel_shares();
+  read_from(block.team, [&](auto read) {
+    for (int c = threadIdx.x; c < p.channels; c += p.geometry.threads) {
+      const int owner = shares.owner(c);
+      m.shared.gate[c] = read(m.exchange.gates + c - shares.first(owner), owner);
+    }
+  });
+  __syncthreads();
+}
+
+template <bool kTraining, bool kChannelsFirst, Split kSplit, class T>
+__device__ __forceinline__ void gate_all_channels(
+    const ResidentForward& p, const ResidentBlock<T, kChannelsFirst, kSplit>& block,
+    const ForwardMemory<T>& m) {
   const bool one = p.geometry.samples == 1;
   if (one)
     hidden_shares<2>(p, block, m);
@@ -118,6 +135,7 @@ __device__ __forceinline__ void gate_all_channels(const ResidentForward& p,
     gate_channels<1, kTraining>(p, block, m);
   else
     gate_channels<kMostVisited, kTraining>(p, block, m);
+  if constexpr (kSplit == Split::kPixels) collect_channel_gates(p, block, m);
 }
 
 }  // namespace cbam::cuda

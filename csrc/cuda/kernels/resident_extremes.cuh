@@ -24,10 +24,10 @@ constexpr int kRowsUnderWay = 4;
 // For rows [first, end) of every sample of the visit: put(sample, row, sum and maximum of the row's
 // elements times their factor), kCount elements at a time. `index` is the number of a row's first
 // element; ready(sample, to) returns once rows up to `to` may be read.
-template <int kCount, bool kScaled, bool kArgmax, bool kChannelsFirst, class T, class Ready,
-          class Put>
+template <int kCount, bool kScaled, bool kArgmax, bool kChannelsFirst, Split kSplit, class T,
+          class Ready, class Put>
 __device__ __forceinline__ void walk_along(const ResidentForwardGeometry& g,
-                                           const ResidentBlock<T, kChannelsFirst>& block,
+                                           const ResidentBlock<T, kChannelsFirst, kSplit>& block,
                                            const T* tile, int first, int end, int index,
                                            const acc_t<T>* factor, Ready ready, Put put) {
   using A = acc_t<T>;
@@ -48,7 +48,8 @@ __device__ __forceinline__ void walk_along(const ResidentForwardGeometry& g,
 #pragma unroll 2
       for (int v = lane; v < vectors; v += g.lanes) {
         A by[kCount];
-        if constexpr (kScaled) load_shared(factor + sample * g.channels + v * kCount, true, by);
+        if constexpr (kScaled)
+          load_shared(factor + sample * g.held_channels + v * kCount, true, by);
 #pragma unroll
         for (int r = 0; r < kRowsAlong; ++r) {
           const auto pack = widen(load_staged<kCount>(from[r] + v * kCount));
@@ -64,10 +65,10 @@ __device__ __forceinline__ void walk_along(const ResidentForwardGeometry& g,
 }
 
 // The same for rows so short that a thread walks along one alone.
-template <bool kArgmax, bool kChannelsFirst, class T, class Ready, class Put>
-__device__ __forceinline__ void walk_short_rows(const ResidentForwardGeometry& g,
-                                                const ResidentBlock<T, kChannelsFirst>& block,
-                                                const T* tile, Ready ready, Put put) {
+template <bool kArgmax, bool kChannelsFirst, Split kSplit, class T, class Ready, class Put>
+__device__ __forceinline__ void walk_short_rows(
+    const ResidentForwardGeometry& g, const ResidentBlock<T, kChannelsFirst, kSplit>& block,
+    const T* tile, Ready ready, Put put) {
   const int rows = block.rows(), cols = block.cols();
   for (int i = threadIdx.x; i < block.samples * rows; i += g.threads) {
     const int sample = i / rows, row = i - sample * rows;
@@ -83,18 +84,18 @@ __device__ __forceinline__ void walk_short_rows(const ResidentForwardGeometry& g
 // Columns [first, end) of every sample, kCount neighbours to a thread or to g.groups of them, which
 // take turns: put(turn, sample, first of the columns, sum and maximum of each over the rows of one
 // group); from turn 1 on it merges with what is there. Rows are all there.
-template <int kCount, bool kScaled, bool kArgmax, bool kChannelsFirst, class T, class Put>
-__device__ __forceinline__ void walk_neighbours(const ResidentForwardGeometry& g,
-                                                const ResidentBlock<T, kChannelsFirst>& block,
-                                                const T* tile, int first, int end, int index,
-                                                const acc_t<T>* factor, Put put) {
+template <int kCount, bool kScaled, bool kArgmax, bool kChannelsFirst, Split kSplit, class T,
+          class Put>
+__device__ __forceinline__ void walk_neighbours(
+    const ResidentForwardGeometry& g, const ResidentBlock<T, kChannelsFirst, kSplit>& block,
+    const T* tile, int first, int end, int index, const acc_t<T>* factor, Put put) {
   using A = acc_t<T>;
   const int along = (end - first) / kCount, total = block.samples * along;
   for (int done = 0; done < total * g.groups; done += g.threads) {
     const int group = (done + threadIdx.x) / total, i = done + threadIdx.x - group * total;
     const int sample = i / along, col = first + (i - sample * along) * kCount;
     const T* column = tile + int64_t{sample} * g.rows * g.pitch + col;
-    const A* own = kScaled ? factor + sample * g.channels : nullptr;
+    const A* own = kScaled ? factor + sample * g.held_channels : nullptr;
     Extremes<A, kArgmax> e[kCount];
     for_batches<kRowsUnderWay / (kArgmax ? 2 : 1)>(
         group, group < g.groups ? block.rows() : 0, g.groups,
@@ -115,16 +116,17 @@ __device__ __forceinline__ void walk_neighbours(const ResidentForwardGeometry& g
 
 // As walk_neighbours, a column to one thread or several: put(sample, column, sum and maximum).
 // `step` rows become ready together; ready(sample, to) returns once rows may be read.
-template <bool kScaled, bool kArgmax, bool kChannelsFirst, class T, class Ready, class Put>
+template <bool kScaled, bool kArgmax, bool kChannelsFirst, Split kSplit, class T, class Ready,
+          class Put>
 __device__ __forceinline__ void walk_columns(const ResidentForwardGeometry& g,
-                                             const ResidentBlock<T, kChannelsFirst>& block,
+                                             const ResidentBlock<T, kChannelsFirst, kSplit>& block,
                                              const ForwardMemory<T>& m, int first, int end,
                                              int index, const acc_t<T>* factor, int step,
                                              Ready ready, Put put) {
   using A = acc_t<T>;
   const auto gather = [&](int sample, int col, int group) {
     const T* column = m.shared.tile + int64_t{sample} * g.rows * g.pitch + col;
-    const A* own = kScaled ? factor + sample * g.channels : nullptr;
+    const A* own = kScaled ? factor + sample * g.held_channels : nullptr;
     Extremes<A, kArgmax> e;
     int row = group;
     for (int from = 0; row < block.rows(); from += step) {

@@ -21,6 +21,10 @@ struct ResidentForwardGeometry : ResidentGeometry {
   // From the pooled values of a channel to those of the next: neither of 8 lanes that read a vector
   // each meets another in a bank.
   CBAM_INLINE_MEMBER int pooled_pitch() const { return samples == 1 ? 2 : vectors() + 4; }
+  // Whether the spatial gates stand where the maps were.
+  CBAM_INLINE_MEMBER bool gates_replace_maps() const {
+    return cluster && split == Split::kChannels;
+  }
   // Elements of what is put out of a box's gates, and of a sample's maps: whole vectors.
   CBAM_INLINE_MEMBER int gates_each() const { return in_whole_vectors(boxes.pixels()); }
   CBAM_INLINE_MEMBER int map_pitch() const { return in_whole_vectors(band); }
@@ -31,14 +35,17 @@ struct ResidentForwardGeometry : ResidentGeometry {
   }
 };
 
-// resident_forward.cu
 struct ResidentForward : Resident {
   void* out;
   int64_t out_sample_stride, out_row_stride;
   ResidentForwardGeometry geometry;
 };
+
+// For the geometry's split: resident_forward.cu, resident_forward_pixels.cu.
+template <Split kSplit>
 void resident_forward(DType dtype, bool channels_first, const ResidentForward& p, const Grid& grid,
                       Stream stream);
+template <Split kSplit>
 const char* why_no_resident_forward(DType dtype, bool channels_first, bool training,
                                     const Grid& grid);
 
@@ -46,18 +53,28 @@ const char* why_no_resident_forward(DType dtype, bool channels_first, bool train
 template <class A>
 struct ForwardExchange {
   A* hidden;        // [hidden, vectors]: this block's share of the first layer's sums
-  A* maps;          // [2, samples, band in whole vectors]: mean and max over this block's channels
-  int32_t* argmax;  // [samples, band in whole vectors]
-  A* gates;         // [boxes_each, pixels of a box in whole vectors]
+  A* maps;          // [2, samples, band in whole vectors]: mean and max over the channels it holds
+  int32_t* argmax;  // [samples, band in whole vectors]; by pixels none
+  A* gates;         // [boxes_each, pixels of a box in whole vectors]; by pixels [channels]: the
+                    // channel gates that this block makes
+  // By pixels, else none.
+  A* pools;              // [2, channels of x]: sum and maximum over this block's pixels
+  int32_t* pool_argmax;  // [channels of x]
 
   template <class Carver>
   CBAM_INLINE_MEMBER ForwardExchange(Carver& carver, const ResidentForwardGeometry& g, int units,
                                      const Space& space, bool training)
       : hidden(carver.template array<A>(g.in_whole_vectors(units * g.vectors()), "hidden")),
         maps(carver.template array<A>(map_values(g, space), "maps")),
-        argmax(carver.template array<int32_t>(training ? int64_t{g.samples} * g.map_pitch() : 0,
-                                              "argmax")),
-        gates(carver.template array<A>(int64_t{g.boxes_each} * g.gates_each(), "gates")) {}
+        argmax(carver.template array<int32_t>(
+            training && g.split == Split::kChannels ? int64_t{g.samples} * g.map_pitch() : 0,
+            "argmax")),
+        gates(carver.template array<A>(
+            g.split == Split::kPixels ? g.channels : int64_t{g.boxes_each} * g.gates_each(),
+            "gates")),
+        pools(carver.template array<A>(int64_t{2} * pooled_channels(g), "pools")),
+        pool_argmax(
+            carver.template array<int32_t>(training ? pooled_channels(g) : 0, "pool argmax")) {}
 
  private:
   // In a cluster the spatial gates follow in the same place, once the maps are gates.
@@ -65,7 +82,10 @@ struct ForwardExchange {
                                                const Space& space) {
     const int64_t maps = int64_t{2} * g.samples * g.map_pitch();
     const int64_t gates = int64_t{g.samples} * space.pixels();
-    return g.cluster && gates > maps ? gates : maps;
+    return g.gates_replace_maps() && gates > maps ? gates : maps;
+  }
+  CBAM_INLINE_MEMBER static int64_t pooled_channels(const ResidentForwardGeometry& g) {
+    return g.split == Split::kPixels ? g.held_channels : 0;
   }
 };
 
@@ -77,9 +97,9 @@ struct ResidentForwardShared {
   A* pooled;            // [channels, vectors]: mean and max of each sample in turn
   A* both;              // [hidden, vectors / 2]: the sum of both hidden vectors; in the same place
   A* staged;            // [2, a box with its halo, rows padded]; in the same place
-  A* gate;              // [samples, channels]
+  A* gate;              // [samples, channels that it holds]
   A* weight;            // [2, taps], and the bias
-  A* spatial;           // [samples, pixels]; null where ForwardExchange has room for it
+  A* spatial;           // [samples, pixels that it holds]; none where the gates replace the maps
   HeldWeights held;
   ColumnScratch<A> scratch;
 
@@ -92,9 +112,9 @@ struct ResidentForwardShared {
         pooled(carver.template array<A>(passing_values(g, units, space), "pooled, both or staged")),
         both(pooled),
         staged(pooled),
-        gate(carver.template array<A>(int64_t{g.samples} * g.channels, "gate")),
+        gate(carver.template array<A>(int64_t{g.samples} * g.held_channels, "gate")),
         weight(carver.template array<A>(int64_t{2} * space.taps() + 1, "weight")),
-        spatial(carver.template array<A>(g.cluster ? 0 : int64_t{g.samples} * space.pixels(),
+        spatial(carver.template array<A>(g.gates_replace_maps() ? 0 : int64_t{g.samples} * g.pixels,
                                          "spatial")),
         held(carver, g, units),
         scratch{carver.template array<A>(shared_columns(g), "sum"),

@@ -9,8 +9,9 @@
 namespace cbam::cuda {
 
 // Brings the weights of the block's channels to the cache while the first samples arrive.
-template <bool kChannelsFirst, class T>
-__device__ __forceinline__ void prefetch_weights(const ResidentBlock<T, kChannelsFirst>& block) {
+template <bool kChannelsFirst, Split kSplit, class T>
+__device__ __forceinline__ void prefetch_weights(
+    const ResidentBlock<T, kChannelsFirst, kSplit>& block) {
   const Resident& p = block.p;
   const int size = static_cast<int>(bytes_of(p.weights.dtype));
   const int lines = (block.channels * size + kLineBytes - 1) / kLineBytes;
@@ -67,8 +68,8 @@ __device__ __forceinline__ void hold(const W* from, int64_t stride, int rows, in
 
 // The weights of the block's channels: where they stay on the chip they come there, else to the
 // cache, while the first samples arrive.
-template <bool kChannelsFirst, class T>
-__device__ __forceinline__ void fetch_weights(const ResidentBlock<T, kChannelsFirst>& block,
+template <bool kChannelsFirst, Split kSplit, class T>
+__device__ __forceinline__ void fetch_weights(const ResidentBlock<T, kChannelsFirst, kSplit>& block,
                                               const HeldWeights& held) {
   const Resident& p = block.p;
   if (!block.g.weight_bytes) {
@@ -87,9 +88,9 @@ __device__ __forceinline__ void fetch_weights(const ResidentBlock<T, kChannelsFi
 
 // Calls body(weights, stride), where weights[u * stride + c] belongs to hidden unit u and channel c
 // of the block.
-template <bool kChannelsFirst, class T, class Body>
-__device__ __forceinline__ void with_first_layer(const ResidentBlock<T, kChannelsFirst>& block,
-                                                 const HeldWeights& held, Body body) {
+template <bool kChannelsFirst, Split kSplit, class T, class Body>
+__device__ __forceinline__ void with_first_layer(
+    const ResidentBlock<T, kChannelsFirst, kSplit>& block, const HeldWeights& held, Body body) {
   const Resident& p = block.p;
   if (block.g.weight_bytes)
     with_weights<T>(held.fc1, p.weights.dtype,
@@ -102,9 +103,9 @@ __device__ __forceinline__ void with_first_layer(const ResidentBlock<T, kChannel
 
 // Calls body(weights), where weights[c * hidden + u] belongs to channel c of the block and hidden
 // unit u.
-template <bool kChannelsFirst, class T, class Body>
-__device__ __forceinline__ void with_second_layer(const ResidentBlock<T, kChannelsFirst>& block,
-                                                  const HeldWeights& held, Body body) {
+template <bool kChannelsFirst, Split kSplit, class T, class Body>
+__device__ __forceinline__ void with_second_layer(
+    const ResidentBlock<T, kChannelsFirst, kSplit>& block, const HeldWeights& held, Body body) {
   const Resident& p = block.p;
   if (block.g.weight_bytes)
     with_weights<T>(held.fc2, p.weights.dtype, body);

@@ -1,4 +1,4 @@
-// The spatial gate of samples that stay on the chip.
+// The spatial gate of samples that stay on the chip, where blocks hold channels.
 //
 //   spatial_gate[s] = sigmoid(conv(mean and max over c of x * channel_gate) + bias)
 //
@@ -244,15 +244,7 @@ __device__ __forceinline__ void gate_boxes(const ResidentForward& p,
       if constexpr (kTraining)
         static_cast<A*>(p.saved.spatial_gate)[n * block.pixels() + pixel] = gate;
     };
-    // Runs of four pixels by eight threads take two threads a pixel; each has a row of the kernel.
-    constexpr int kSharing = 8;
-    const bool rows = 2 * p.space.kernel_depth * p.space.kernel_height >= kSharing;
-    if (rows && 2 * box.pixels() <= g.threads)
-      gate_box<kRun, kSharing>(box, p.space, m.shared.staged, m.shared.weight, put);
-    else if (box.pixels() <= g.threads)
-      gate_box<1, 1>(box, p.space, m.shared.staged, m.shared.weight, put);
-    else
-      gate_box<kRun, 1>(box, p.space, m.shared.staged, m.shared.weight, put);
+    gate_box(box, p.space, m.shared.staged, m.shared.weight, put);
     __syncthreads();
   });
 }

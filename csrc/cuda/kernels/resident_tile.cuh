@@ -10,10 +10,13 @@
 
 namespace cbam::cuda {
 
-// This block, and what it holds: `channels` channels of `samples` samples, a matrix of `rows` rows
-// of `cols` elements each.
-template <class T, bool kChannelsFirst>
+// This block, and what it holds of `samples` samples: a matrix of rows() rows of cols() elements
+// each. It makes the gates of `channels` channels, which are those that it holds unless it holds
+// pixels.
+template <class T, bool kChannelsFirst, Split kSplit = Split::kChannels>
 struct ResidentBlock {
+  static constexpr bool kHoldsPixels = kSplit == Split::kPixels;
+
   const Resident& p;
   const ResidentGeometry& g;
   Team team;
@@ -25,16 +28,43 @@ struct ResidentBlock {
       : p(p_), g(g_) {
     team = {g.cluster, g.team, static_cast<int>(blockIdx.x) % g.team, static_cast<int>(g.exchange),
             p.exchange};
-    // Shares of the channels are even but for one group; the first blocks have one more.
-    const int groups = p.channels / g.channel_group;
-    const int each = groups / g.team, more = groups - each * g.team;
-    first_channel = (team.rank * each + min(team.rank, more)) * g.channel_group;
-    channels = (each + (team.rank < more)) * g.channel_group;
+    const Shares shares = channel_shares();
+    first_channel = shares.first(team.rank);
+    channels = shares.count(team.rank);
   }
 
-  __device__ __forceinline__ int pixels() const { return kChannelsFirst ? g.pitch : g.rows; }
-  __device__ __forceinline__ int rows() const { return kChannelsFirst ? channels : g.rows; }
-  __device__ __forceinline__ int cols() const { return kChannelsFirst ? g.pitch : channels; }
+  __device__ __forceinline__ Shares channel_shares() const {
+    return {p.channels, g.channel_group, g.team};
+  }
+  __device__ __forceinline__ Shares pixel_shares() const {
+    return {p.space.pixels(), g.pixel_group, g.team};
+  }
+  // What it holds.
+  __device__ __forceinline__ int first_held_channel() const {
+    return kHoldsPixels ? 0 : first_channel;
+  }
+  __device__ __forceinline__ int held_channels() const {
+    return kHoldsPixels ? p.channels : channels;
+  }
+  __device__ __forceinline__ int first_pixel() const {
+    return kHoldsPixels ? pixel_shares().first(team.rank) : 0;
+  }
+  __device__ __forceinline__ int pixels() const {
+    if constexpr (kHoldsPixels) return pixel_shares().count(team.rank);
+    return kChannelsFirst ? g.pitch : g.rows;
+  }
+  __device__ __forceinline__ int first_row() const {
+    return kChannelsFirst ? first_held_channel() : first_pixel();
+  }
+  __device__ __forceinline__ int first_col() const {
+    return kChannelsFirst ? first_pixel() : first_held_channel();
+  }
+  __device__ __forceinline__ int rows() const {
+    return kChannelsFirst ? held_channels() : pixels();
+  }
+  __device__ __forceinline__ int cols() const {
+    return kChannelsFirst ? pixels() : held_channels();
+  }
 
   // Of the team.
   __device__ __forceinline__ int number() const { return block_index() / g.team; }
@@ -55,10 +85,10 @@ struct ResidentBlock {
   __device__ __forceinline__ int parity() const { return round & 1; }
 };
 
-// does(sample, channel of the block) for the block's own channels of so many samples.
-template <bool kChannelsFirst, class T, class Does>
-__device__ __forceinline__ void for_own_channels(const ResidentBlock<T, kChannelsFirst>& block,
-                                                 int samples, Does does) {
+// does(sample, channel of the block) for the channels of so many samples whose gates it makes.
+template <bool kChannelsFirst, Split kSplit, class T, class Does>
+__device__ __forceinline__ void for_own_channels(
+    const ResidentBlock<T, kChannelsFirst, kSplit>& block, int samples, Does does) {
   for (int i = threadIdx.x; i < samples * block.channels; i += block.g.threads)
     does(i / block.channels, i % block.channels);
 }
@@ -91,21 +121,23 @@ __device__ __forceinline__ void init_landed(const ResidentGeometry& g, CopyBarri
 
 // Starts to load a chunk of sample `within` of a round's visit to `to`, with all threads of the
 // block. Nothing may still read what was there before.
-template <bool kChannelsFirst, class T>
+template <bool kChannelsFirst, Split kSplit, class T>
 __device__ __forceinline__ void load_chunk(const ResidentGeometry& g,
-                                           const ResidentBlock<T, kChannelsFirst>& block,
+                                           const ResidentBlock<T, kChannelsFirst, kSplit>& block,
                                            const Matrix& from, int round, int within, int number,
                                            T* to, CopyBarrier* landed) {
   constexpr int kCount = kVector<T>;
   const Chunk chunk(g, block.rows(), number);
   if (chunk.count <= 0) return;
-  const int64_t row = kChannelsFirst ? block.first_channel + chunk.first : chunk.first;
+  const int64_t row = block.first_row() + chunk.first;
   const int64_t sample = (block.number() + round * g.teams) * g.samples + within;
   const T* data = static_cast<const T*>(from.data) + sample * from.sample_stride +
-                  row * from.row_stride + (kChannelsFirst ? 0 : block.first_channel);
+                  row * from.row_stride + block.first_col();
   // Rows without a gap between them are one piece.
-  const int pieces = kChannelsFirst ? 1 : chunk.count;
-  const int length = kChannelsFirst ? chunk.count * block.cols() : block.cols();
+  const bool whole =
+      block.kHoldsPixels ? !kChannelsFirst && from.row_stride == block.cols() : kChannelsFirst;
+  const int pieces = whole ? 1 : chunk.count;
+  const int length = whole ? chunk.count * block.cols() : block.cols();
   if (g.copy == Copy::kBulk) {
     if (threadIdx.x >= 32) return;
     const int bytes = length * static_cast<int>(sizeof(T));

@@ -1,0 +1,10 @@
+// The resident forward whose blocks hold pixels.
+#include "resident_forward.cuh"
+
+namespace cbam::cuda {
+
+template void resident_forward<Split::kPixels>(DType, bool, const ResidentForward&, const Grid&,
+                                               Stream);
+template const char* why_no_resident_forward<Split::kPixels>(DType, bool, bool, const Grid&);
+
+}  // namespace cbam::cuda

@@ -1,0 +1,71 @@
+// What the blocks of a team tell each other through global memory, and what boxes read of maps.
+#include <algorithm>
+
+#include "plan_parts.h"
+
+namespace cbam::cuda {
+namespace {
+
+// How many positions of an extent all boxes read together, halo included, none outside the image.
+int64_t read_with_halo(int64_t extent, int64_t box, int64_t kernel) {
+  const int64_t halo = kernel / 2;
+  int64_t total = 0;
+  for (int64_t begin = 0; begin < extent; begin += box)
+    total += std::min(begin + std::min(box, extent - begin) + halo, extent) -
+             std::max<int64_t>(begin - halo, 0);
+  return total;
+}
+
+// How many positions are read from `first` to `last` with a halo, none outside the extent.
+int64_t with_halo(int64_t extent, int64_t first, int64_t last, int64_t kernel) {
+  return std::min(last + kernel / 2, extent - 1) - std::max<int64_t>(first - kernel / 2, 0) + 1;
+}
+
+// How many pixels the smallest box around so many that follow each other reads with its halo.
+int64_t read_around(int64_t first, int64_t count, const Shape& s) {
+  const int64_t plane = s.height * s.width, last = first + count - 1;
+  const bool one_plane = first / plane == last / plane, one_row = first / s.width == last / s.width;
+  const int64_t rows = one_plane ? with_halo(s.height, first % plane / s.width,
+                                             last % plane / s.width, s.kernel_height)
+                                 : s.height;
+  const int64_t columns =
+      one_row ? with_halo(s.width, first % s.width, last % s.width, s.kernel_width) : s.width;
+  return with_halo(s.depth, first / plane, last / plane, s.kernel_depth) * rows * columns;
+}
+
+Exchanged of_channels(const ResidentForwardGeometry& g, const Shape& s, int64_t index) {
+  constexpr int64_t kAcc = sizeof(float);
+  const int64_t each = 2 * kAcc + index;
+  return {g.team * s.pixels() * each + s.pixels() * kAcc,
+          g.team * (s.pixels() * kAcc + read_by_boxes(g.boxes, s) * each)};
+}
+
+Exchanged of_pixels(const ResidentForwardGeometry& g, const Shape& s, int64_t index) {
+  constexpr int64_t kAcc = sizeof(float);
+  const Shares shares(static_cast<int>(s.pixels()), g.pixel_group, g.team);
+  const int64_t pools = g.team * s.channels * (2 * kAcc + index);
+  int64_t staged = 0;
+  for (int rank = 0; rank < g.team; ++rank)
+    staged += read_around(shares.first(rank), shares.count(rank), s);
+  return {pools + (s.channels + 2 * s.pixels()) * kAcc,
+          pools + (g.team * s.channels + 2 * staged) * kAcc};
+}
+
+}  // namespace
+
+// How many pixels all boxes of an image read, each with its halo.
+int64_t read_by_boxes(const BoxGeometry& g, const Shape& s) {
+  return read_with_halo(s.depth, g.box_depth, s.kernel_depth) *
+         read_with_halo(s.height, g.box_height, s.kernel_height) *
+         read_with_halo(s.width, g.box_width, s.kernel_width);
+}
+
+Exchanged exchanged_maps(const ResidentForwardGeometry& g, const ForwardProblem& p,
+                         int64_t samples) {
+  const int64_t index = p.training() ? 4 : 0;
+  const Exchanged each =
+      g.split == Split::kPixels ? of_pixels(g, p.shape, index) : of_channels(g, p.shape, index);
+  return {samples * each.written, samples * each.read};
+}
+
+}  // namespace cbam::cuda
