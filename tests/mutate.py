@@ -98,11 +98,8 @@ REDUNDANT = {
     "if (i <= end) prefetch(fc2 + int64_t{i} * kLineBytes);": HINT,
     "resident_mlp.cuh: for (int first = 0; first < columns; first += along) { -> "
     "for (int first = 0; first <= columns; first += along) {": GUARDED,
-    "resident_mlp.cuh: const int along = min(threads, (columns + 15) / 16 * 16), "
-    "parts = min(threads / along, rows); -> "
-    "const int along = min(threads, (columns + 15) / 16 * 16), parts = (threads / along);": (
-        "parts without rows are zero"
-    ),
+    "resident_mlp.cuh: const int parts = min(threads / along, rows); -> "
+    "const int parts = (threads / along);": ("parts without rows are zero"),
     "resident_sums.cuh: if (group < g.groups) gather(i, group, sum); -> "
     "if (group <= g.groups) gather(i, group, sum);": LEFT_OVER,
     "resident_mlp.cuh: const bool works = side < count && part < parts; -> "
@@ -113,6 +110,10 @@ REDUNDANT = {
     "-> for (int first = threadIdx.x / 32 * kRows; first <= block.channels;": GUARDED,
     "resident_extremes.cuh: for (int done = 0; done < total; done += at_once) { -> "
     "for (int done = 0; done <= total; done += at_once) {": GUARDED,
+    "resident_pool.cuh: for (int done = 0; done < block.channels; done += at_once) { -> "
+    "for (int done = 0; done <= block.channels; done += at_once) {": GUARDED,
+    "resident_tile.cuh: if (static_cast<int>(threadIdx.x) < total * g.groups) { -> "
+    "if (static_cast<int>(threadIdx.x) <= total * g.groups) {": LEFT_OVER,
     "resident_sums.cuh: for (int done = 0; done < groups * parts; done += at_once) { -> "
     "for (int done = 0; done <= groups * parts; done += at_once) {": GUARDED,
     "resident_sums.cuh: of.wait(sample, row, min(row + kRowsTogether, of.end) - 1); -> "

@@ -75,20 +75,25 @@ FORMS = {
     "pixels of clusters of 16": (
         pixels := {"split": "pixels", "kind": "cluster", "team": 16},
         pixels,
-        {"x": "is read twice", "team": 4},
+        pixels | {"x": "stays"},
     ),
     "pixels of the whole grid": (
         pixels := {"split": "pixels", "kind": "grid", "copy": "async"},
         pixels,
-        None,
+        pixels | {"x": "stays"},
     ),
     "x comes and goes, clusters of 16": (
         {"team": 16},
         {"team": 16},
-        {"x": "is read twice", "copy": "bulk", "kind": "cluster", "team": 16},
+        {"split": "channels", "x": "is read twice", "copy": "bulk", "kind": "cluster", "team": 16},
+    ),
+    "pixels, x comes and goes": (
+        pixels := {"split": "pixels", "copy": "bulk"},
+        pixels,
+        pixels | {"x": "is read twice"},
     ),
     "several boxes a block": (grid := {"kind": "grid", "several boxes": True}, grid, None),
-    "backward on the whole grid": ({}, {}, {"kind": "grid", "team": 8}),
+    "backward on the whole grid": ({}, {}, {"kind": "grid", "team": 2, "split": "channels"}),
     "several samples of a visit, several visits": (
         several := {"samples": 8, "rounds": 2, "team": 4, "holds_weights": True},
         several,

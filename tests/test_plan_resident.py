@@ -120,7 +120,8 @@ def check_loads(problem: dict, g: dict) -> None:
         assert g["chunk"] % 4 == 0
     vector = 16 // BYTES[problem["dtype"]]
     first = not problem["channels_last"] or problem["shape"][1] == 1
-    cols = prod(problem["shape"][2:]) if first else g["channels"]
+    held = problem["shape"][1] if g["split"] == "pixels" else g["channels"]
+    cols = g["pixels"] if first else held
     assert g["access"] == ("packed" if cols % vector else "vector")
     assert g["row_group"] == vector // gcd(cols, vector)
     assert not first or g["chunk"] % g["row_group"] == 0
@@ -241,7 +242,7 @@ def test_command_backwards(capsys):
     assert "sums over the batch: 2 launches" in shown
     assert "x stays" in shown
     assert "from the L2 cache" not in shown
-    arguments[2] = "2,256,56,56"
+    arguments[2] = "2,2048,56,56"
     assert main([*arguments, "--strategy", "resident"]) == 0
     shown = capsys.readouterr().out
     assert "x is read twice" in shown

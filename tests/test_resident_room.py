@@ -43,12 +43,12 @@ TEAMS = (
         Case("a cluster", (2, 128, 28, 28), 8, (7, 7)),
         {"forward": 4, "backward": 4},
     ),
-    # 48 blocks of a forward and 104 of a backward, all of which must run at once.
+    # 48 blocks of a forward and 80 of a backward, all of which must run at once.
     Team(
         "grid",
         "A100",
         Case("a grid", (8, 64, 28, 28), 4, (7, 7)),
-        {"forward": 12, "backward": 26},
+        {"forward": 12, "backward": 20},
     ),
     Team(
         "grid",

@@ -132,7 +132,7 @@ void weight_gradients(const BackwardProblem& p, const BackwardPlan& plan, const 
   const Vectors both_hidden{p.saved.hidden, int64_t{2} * hidden, n, 2, hidden};
   const Vectors pooled{p.saved.pooled, channels, 2 * n, 1, channels};
   const void* bias = further(sums.d_conv, taps, bytes_of_accumulator(p.dtype));
-  const int64_t boxes = plan.boxes().boxes();
+  const int64_t boxes = plan.conv_shares();
   const Vectors conv{sums.d_conv, taps + 1, n * boxes, 1, taps};
   const Vectors conv_bias{bias, taps + 1, n * boxes, 1, 1};
   if (grid.products.blocks)
@@ -164,7 +164,9 @@ void run_resident(const BackwardProblem& p, const BackwardPlan& plan, void* exch
   r.d_conv = sums.d_conv;
   r.geometry = *plan.resident;
   resident_shared_bytes(p, r.geometry, r.layout);
-  resident_backward(p.dtype, first, r, resident_grid(plan, p), stream);
+  const auto backward = r.geometry.split == Split::kPixels ? resident_backward<Split::kPixels>
+                                                           : resident_backward<Split::kChannels>;
+  backward(p.dtype, first, r, resident_grid(plan, p), stream);
 }
 
 void run_streaming(const BackwardProblem& problem, const BackwardPlan& plan,
@@ -202,8 +204,10 @@ void run_streaming(const BackwardProblem& problem, const BackwardPlan& plan,
 
 BackwardPlan plan_to_run(const BackwardProblem& p, const DeviceLimits& device) {
   return plan_that_runs(p, device, [&](const BackwardPlan& found) {
-    return why_no_resident_backward(p.dtype, p.strides.channels_first(), *found.resident,
-                                    resident_grid(found, p));
+    const auto why_not = found.resident->split == Split::kPixels
+                             ? why_no_resident_backward<Split::kPixels>
+                             : why_no_resident_backward<Split::kChannels>;
+    return why_not(p.dtype, p.strides.channels_first(), *found.resident, resident_grid(found, p));
   });
 }
 

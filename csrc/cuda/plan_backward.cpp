@@ -245,7 +245,7 @@ WeightGrids weight_grids(const BackwardPlan& plan, const BackwardProblem& p) {
 BackwardScratch scratch(const BackwardPlan& plan, const BackwardProblem& p) {
   const Shape& s = p.shape;
   const int64_t acc = bytes_of_accumulator(p.dtype), samples = plan.group.samples;
-  const int64_t conv = p.gradients.conv() ? s.samples * plan.boxes().boxes() : 0;
+  const int64_t conv = p.gradients.conv() ? s.samples * plan.conv_shares() : 0;
   BackwardScratch bytes{};
   bytes.dm = padded(s.samples * s.channels * acc);
   bytes.d_hidden = padded(s.samples * 2 * s.hidden * acc);

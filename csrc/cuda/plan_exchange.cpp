@@ -33,22 +33,31 @@ int64_t read_around(int64_t first, int64_t count, const Shape& s) {
   return with_halo(s.depth, first / plane, last / plane, s.kernel_depth) * rows * columns;
 }
 
+constexpr int64_t kAcc = sizeof(float);
+
 Exchanged of_channels(const ResidentForwardGeometry& g, const Shape& s, int64_t index) {
-  constexpr int64_t kAcc = sizeof(float);
   const int64_t each = 2 * kAcc + index;
   return {g.team * s.pixels() * each + s.pixels() * kAcc,
-          g.team * (s.pixels() * kAcc + read_by_boxes(g.boxes, s) * each)};
+          g.team * (s.pixels() * kAcc + read_by_team(g, s) * each)};
+}
+Exchanged of_pixels(const ResidentForwardGeometry& g, const Shape& s, int64_t index) {
+  const int64_t pools = g.team * s.channels * (2 * kAcc + index);
+  return {pools + (s.channels + 2 * s.pixels()) * kAcc,
+          pools + (g.team * s.channels + 2 * read_by_team(g, s)) * kAcc};
 }
 
-Exchanged of_pixels(const ResidentForwardGeometry& g, const Shape& s, int64_t index) {
-  constexpr int64_t kAcc = sizeof(float);
-  const Shares shares(static_cast<int>(s.pixels()), g.pixel_group, g.team);
-  const int64_t pools = g.team * s.channels * (2 * kAcc + index);
-  int64_t staged = 0;
-  for (int rank = 0; rank < g.team; ++rank)
-    staged += read_around(shares.first(rank), shares.count(rank), s);
-  return {pools + (s.channels + 2 * s.pixels()) * kAcc,
-          pools + (g.team * s.channels + 2 * staged) * kAcc};
+Exchanged of_channels(const ResidentBackwardGeometry& g, const Shape& s) {
+  const int64_t each_pixel = 3 * kAcc + 4;
+  return {(g.team * kAcc + each_pixel) * s.pixels(),
+          g.team * (s.pixels() * each_pixel + read_by_team(g, s) * kAcc)};
+}
+Exchanged of_pixels(const ResidentBackwardGeometry& g, const Shape& s) {
+  return {(s.pixels() + (g.team + 2) * s.channels) * kAcc,
+          (read_by_team(g, s) + 3 * g.team * s.channels) * kAcc};
+}
+
+Exchanged times(int64_t samples, const Exchanged& each) {
+  return {samples * each.written, samples * each.read};
 }
 
 }  // namespace
@@ -60,12 +69,23 @@ int64_t read_by_boxes(const BoxGeometry& g, const Shape& s) {
          read_with_halo(s.width, g.box_width, s.kernel_width);
 }
 
+int64_t read_by_team(const ResidentGeometry& g, const Shape& s) {
+  if (g.split == Split::kChannels) return read_by_boxes(g.boxes, s);
+  const Shares shares(static_cast<int>(s.pixels()), g.pixel_group, g.team);
+  int64_t read = 0;
+  for (int rank = 0; rank < g.team; ++rank)
+    read += read_around(shares.first(rank), shares.count(rank), s);
+  return read;
+}
+
 Exchanged exchanged_maps(const ResidentForwardGeometry& g, const ForwardProblem& p,
                          int64_t samples) {
   const int64_t index = p.training() ? 4 : 0;
-  const Exchanged each =
-      g.split == Split::kPixels ? of_pixels(g, p.shape, index) : of_channels(g, p.shape, index);
-  return {samples * each.written, samples * each.read};
+  return times(samples, g.split == Split::kPixels ? of_pixels(g, p.shape, index)
+                                                  : of_channels(g, p.shape, index));
+}
+Exchanged exchanged_pixels(const ResidentBackwardGeometry& g, const Shape& s, int64_t samples) {
+  return times(samples, g.split == Split::kPixels ? of_pixels(g, s) : of_channels(g, s));
 }
 
 }  // namespace cbam::cuda

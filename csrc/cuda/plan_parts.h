@@ -152,14 +152,17 @@ ResidentPlan<ResidentBackwardGeometry> for_batch(const ResidentPlan<ResidentBack
                                                  const DeviceLimits& device);
 
 // plan_exchange.cpp: bytes that the blocks of a team that is no cluster write for each other, and
-// read, of so many samples: the maps, and pools and gates, but not the hidden layer's sums.
+// read, of so many samples: what belongs to pixels and to channels, but not the hidden layer's
+// sums.
 struct Exchanged {
   int64_t written, read;
 };
 Exchanged exchanged_maps(const ResidentForwardGeometry& g, const ForwardProblem& p,
                          int64_t samples);
-// How many pixels all boxes of an image read, each with its halo.
+Exchanged exchanged_pixels(const ResidentBackwardGeometry& g, const Shape& s, int64_t samples);
+// How many pixels all boxes of an image read, each with its halo; and all blocks of a team of one.
 int64_t read_by_boxes(const BoxGeometry& g, const Shape& s);
+int64_t read_by_team(const ResidentGeometry& g, const Shape& s);
 
 // What passes over tensors of x's size take where x is streamed: `first` from memory or to it, and
 // `again` as many that could come from the cache, in so many launches for each group.

@@ -21,7 +21,7 @@ class BackwardFitting : public Teams {
  public:
   using Geometry = ResidentBackwardGeometry;
   static constexpr Measured kMeasured{18e-6, 3.2, 5.5, 3.6};
-  static constexpr bool kHoldsPixels = false;
+  static constexpr bool kHoldsPixels = true;
 
   BackwardFitting(const BackwardProblem& p, const DeviceLimits& device)
       : Teams(p, device, 2, kBackwardThreads), problem_(p) {}
@@ -55,13 +55,16 @@ class BackwardFitting : public Teams {
   double round_seconds(const Geometry& g, double teams) const {
     const double bytes = slice(g) * static_cast<double>(bytes_of(p_.dtype));
     const double passes = g.holds_x() ? 3 : 3 + 1 / kCacheSpeed;
-    const double memory = passes * bytes / rate(g, teams) + weight_seconds(g, rate(g, teams)) +
-                          merge_seconds(g, g.mlp_samples(), rate(g, teams));
+    const double memory =
+        passes * bytes / rate(g, teams) + weight_seconds(g, rate(g, teams)) +
+        merge_seconds(g, g.mlp_samples(), rate(g, teams)) +
+        exchange_seconds(g, exchanged_pixels(g, s_, g.samples).read, rate(g, teams));
+    const int barriers = g.split == Split::kPixels ? 4 : 3;
     const double chunks = g.holds_x() ? 0 : 2.0 * g.chunks;
     const int64_t pixels = ceil_div(g.boxes.pixels(), g.threads) * g.boxes_each;
     const int64_t places = ceil_div(g.boxes.pixels(), 32) * g.boxes_each *
                            ceil_div(2 * s_.taps(), int64_t{4} * g.threads / 32);
-    const double waits = barrier_seconds(g, 3) + slice(g) * kElementSeconds +
+    const double waits = barrier_seconds(g, barriers) + slice(g) * kElementSeconds +
                          0.75 * product_seconds(g, 2 * g.mlp_samples()) + chunks * kChunkSeconds +
                          static_cast<double>(s_.taps() * pixels) * kTapSeconds +
                          static_cast<double>(places) * kPlaceSeconds;
@@ -96,7 +99,7 @@ class BackwardFitting : public Teams {
 
   int64_t exchange_bytes(const Geometry& g) const {
     ExchangeCarver carver(nullptr);
-    BackwardExchange<float>(carver, g, static_cast<int>(s_.hidden), space_);
+    BackwardExchange<float>(carver, g, static_cast<int>(s_.hidden));
     return carver.bytes();
   }
 
@@ -109,7 +112,7 @@ int64_t lay_out(const BackwardProblem& p, const ResidentBackwardGeometry& g, Sha
   LayoutCarver carver(layout);
   // As if all gradients were asked for: a sample's dx must not depend on which others are.
   const ResidentBackwardShared<T, float> shared(carver, g, units, space_of(p.shape));
-  if (g.cluster) BackwardExchange<float>(carver, g, units, space_of(p.shape), shared.of_pixels);
+  if (g.cluster) BackwardExchange<float>(carver, g, units, shared.of_pixels);
   return static_cast<int64_t>(carver.bytes());
 }
 

@@ -108,10 +108,9 @@ Traffic of_stencil(const BackwardPlan& plan, const BackwardProblem& p, const Siz
   const int64_t boxes = n.samples * g.boxes();
   const bool conv = p.gradients.conv();
   Traffic t;
-  t.small_read =
-      n.samples * staged *
-          (n.acc * (parts + 1 + (p.d_spatial_gate ? 1 : 0)) + (conv ? 2 * bytes_of(p.dtype) : 0)) +
-      boxes * 2 * s.taps() * n.weight;
+  t.small_read = n.samples * staged * n.acc * (parts + 1 + (p.d_spatial_gate ? 1 : 0)) +
+                 (conv ? n.samples * n.pixels * 2 * bytes_of(p.dtype) : 0) +
+                 boxes * 2 * s.taps() * n.weight;
   t.small_written =
       n.samples * 2 * n.pixels * n.acc + (conv ? boxes * (2 * s.taps() + 1) * n.acc : 0);
   return t;
@@ -181,7 +180,7 @@ Traffic of_sum(const void* gradient, int64_t length, int64_t vectors, const Size
 
 Traffic of_weights(const BackwardPlan& plan, const BackwardProblem& p, const Sizes& n) {
   const Gradients& g = p.gradients;
-  const int64_t boxes = n.samples * plan.boxes().boxes();
+  const int64_t boxes = n.samples * plan.conv_shares();
   const int tile = weight_grids(plan, p).tile;
   Traffic t = of_outer(g.fc1_weight, n.hidden, n.channels, 2 * n.samples, 2 * n.samples, tile, n);
   t += of_outer(g.fc2_weight, n.channels, n.hidden, n.samples, 2 * n.samples, tile, n);
@@ -231,37 +230,37 @@ Traffic of_resident(const ForwardPlan& plan, const ForwardProblem& p, const Size
 }
 
 // The same backwards.
-Traffic of_exchange(const ResidentBackwardGeometry& g, const Sizes& n, int64_t staged) {
-  const int64_t visits = ceil_div(n.samples, g.samples), each_pixel = 3 * n.acc + 4;
+Traffic of_exchange(const ResidentBackwardGeometry& g, const BackwardProblem& p, const Sizes& n) {
+  const int64_t visits = ceil_div(n.samples, g.samples), hidden = n.hidden * n.acc;
+  const Exchanged pixels = exchanged_pixels(g, p.shape, n.samples);
   Traffic t;
-  t.small_written = g.teams * kCountBytes +
-                    g.team * (visits * n.hidden * g.mlp_samples() + n.samples * n.pixels) * n.acc +
-                    n.samples * n.pixels * each_pixel;
-  t.small_read =
-      g.team * n.samples * (n.pixels * each_pixel + staged * n.acc + g.team * n.hidden * n.acc);
+  t.small_written =
+      g.teams * kCountBytes + g.team * visits * g.mlp_samples() * hidden + pixels.written;
+  t.small_read = int64_t{g.team} * g.team * n.samples * hidden + pixels.read;
   return t;
 }
 
 Traffic of_resident(const BackwardPlan& plan, const BackwardProblem& p, const Sizes& n) {
   const ResidentBackwardGeometry& g = *plan.resident;
-  const int64_t visits = ceil_div(n.samples, g.samples), boxes = n.samples * g.boxes.boxes();
-  const int64_t staged = read_by_boxes(g.boxes, p.shape);
+  const int64_t visits = ceil_div(n.samples, g.samples);
+  const bool by_pixels = g.split == Split::kPixels;
+  // Blocks that stage what belongs to a channel; and pixels whose gates are staged.
+  const int64_t blocks = by_pixels ? g.team : 1;
+  const int64_t gates = n.samples * (by_pixels ? n.pixels : read_by_team(g, p.shape));
   const bool conv = p.gradients.conv(), mlp = p.gradients.mlp();
   Traffic t;
   if (n.samples == 0) return t;
-  if (!g.cluster) t = of_exchange(g, n, staged);
+  if (!g.cluster) t = of_exchange(g, p, n);
   t.x_read = (g.holds_x() ? 2 : 3) * n.x;
   if (p.gradients.x) t.out_written = n.x;
   t.weights_read = readings(g, visits) * n.weight * 2 * n.hidden * n.channels;
-  t.small_read +=
-      g.teams * g.team * 2 * p.shape.taps() * n.weight +
-      n.samples * n.channels * (n.acc + 4 + (p.d_channel_gate ? n.acc : 0)) +
-      n.samples * g.team * 2 * n.hidden * n.acc +
-      n.samples * staged *
-          (n.acc + (p.d_spatial_gate ? n.acc : 0) + (conv ? 2 * bytes_of(p.dtype) : 0)) +
-      n.samples * n.pixels * 4;
+  t.small_read += g.teams * g.team * 2 * p.shape.taps() * n.weight +
+                  n.samples * n.channels * (blocks * (n.acc + 4) + (p.d_channel_gate ? n.acc : 0)) +
+                  n.samples * g.team * 2 * n.hidden * n.acc +
+                  gates * (n.acc + (p.d_spatial_gate ? n.acc : 0)) +
+                  n.samples * n.pixels * (4 + (conv ? 2 * bytes_of(p.dtype) : 0));
   if (mlp) t.small_written += n.samples * (n.channels + 2 * n.hidden) * n.acc;
-  if (conv) t.small_written += boxes * (2 * p.shape.taps() + 1) * n.acc;
+  if (conv) t.small_written += n.samples * g.conv_shares() * (2 * p.shape.taps() + 1) * n.acc;
   return t;
 }
 

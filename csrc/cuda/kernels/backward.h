@@ -123,26 +123,27 @@ void stencil(DType dtype, const Stencil& p, const Grid& grid, Stream stream);
 // read once for them, in both maps.
 constexpr int kTapsTogether = 4;
 
-// Elements that both maps of a box take while these gradients are summed.
-CBAM_INLINE int64_t staged_maps(const BoxGeometry& g, const Space& space) {
-  return 2 * g.staged(space) + kTapsTogether - 1;
+// Elements that dz of a box and its halo takes, with what is read behind it.
+CBAM_INLINE int64_t staged_dz(const BoxGeometry& g, const Space& space) {
+  return g.staged(space) + kTapsTogether - 1;
 }
 
 template <class A>
 struct StencilShared {
   A* dz;      // [box with its halo, rows padded]
   A* weight;  // [2, taps]
-  A* maps;    // [2] as dz, in the place of the weights, where their gradients are asked for
+  A* maps;    // [2, pixels of the box], in the place of the weights, where their gradients are
+              // asked for
 
   CBAM_INLINE_MEMBER StencilShared(SharedCarver& carver, const BoxGeometry& g, const Space& space,
                                    bool conv)
-      : dz(carver.array<A>(g.staged(space), "dz")),
+      : dz(carver.array<A>(staged_dz(g, space), "dz")),
         weight(carver.array<A>(values(g, space, conv), "weight or maps")),
         maps(weight) {}
 
  private:
   CBAM_INLINE_MEMBER static int64_t values(const BoxGeometry& g, const Space& space, bool conv) {
-    const int64_t weights = int64_t{2} * space.taps(), maps = conv ? staged_maps(g, space) : 0;
+    const int64_t weights = int64_t{2} * space.taps(), maps = conv ? 2 * g.pixels() : 0;
     return weights > maps ? weights : maps;
   }
 };

@@ -77,10 +77,11 @@ struct Box {
 };
 
 // What is staged at a place: the number of the pixel in the image, -1 outside of image and halo;
-// and whether it belongs to the box itself.
+// whether it belongs to the box itself, and its number there.
 struct StagedPixel {
   int pixel;
   bool inside;
+  int place;
 
   // Its place counts from the halo's first.
   __device__ __forceinline__ StagedPixel(const Box& box, const Space& s, int x, int y, int z) {
@@ -92,6 +93,7 @@ struct StagedPixel {
     pixel = exists ? (pz * s.height + py) * s.width + px : -1;
     inside = exists && bz >= 0 && bz < box.depth && by >= 0 && by < box.height && bx >= 0 &&
              bx < box.width;
+    place = (bz * box.height + by) * box.width + bx;
   }
 };
 

@@ -2,7 +2,7 @@
 // blockDim.x.
 //
 //   d_maps[m][s]  = sum_k dz[s - k] * weight[m][k]
-//   d_weight[m][k] = sum_s dz[s] * maps[m][s + k]      d_bias = sum_s dz[s]
+//   d_weight[m][k] = sum_s maps[m][s] * dz[s - k]      d_bias = sum_s dz[s]
 #pragma once
 
 #include "backward.h"
@@ -10,15 +10,21 @@
 
 namespace cbam::cuda {
 
-// Both maps at index i of what is staged: `maps` is x's dtype [2, pixels] of the box's sample, `to`
-// is [2, staged] and zero outside the image, as is what lies behind.
+// dz at index i of what is staged. Where a row of the kernel ends, what lies behind it is read and
+// dropped: behind all of it, zeros.
+template <class A>
+__device__ __forceinline__ void stage_dz(const Box& box, int i, A value, A* dz) {
+  dz[i] = value;
+  if (i < kTapsTogether - 1) dz[box.staged + i] = A(0);
+}
+
+// Both maps of a pixel, which is place `place` of `count`: `maps` is x's dtype [2, pixels] of the
+// sample, `to` is [2, count].
 template <class T, class A>
-__device__ __forceinline__ void stage_saved_maps(const Box& box, const Space& s, const T* maps,
-                                                 int i, int pixel, A* to) {
-  const bool exists = pixel >= 0;
-  to[i] = exists ? A(widen(maps[pixel])) : A(0);
-  to[box.staged + i] = exists ? A(widen(maps[s.pixels() + pixel])) : A(0);
-  if (i < kTapsTogether - 1) to[2 * box.staged + i] = A(0);
+__device__ __forceinline__ void stage_saved_maps(const Space& s, const T* maps, int pixel,
+                                                 int place, int count, A* to) {
+  to[place] = A(widen(maps[pixel]));
+  to[count + place] = A(widen(maps[s.pixels() + pixel]));
 }
 
 // Both maps' gradients of kRun neighbours of a row of the box, from x on: the kernel, turned
@@ -65,61 +71,72 @@ __device__ __forceinline__ void map_gradients(const Box& box, const Space& s, co
   }
 }
 
-// The places of a box that a lane takes, every 32nd.
+// Places of a box that follow each other, of which a lane takes every 32nd.
 class LanePlaces {
  public:
-  __device__ __forceinline__ explicit LanePlaces(const Box& box)
-      : box_(box), place_(box.width, box.height, threadIdx.x % 32, 32) {}
-  __device__ __forceinline__ bool inside() const { return place_.z < box_.depth; }
+  __device__ __forceinline__ LanePlaces(const Box& box, int first, int count)
+      : box_(box),
+        count_(count),
+        number_(static_cast<int>(threadIdx.x) % 32),
+        place_(box.width, box.height, first + number_, 32) {}
+  __device__ __forceinline__ bool inside() const { return number_ < count_; }
+  __device__ __forceinline__ int number() const { return number_; }
   __device__ __forceinline__ int at() const { return box_.at(place_.z, place_.y, place_.x); }
-  __device__ __forceinline__ void next() { place_.next(); }
+  __device__ __forceinline__ void next() {
+    number_ += 32;
+    place_.next();
+  }
 
  private:
   const Box& box_;
+  int count_, number_;
   Places place_;
 };
 
-// The box's share of the bias's gradient, by a warp.
+// These places' share of the bias's gradient, by a warp.
 template <class A>
-__device__ __forceinline__ void bias_gradient(const Box& box, const A* centre, A* out) {
+__device__ __forceinline__ void bias_gradient(LanePlaces place, const A* centre, A* out) {
   A sum = A(0);
-  for (LanePlaces place(box); place.inside(); place.next()) sum += centre[place.at()];
+  for (; place.inside(); place.next()) sum += centre[place.at()];
   sum = sum_of_warp(sum);
   if (threadIdx.x % 32 == 0) *out = sum;
 }
 
-// The box's share of all gradients, a few taps of both maps or the bias to each warp. `maps` is
-// [2, staged], as staged_maps() has room for it: where a row of the kernel ends, what lies behind
-// is read and dropped. `out` is [2 * taps + 1], the bias last.
+// The share of all gradients that `count` places of the box have, from its place `first` on: a few
+// taps of both maps or the bias to each warp. `maps` is [2, count], `out` [2 * taps + 1], the bias
+// last.
 template <class A>
-__device__ __forceinline__ void weight_gradients(const Box& box, const Space& s, const A* dz,
-                                                 const A* maps, A* out) {
+__device__ __forceinline__ void weight_gradients(const Box& box, int first, int count,
+                                                 const Space& s, const A* dz, const A* maps,
+                                                 A* out) {
   const int taps = s.taps(), lane = threadIdx.x % 32, warps = static_cast<int>(blockDim.x) / 32;
   const int runs = (s.kernel_width + kTapsTogether - 1) / kTapsTogether;
   const int shares = runs * s.kernel_height * s.kernel_depth;
   const A* centre = dz + box.at(s.kernel_depth / 2, s.kernel_height / 2, s.kernel_width / 2);
+  const LanePlaces places(box, first, count);
   for (int share = threadIdx.x / 32; share <= shares; share += warps) {
     if (share == shares) {
-      bias_gradient(box, centre, out + 2 * taps);
+      bias_gradient(places, centre, out + 2 * taps);
       continue;
     }
-    const int row = share / runs, first = share % runs * kTapsTogether;
-    const A* shifted = maps + box.at(row / s.kernel_height, row % s.kernel_height, first);
+    // Of the kernel turned around.
+    const int row = share / runs, column = share % runs * kTapsTogether;
+    const A* shifted = dz + box.at(row / s.kernel_height, row % s.kernel_height, column);
     A sum[2 * kTapsTogether] = {};
 #pragma unroll 2
-    for (LanePlaces place(box); place.inside(); place.next()) {
-      const int at = place.at();
-      const A d = centre[at];
-      const A *mean = shifted + at, *max = mean + box.staged;
+    for (LanePlaces place = places; place.inside(); place.next()) {
+      const A mean = maps[place.number()], max = maps[count + place.number()];
+      const A* d = shifted + place.at();
 #pragma unroll
       for (int k = 0; k < kTapsTogether; ++k) {
-        sum[k] += d * mean[k];
-        sum[kTapsTogether + k] += d * max[k];
+        sum[k] += mean * d[k];
+        sum[kTapsTogether + k] += max * d[k];
       }
     }
     const A total = sums_of_warp(sum);
-    const int map = lane / kTapsTogether, tap = first + lane % kTapsTogether;
-    if (map < 2 && tap < s.kernel_width) out[map * taps + row * s.kernel_width + tap] = total;
+    const int map = lane / kTapsTogether, tap = column + lane % kTapsTogether;
+    if (map < 2 && tap < s.kernel_width)
+      out[(map + 1) * taps - 1 - (row * s.kernel_width + tap)] = total;
   }
 }
 

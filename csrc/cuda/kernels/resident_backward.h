@@ -23,9 +23,12 @@ struct ResidentBackwardGeometry : ResidentGeometry {
   int threads_along;  // threads side by side along a group of rows
 
   CBAM_INLINE_MEMBER bool holds_x() const { return x_slots == samples * chunks; }
+  // Shares of the convolution's gradients that a sample has.
+  CBAM_INLINE_MEMBER int64_t conv_shares() const {
+    return split == Split::kPixels ? team : boxes.boxes();
+  }
 };
 
-// resident_backward.cu
 struct ResidentBackward : Resident {
   Matrix dout;
   void* dx;  // or null
@@ -35,34 +38,51 @@ struct ResidentBackward : Resident {
   // For the gradients of the weights, null where nobody asked for them.
   void* dm;        // acc [samples, channels]
   void* d_hidden;  // acc [samples, 2, hidden]
-  void* d_conv;    // acc [samples * boxes, 2 * taps + 1], the bias last
+  void* d_conv;    // acc [samples * conv_shares, 2 * taps + 1], the bias last
   ResidentBackwardGeometry geometry;
 };
+
+// For the geometry's split: resident_backward.cu, resident_backward_pixels.cu.
+template <Split kSplit>
 void resident_backward(DType dtype, bool channels_first, const ResidentBackward& p,
                        const Grid& grid, Stream stream);
+template <Split kSplit>
 const char* why_no_resident_backward(DType dtype, bool channels_first,
                                      const ResidentBackwardGeometry& geometry, const Grid& grid);
 
 // What the blocks of a team read of each other: in the shared memory of each, or in global memory.
 template <class A>
 struct BackwardExchange {
-  A* d_spatial;          // [samples, pixels]: this block's share of the sums over channels
+  A* d_spatial;          // [samples, pixels that it holds]: its share of the sums over channels;
+                         // by pixels their dz
   A* hidden;             // [mlp_samples, hidden]: its share of the second layer's sums
-  StagedTerms<A> terms;  // [samples, pixels]: of the pixels in this block's boxes
+  StagedTerms<A> terms;  // [samples, pixels]: of those in this block's boxes; by pixels none
+  // By pixels, else none.
+  A* d_channel;  // [channels of x]: its share of the sums over pixels
+  A* d_pooled;   // [2, channels]: of those whose gates it makes
 
   // In a cluster, where every block has what belongs to all pixels in the same place.
   template <class Carver>
   CBAM_INLINE_MEMBER BackwardExchange(Carver& carver, const ResidentBackwardGeometry& g, int units,
-                                      const Space& space, const StagedTerms<A>& of_pixels)
-      : d_spatial(carver.template array<A>(int64_t{g.samples} * space.pixels(), "d_spatial")),
+                                      const StagedTerms<A>& of_pixels)
+      : d_spatial(carver.template array<A>(int64_t{g.samples} * g.pixels, "d_spatial")),
         hidden(carver.template array<A>(int64_t{units} * g.mlp_samples(), "hidden")),
-        terms(of_pixels) {}
+        terms(of_pixels),
+        d_channel(carver.template array<A>(by_pixels(g, g.held_channels), "d_channel shares")),
+        d_pooled(carver.template array<A>(by_pixels(g, 2 * g.channels), "d_pooled")) {}
 
   CBAM_INLINE_MEMBER BackwardExchange(ExchangeCarver& carver, const ResidentBackwardGeometry& g,
-                                      int units, const Space& space)
-      : d_spatial(carver.array<A>(int64_t{g.samples} * space.pixels(), "d_spatial")),
+                                      int units)
+      : d_spatial(carver.array<A>(int64_t{g.samples} * g.pixels, "d_spatial")),
         hidden(carver.array<A>(int64_t{units} * g.mlp_samples(), "hidden")),
-        terms(carver, int64_t{g.samples} * space.pixels()) {}
+        terms(carver, g.split == Split::kPixels ? 0 : int64_t{g.samples} * g.pixels),
+        d_channel(carver.array<A>(by_pixels(g, g.held_channels), "d_channel shares")),
+        d_pooled(carver.array<A>(by_pixels(g, 2 * g.channels), "d_pooled")) {}
+
+ private:
+  CBAM_INLINE_MEMBER static int by_pixels(const ResidentBackwardGeometry& g, int values) {
+    return g.split == Split::kPixels ? values : 0;
+  }
 };
 
 // What a block alone looks at.
@@ -72,14 +92,14 @@ struct ResidentBackwardShared {
   T* x;                        // [x_slots, chunk, pitch]
   CopyBarrier* dout_landed;    // [samples, chunks]; none where copies go through registers
   CopyBarrier* x_landed;       // [x_slots]
-  A* d_channel;                // [samples, channels]
+  A* d_channel;                // [samples, channels that it holds]
   A* dm;                       // [channels, mlp_samples]
   A* d_hidden;                 // [hidden, 2 * mlp_samples]: of mean and of max of each sample
-  StagedTerms<A> of_channels;  // [samples, channels]
-  StagedTerms<A> of_pixels;    // [samples, pixels]
+  StagedTerms<A> of_channels;  // [samples, channels that it holds]
+  StagedTerms<A> of_pixels;    // [samples, pixels that it holds]
   A* weight;                   // [2, taps]
   A* dz;                       // [boxes_each, box with its halo, rows padded]
-  A* maps;                     // [boxes_each, both maps of the same]
+  A* maps;                     // [boxes_each, 2, pixels of a box]
   HeldWeights held;
   A* sum;  // [kMostAside, threads]: where several share a row or a column
 
@@ -92,14 +112,14 @@ struct ResidentBackwardShared {
             g.copy == Copy::kPlain ? 0 : int64_t{g.samples} * g.chunks, "dout landed")),
         x_landed(
             carver.template array<CopyBarrier>(g.copy == Copy::kPlain ? 0 : g.x_slots, "x landed")),
-        d_channel(carver.template array<A>(int64_t{g.samples} * g.channels, "d_channel")),
+        d_channel(carver.template array<A>(int64_t{g.samples} * g.held_channels, "d_channel")),
         dm(carver.template array<A>(int64_t{g.channels} * g.mlp_samples(), "dm")),
         d_hidden(carver.template array<A>(int64_t{units} * 2 * g.mlp_samples(), "d_hidden")),
-        of_channels(carver, int64_t{g.samples} * g.channels),
-        of_pixels(carver, int64_t{g.samples} * space.pixels()),
+        of_channels(carver, int64_t{g.samples} * g.held_channels),
+        of_pixels(carver, int64_t{g.samples} * g.pixels),
         weight(carver.template array<A>(int64_t{2} * space.taps(), "weight")),
-        dz(carver.template array<A>(int64_t{g.boxes_each} * g.boxes.staged(space), "dz")),
-        maps(carver.template array<A>(g.boxes_each * staged_maps(g.boxes, space), "maps")),
+        dz(carver.template array<A>(g.boxes_each * staged_dz(g.boxes, space), "dz")),
+        maps(carver.template array<A>(int64_t{2} * g.boxes_each * g.boxes.pixels(), "maps")),
         held(carver, g, units),
         sum(carver.template array<A>(int64_t{kMostAside} * g.threads, "sum")) {}
 };

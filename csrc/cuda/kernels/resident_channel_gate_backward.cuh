@@ -5,8 +5,10 @@
 //   d_hidden[p] = W2^T dm where hidden[p] passed the ReLU      p: mean, max
 //   d_pooled[p] = W1^T d_hidden[p], the mean's divided by the pixels
 //
-// Every block has dm of its own channels and sums the second layer's share over them; the team adds
-// these shares in the order of ranks: it reads the weights once, for a visit or for all of them.
+// Where blocks hold pixels, the sums over these go to the blocks that make the channels' gates, and
+// d_pooled comes back. Every block has dm of its own channels and sums the second layer's share
+// over them; the team adds these shares in the order of ranks: it reads the weights once, for a
+// visit or for all of them.
 #pragma once
 
 #include "resident_mlp.cuh"
@@ -19,7 +21,7 @@ template <int kCount, class A>
 struct PixelFactors {
   A gate[kCount], first[kCount], both[kCount];
   int32_t index[kCount];
-  int first_channel;  // of the block
+  int first_channel;  // that the block holds
 
   __device__ __forceinline__ PixelFactors(const StagedTerms<A>& terms, int first_channel_)
       : first_channel(first_channel_) {
@@ -37,18 +39,18 @@ struct PixelFactors {
   }
 };
 
-// The gradients of the channel gate, for the block's own channels.
-template <bool kWhole, bool kChannelsFirst, class T>
+// The gradients of the channel gate, over what the block holds.
+template <bool kWhole, bool kChannelsFirst, Split kSplit, class T>
 __device__ __forceinline__ void sum_over_pixels(const ResidentBackward& p,
-                                                Loads<T, kChannelsFirst>& loads,
+                                                Loads<T, kChannelsFirst, kSplit>& loads,
                                                 const BackwardMemory<T>& m) {
   using A = acc_t<T>;
   const ResidentBackwardGeometry& g = p.geometry;
-  const int pixels = loads.block.pixels(), first_channel = loads.block.first_channel;
+  const int pixels = loads.block.pixels(), first_channel = loads.block.first_held_channel();
   const auto of_pixel = [&](int sample, int pixel) {
     return m.shared.of_pixels.from(int64_t{sample} * pixels + pixel);
   };
-  walk_both(loads, 1, [&](const RowsOfBoth<T, kChannelsFirst>& of) {
+  walk_both(loads, 1, [&](const RowsOfBoth<T, kChannelsFirst, kSplit>& of) {
     if constexpr (kChannelsFirst)
       with_columns_together<kWhole, T>(pixels, [&](auto count) {
         sum_rows<count.value>(
@@ -56,7 +58,9 @@ __device__ __forceinline__ void sum_over_pixels(const ResidentBackward& p,
             [&](int sample, int pixel) {
               return PixelFactors<count.value, A>(of_pixel(sample, pixel), first_channel);
             },
-            [&](int sample, int c, A sum) { m.shared.d_channel[sample * g.channels + c] = sum; });
+            [&](int sample, int c, A sum) {
+              m.shared.d_channel[sample * g.held_channels + c] = sum;
+            });
       });
     else
       sum_columns<kColumnsTogether<T>>(
@@ -66,16 +70,25 @@ __device__ __forceinline__ void sum_over_pixels(const ResidentBackward& p,
             return [factors](int c, A x, A dout) { return factors(c, 0, x, dout); };
           },
           [&](int sample, int c, A sum) {
-            A& total = m.shared.d_channel[sample * g.channels + c];
+            A& total = m.shared.d_channel[sample * g.held_channels + c];
             total = of.first == 0 ? sum : total + sum;
           });
   });
 }
 
-// dm of the block's own channels, zero for samples that are not there.
+// Where blocks hold pixels: the sums over these go to the blocks that make the channels' gates.
 template <bool kChannelsFirst, class T>
+__device__ __forceinline__ void put_out_channels(
+    const ResidentBlock<T, kChannelsFirst, Split::kPixels>& block, const BackwardMemory<T>& m) {
+  for (int c = threadIdx.x; c < block.p.channels; c += block.g.threads)
+    m.exchange.d_channel[c] = m.shared.d_channel[c];
+  block.team.barrier();
+}
+
+// dm of the block's own channels, zero for samples that are not there.
+template <bool kChannelsFirst, Split kSplit, class T>
 __device__ __forceinline__ void stage_dm(const ResidentBackward& p,
-                                         const ResidentBlock<T, kChannelsFirst>& block,
+                                         const ResidentBlock<T, kChannelsFirst, kSplit>& block,
                                          const BackwardMemory<T>& m) {
   using A = acc_t<T>;
   const ResidentBackwardGeometry& g = p.geometry;
@@ -86,8 +99,11 @@ __device__ __forceinline__ void stage_dm(const ResidentBackward& p,
     A dm = A(0);
     if (sample < block.samples) {
       const int64_t n = first_sample + sample, at = n * p.channels + block.first_channel + c;
-      const A d = m.shared.d_channel[sample * g.channels + c] + (more ? more[at] : A(0));
-      dm = d * sigmoid_derivative<A>(m.shared.of_channels.gate()[sample * g.channels + c]);
+      const int place = block.own_place(sample, c);
+      A d = block.kHoldsPixels ? sum_over_team(block.team, m.exchange.d_channel + place)
+                               : m.shared.d_channel[place];
+      if (more) d += more[at];
+      dm = d * sigmoid_derivative<A>(m.shared.of_channels.gate()[place]);
       if (p.dm) static_cast<A*>(p.dm)[at] = dm;
     }
     m.shared.dm[c * samples + sample] = dm;
@@ -96,10 +112,10 @@ __device__ __forceinline__ void stage_dm(const ResidentBackward& p,
 }
 
 // d_hidden of mean and of max, summed over the team.
-template <bool kChannelsFirst, class T>
-__device__ __forceinline__ void merge_d_hidden(const ResidentBackward& p,
-                                               const ResidentBlock<T, kChannelsFirst>& block,
-                                               const BackwardMemory<T>& m) {
+template <bool kChannelsFirst, Split kSplit, class T>
+__device__ __forceinline__ void merge_d_hidden(
+    const ResidentBackward& p, const ResidentBlock<T, kChannelsFirst, kSplit>& block,
+    const BackwardMemory<T>& m) {
   using A = acc_t<T>;
   const int samples = p.geometry.mlp_samples();
   const Team& team = block.team;
@@ -127,11 +143,30 @@ __device__ __forceinline__ void merge_d_hidden(const ResidentBackward& p,
   __syncthreads();
 }
 
+// Where blocks hold pixels: d_pooled of all channels, from the blocks that made it.
+template <bool kChannelsFirst, Split kSplit, class T>
+__device__ __forceinline__ void collect_d_pooled(
+    const ResidentBlock<T, kChannelsFirst, kSplit>& block, const BackwardMemory<T>& m) {
+  block.team.barrier();
+  const StagedTerms<acc_t<T>>& terms = m.shared.of_channels;
+  const Shares shares = block.channel_shares();
+  read_from(block.team, [&](auto read) {
+    for (int c = threadIdx.x; c < block.p.channels; c += block.g.threads) {
+      const int owner = shares.owner(c);
+      const auto* theirs = m.exchange.d_pooled + c - shares.first(owner);
+      const auto of_mean = read(theirs, owner), of_max = read(theirs + block.g.channels, owner);
+      terms.first()[c] = of_mean;
+      terms.second()[c] = of_max;
+    }
+  });
+  __syncthreads();
+}
+
 // From dm to d_pooled, which is what reaches dx through the pools, with one barrier of the team
 // between.
-template <int kSamples, bool kChannelsFirst, class T>
+template <int kSamples, bool kChannelsFirst, Split kSplit, class T>
 __device__ __forceinline__ void mlp_backward(const ResidentBackward& p,
-                                             const ResidentBlock<T, kChannelsFirst>& block,
+                                             const ResidentBlock<T, kChannelsFirst, kSplit>& block,
                                              const BackwardMemory<T>& m) {
   using A = acc_t<T>;
   with_second_layer(block, m.shared.held, [&](const auto* weights) {
@@ -141,7 +176,10 @@ __device__ __forceinline__ void mlp_backward(const ResidentBackward& p,
   });
   block.team.barrier();
   merge_d_hidden(p, block, m);
+  // Of mean, and of max: to where the block looks them up, or where others do.
   const StagedTerms<A>& terms = m.shared.of_channels;
+  A* of_mean = block.kHoldsPixels ? m.exchange.d_pooled : terms.first();
+  A* of_max = block.kHoldsPixels ? of_mean + p.geometry.channels : terms.second();
   with_first_layer(block, m.shared.held, [&](const auto* weights, int64_t stride) {
     column_products<2 * kSamples>(weights, stride, p.hidden, block.channels, m.shared.d_hidden,
                                   m.shared.sum, [&](int vector, int c, A sum) {
@@ -149,17 +187,19 @@ __device__ __forceinline__ void mlp_backward(const ResidentBackward& p,
                                               at = sample * p.geometry.channels + c;
                                     if (sample >= block.samples) return;
                                     if (vector % 2 == 0)
-                                      terms.first()[at] = sum / static_cast<A>(block.pixels());
+                                      of_mean[at] = sum / static_cast<A>(p.space.pixels());
                                     else
-                                      terms.second()[at] = sum;
+                                      of_max[at] = sum;
                                   });
   });
+  if constexpr (kSplit == Split::kPixels) collect_d_pooled(block, m);
 }
 
-template <bool kChannelsFirst, class T>
-__device__ __forceinline__ void channel_gate_backward(const ResidentBackward& p,
-                                                      const ResidentBlock<T, kChannelsFirst>& block,
-                                                      const BackwardMemory<T>& m) {
+template <bool kChannelsFirst, Split kSplit, class T>
+__device__ __forceinline__ void channel_gate_backward(
+    const ResidentBackward& p, const ResidentBlock<T, kChannelsFirst, kSplit>& block,
+    const BackwardMemory<T>& m) {
+  if constexpr (kSplit == Split::kPixels) put_out_channels(block, m);
   stage_dm(p, block, m);
   if (p.geometry.samples == 1)
     mlp_backward<1>(p, block, m);

@@ -168,7 +168,8 @@ __device__ __forceinline__ void column_products(const W* weights, int64_t stride
                                                 int columns, const A* vectors, A* aside, Put put) {
   constexpr int kValues = kTogether<kVectors>;
   const int threads = static_cast<int>(blockDim.x);
-  const int along = min(threads, (columns + 15) / 16 * 16), parts = min(threads / along, rows);
+  const int along = min(threads, max(1, (columns + 15) / 16) * 16);  // some blocks have no columns
+  const int parts = min(threads / along, rows);
   const int side = threadIdx.x % along, part = threadIdx.x / along;
   for (int first = 0; first < columns; first += along) {
     const int count = min(along, columns - first);

@@ -1,4 +1,4 @@
-// The spatial gate backwards, of samples that stay on the chip.
+// The spatial gate backwards, of samples that stay on the chip, where blocks hold channels.
 //
 //   d_spatial[s]  = sum_c dout * x * channel_gate[c]
 //   dz            = d_spatial * spatial_gate * (1 - spatial_gate)
@@ -10,59 +10,21 @@
 #pragma once
 
 #include "convolution_backward.cuh"
-#include "resident_sums.cuh"
+#include "resident_spatial_sums.cuh"
 
 namespace cbam::cuda {
 
-// The channel gate of the kCount channels of a vector, as factors of dout * x.
-template <int kCount, class A>
-struct GateFactors {
-  A gate[kCount];
-
-  __device__ __forceinline__ explicit GateFactors(const A* gates) {
-    load_shared(gates, true, gate);
-  }
-  __device__ __forceinline__ A operator()(int, int i, A x, A dout) const {
-    return x * dout * gate[i];
-  }
-};
-
 // This block's share of d_spatial.
 template <bool kWhole, bool kChannelsFirst, class T>
-__device__ __forceinline__ void put_out_spatial_shares(const ResidentBackward& p,
-                                                       Loads<T, kChannelsFirst>& loads,
-                                                       const BackwardMemory<T>& m) {
-  using A = acc_t<T>;
+__device__ __forceinline__ void put_out_spatial(const ResidentBackward& p,
+                                                Loads<T, kChannelsFirst, Split::kChannels>& loads,
+                                                const BackwardMemory<T>& m) {
   const ResidentBackwardGeometry& g = p.geometry;
-  const int pixels = loads.block.pixels();
-  const A* gates = m.shared.of_channels.gate();
-  // Where they go through global memory, they are made in what is free until pixels are collected.
-  A* shares = g.cluster ? m.exchange.d_spatial : m.shared.of_pixels.gate();
-  walk_both(loads, 0, [&](const RowsOfBoth<T, kChannelsFirst>& of) {
-    if constexpr (kChannelsFirst)
-      with_columns_together<kWhole, T>(pixels, [&](auto count) {
-        sum_columns<count.value>(
-            of,
-            [&](int sample, int channel) {
-              return [gate = gates[sample * g.channels + channel]](int, A x, A dout) {
-                return x * dout * gate;
-              };
-            },
-            [&](int sample, int pixel, A sum) {
-              A& share = shares[sample * pixels + pixel];
-              share = of.first == 0 ? sum : share + sum;
-            });
-      });
-    else
-      sum_rows<kColumnsTogether<T>>(
-          of,
-          [&](int sample, int channel) {
-            return GateFactors<kColumnsTogether<T>, A>(gates + sample * g.channels + channel);
-          },
-          [&](int sample, int pixel, A sum) { shares[sample * pixels + pixel] = sum; });
-  });
+  // Where it goes through global memory, it is made in what is free until pixels are collected.
+  auto* shares = g.cluster ? m.exchange.d_spatial : m.shared.of_pixels.gate();
+  sum_over_channels<kWhole>(p, loads, m, shares);
   if (g.cluster) return;
-  for (int i = threadIdx.x; i < loads.block.samples * pixels; i += g.threads)
+  for (int i = threadIdx.x; i < loads.block.samples * loads.block.pixels(); i += g.threads)
     m.exchange.d_spatial[i] = shares[i];
 }
 
@@ -80,24 +42,25 @@ __device__ __forceinline__ void put_out_pixels(const ResidentBackward& p,
     const A* gate = static_cast<const A*>(p.saved.spatial_gate) + of_batch;
     const A* more = static_cast<const A*>(p.d_spatial_gate);
     const T* saved_maps = static_cast<const T*>(p.saved.maps) + 2 * of_batch;
-    A* dz = m.shared.dz + k * g.boxes.staged(p.space);
-    A* maps = m.shared.maps + k * staged_maps(g.boxes, p.space);
+    A* dz = m.shared.dz + k * staged_dz(g.boxes, p.space);
+    A* maps = m.shared.maps + 2 * k * g.boxes.pixels();
     const StagedTerms<A> terms = m.exchange.terms.from(of_visit);
     for_staged_pixels(box, p.space, [&](int i, const StagedPixel& staged) {
       const int pixel = staged.pixel;
-      if (p.d_conv) stage_saved_maps(box, p.space, saved_maps, i, pixel, maps);
       A of_pixel = A(0);
       if (pixel >= 0) {
         const A open = gate[pixel];
         if (staged.inside) {
           terms.gate()[pixel] = open;
           terms.index()[pixel] = p.saved.channel_argmax[of_batch + pixel];
+          if (p.d_conv)
+            stage_saved_maps(p.space, saved_maps, pixel, staged.place, box.pixels(), maps);
         }
         A d = sum_over_team(block.team, m.exchange.d_spatial + of_visit + pixel);
         if (more) d += more[of_batch + pixel];
         of_pixel = d * sigmoid_derivative<A>(open);
       }
-      dz[i] = of_pixel;
+      stage_dz(box, i, of_pixel, dz);
     });
     __syncthreads();
     map_gradients(box, p.space, dz, m.shared.weight, [&](int pixel, A mean, A max) {
@@ -163,6 +126,15 @@ __device__ __forceinline__ void collect_pixels(const ResidentBackward& p,
   __syncthreads();
 }
 
+template <bool kChannelsFirst, class T>
+__device__ __forceinline__ void stage_pixels(const ResidentBackward& p,
+                                             const ResidentBlock<T, kChannelsFirst>& block,
+                                             const BackwardMemory<T>& m) {
+  put_out_pixels(p, block, m);
+  block.team.barrier();
+  collect_pixels(p, block, m);
+}
+
 // This block's boxes' shares of the convolution's gradients, from what put_out_pixels left.
 template <bool kChannelsFirst, class T>
 __device__ __forceinline__ void write_conv_shares(const ResidentBackward& p,
@@ -173,9 +145,8 @@ __device__ __forceinline__ void write_conv_shares(const ResidentBackward& p,
   const int count = 2 * p.space.taps() + 1;
   A* shares = static_cast<A*>(p.d_conv) + block.first_sample() * boxes.boxes() * count;
   for_own_boxes(block, [&](int k, int number, const Box& box) {
-    weight_gradients(box, p.space, m.shared.dz + k * boxes.staged(p.space),
-                     m.shared.maps + k * staged_maps(boxes, p.space),
-                     shares + int64_t{number} * count);
+    weight_gradients(box, 0, box.pixels(), p.space, m.shared.dz + k * staged_dz(boxes, p.space),
+                     m.shared.maps + 2 * k * boxes.pixels(), shares + int64_t{number} * count);
   });
 }
 

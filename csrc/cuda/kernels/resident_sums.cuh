@@ -30,17 +30,17 @@ __device__ __forceinline__ A sum_over_team(const Team& team, const A* own) {
 
 // The chunks of x in the order in which they are loaded: those of a visit once, or where they do
 // not all stay, twice. Chunk n goes to slot n % slots.
-template <class T, bool kChannelsFirst>
+template <class T, bool kChannelsFirst, Split kSplit>
 struct Loads {
   const ResidentBackward& p;
-  const ResidentBlock<T, kChannelsFirst>& block;
+  const ResidentBlock<T, kChannelsFirst, kSplit>& block;
   const BackwardMemory<T>& m;
   int chunks;  // of a sample's slice here: some blocks have fewer channels
   int slots;
   int first = 0;  // of this walk over the visit
 
   __device__ __forceinline__ Loads(const ResidentBackward& p_,
-                                   const ResidentBlock<T, kChannelsFirst>& block_,
+                                   const ResidentBlock<T, kChannelsFirst, kSplit>& block_,
                                    const BackwardMemory<T>& m_)
       : p(p_), block(block_), m(m_) {
     const ResidentBackwardGeometry& g = p.geometry;
@@ -81,9 +81,9 @@ struct Loads {
 };
 
 // Some rows of every sample's slices: all of them, or those of one chunk. `landed`: they are there.
-template <class T, bool kChannelsFirst>
+template <class T, bool kChannelsFirst, Split kSplit>
 struct RowsOfBoth {
-  const Loads<T, kChannelsFirst>& loads;
+  const Loads<T, kChannelsFirst, kSplit>& loads;
   int first, end;
   bool landed;
 
@@ -105,8 +105,9 @@ struct RowsOfBoth {
 
 // Calls body(rows) for all rows of the visit at once where x stays, else for those of one chunk
 // after the other, whose place the next one takes.
-template <bool kChannelsFirst, class T, class Body>
-__device__ __forceinline__ void walk_both(Loads<T, kChannelsFirst>& loads, int walk, Body body) {
+template <bool kChannelsFirst, Split kSplit, class T, class Body>
+__device__ __forceinline__ void walk_both(Loads<T, kChannelsFirst, kSplit>& loads, int walk,
+                                          Body body) {
   const ResidentBackwardGeometry& g = loads.p.geometry;
   loads.start(walk);
   const int rows = loads.block.rows(), step = g.holds_x() ? rows : g.chunk;
@@ -114,7 +115,7 @@ __device__ __forceinline__ void walk_both(Loads<T, kChannelsFirst>& loads, int w
     if (!g.holds_x()) loads.wait(0, first / g.chunk);
     // The first walk has waited for what stays.
     const bool landed = !g.holds_x() || walk == 1;
-    body(RowsOfBoth<T, kChannelsFirst>{loads, first, min(first + step, rows), landed});
+    body(RowsOfBoth<T, kChannelsFirst, kSplit>{loads, first, min(first + step, rows), landed});
     __syncthreads();
     if (!g.holds_x()) loads.replace(0, first / g.chunk);
   }
@@ -136,11 +137,11 @@ __device__ __forceinline__ void with_columns_together(int cols, Body body) {
 
 // put(sample, row, sum over the row's columns of value(row, i, x, dout)) for these rows of every
 // sample, where value is made for the kCount columns of each vector: columns(sample, first column).
-template <int kCount, bool kChannelsFirst, class T, class Columns, class Put>
-__device__ __forceinline__ void sum_rows(const RowsOfBoth<T, kChannelsFirst>& of, Columns columns,
-                                         Put put) {
+template <int kCount, bool kChannelsFirst, Split kSplit, class T, class Columns, class Put>
+__device__ __forceinline__ void sum_rows(const RowsOfBoth<T, kChannelsFirst, kSplit>& of,
+                                         Columns columns, Put put) {
   using A = acc_t<T>;
-  const Loads<T, kChannelsFirst>& loads = of.loads;
+  const Loads<T, kChannelsFirst, kSplit>& loads = of.loads;
   const ResidentBackwardGeometry& g = loads.p.geometry;
   const int count = of.end - of.first, together = (count + kRowsTogether - 1) / kRowsTogether;
   const int total = loads.block.samples * count, groups = loads.block.samples * together;
@@ -196,11 +197,11 @@ __device__ __forceinline__ void sum_rows(const RowsOfBoth<T, kChannelsFirst>& of
 
 // put(sample, column, sum over these rows of value(column, x, dout)) for every column of every
 // sample, where value is made for each row: rows(sample, row). A thread takes kCount columns.
-template <int kCount, bool kChannelsFirst, class T, class Rows, class Put>
-__device__ __forceinline__ void sum_columns(const RowsOfBoth<T, kChannelsFirst>& of, Rows rows,
-                                            Put put) {
+template <int kCount, bool kChannelsFirst, Split kSplit, class T, class Rows, class Put>
+__device__ __forceinline__ void sum_columns(const RowsOfBoth<T, kChannelsFirst, kSplit>& of,
+                                            Rows rows, Put put) {
   using A = acc_t<T>;
-  const Loads<T, kChannelsFirst>& loads = of.loads;
+  const Loads<T, kChannelsFirst, kSplit>& loads = of.loads;
   const ResidentBackwardGeometry& g = loads.p.geometry;
   const int vectors = loads.block.cols() / kCount, total = loads.block.samples * vectors;
   const auto gather = [&](int i, int group, A(&sum)[kCount]) {

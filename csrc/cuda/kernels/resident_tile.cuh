@@ -46,6 +46,10 @@ struct ResidentBlock {
   __device__ __forceinline__ int held_channels() const {
     return kHoldsPixels ? p.channels : channels;
   }
+  // Where channel c of those whose gates it makes stands among those that it holds.
+  __device__ __forceinline__ int own_place(int sample, int c) const {
+    return sample * g.held_channels + first_channel - first_held_channel() + c;
+  }
   __device__ __forceinline__ int first_pixel() const {
     return kHoldsPixels ? pixel_shares().first(team.rank) : 0;
   }

@@ -2,11 +2,13 @@
 //
 //   dz[s]        = (d_spatial[s] + what else reached the gate) * gate[s] * (1 - gate[s])
 //   d_maps[m][s] = sum_k dz[s - k] * conv_weight[m][k], the first divided by the channels
-//   d_conv[m][k] = sum_s dz[s] * maps[m][s + k]      d_bias = sum_s dz[s]
+//   d_conv[m][k] = sum_s maps[m][s] * dz[s - k]      d_bias = sum_s dz[s]
 //
 // grid    samples * boxes blocks of 256 threads; a block takes a box of pixels
-// shared  dz of the box and its halo; the weights, and with d_conv both maps in their place
-// bytes   reads the parts of d_spatial, the gate and with d_conv the maps, halo included; writes
+// shared  dz of the box and its halo; the weights, and with d_conv both maps of the box in their
+//         place
+// bytes   reads the parts of d_spatial and the gate, halo included, and with d_conv the maps;
+// writes
 //         d_maps, and 2 * taps + 1 sums a block
 #include "../dispatch.cuh"
 #include "../launch.cuh"
@@ -38,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 2) stencil_kernel(const Stencil p) {
                   (more ? __ldg(more + box.sample * pixels + pixel) : A(0));
       dz = d * sigmoid_derivative<A>(gate[pixel]);
     }
-    shared.dz[i] = dz;
+    stage_dz(box, i, dz, shared.dz);
   });
   __syncthreads();
   A* d_maps = static_cast<A*>(p.d_maps) + box.sample * 2 * pixels;
@@ -48,11 +50,12 @@ __global__ void __launch_bounds__(kThreads, 2) stencil_kernel(const Stencil p) {
   });
   if (!p.d_conv) return;
   __syncthreads();
-  for_staged_pixels(box, p.space, [&](int i, const StagedPixel& staged) {
-    stage_saved_maps(box, p.space, maps, i, staged.pixel, shared.maps);
+  for_staged_pixels(box, p.space, [&](int, const StagedPixel& staged) {
+    if (staged.inside)
+      stage_saved_maps(p.space, maps, staged.pixel, staged.place, box.pixels(), shared.maps);
   });
   __syncthreads();
-  weight_gradients(box, p.space, shared.dz, shared.maps,
+  weight_gradients(box, 0, box.pixels(), p.space, shared.dz, shared.maps,
                    static_cast<A*>(p.d_conv) + int64_t{blockIdx.x} * (2 * taps + 1));
 }
 
