@@ -41,8 +41,10 @@ def plan(
         backward: plan the backward instead, with every gradient asked for.
         strategy: "streaming" (a forward reads x three times, a backward reads x and its partner
             twice), "resident" (samples stay on the chip and are read once, but that a backward may
-            read x twice), or "auto" for the one that is predicted to be faster; where both take
-            about as long, for what is faster in a typical shape nearby.
+            read x twice), "resident-channels" or "resident-pixels" (so that a block holds some
+            channels of all pixels, or some pixels of all channels), or "auto" for the one that is
+            predicted to be faster; where both take about as long, for what is faster in a typical
+            shape nearby.
         multiprocessors: plan for a part of the device that has so many; 0 for all of it.
 
     Returns:

@@ -42,7 +42,7 @@ TEMPLATES = {
     "reduce_packed_rows": (DTYPES, ARGMAX),
     "reduce_columns": (DTYPES, ACCESSES, SCALED, ARGMAX),
     "resident_forward": (DTYPES, ORDER, KEPT, SPLITS),
-    "resident_backward": (DTYPES, ACCESSES, ORDER),
+    "resident_backward": (DTYPES, ACCESSES, ORDER, SPLITS),
     "hidden_layer": (DTYPES, ACCUMULATOR, WALKS),
     "gate_layer": (DTYPES, ACCUMULATOR, WALKS),
     "both_layers": (DTYPES, ACCUMULATOR, WALKS),

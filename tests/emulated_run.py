@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from cases import CASES, LAYOUTS, NATIVE_LAYOUTS, Case, make_weights, make_x, operators
 from emulator.build import asan_environment, build, library
-from regimes import NOT_POSSIBLE
+from regimes import NOT_POSSIBLE, SPLITS
 
 from cbam_cuda import ops
 from cbam_cuda.plan import plan
@@ -74,9 +74,9 @@ def digest_of(tensors) -> str:
 
 
 def by_strategies(function) -> list[tuple[torch.Tensor, ...]]:
-    """What comes out by streaming, and where there is such a plan, by a resident one."""
+    """What comes out by streaming, and where there is such a plan, by each resident one."""
     found = []
-    for name in ("streaming", "resident"):
+    for name in ("streaming", *SPLITS):
         os.environ["CBAM_CUDA_STRATEGY"] = name
         try:
             found.append(function())
@@ -87,7 +87,7 @@ def by_strategies(function) -> list[tuple[torch.Tensor, ...]]:
 
 
 def digests(*dtypes: str) -> dict[str, str]:
-    """Of every case, in these dtypes or in both (float32 in every layout), by both strategies."""
+    """Of every case, in these dtypes or in both (float32 in every layout), by every strategy."""
     found, run = {}, operators("emulated")
     for case in CASES:
         for dtype in [getattr(torch, name) for name in dtypes] or TWO_DTYPES:

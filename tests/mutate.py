@@ -82,9 +82,9 @@ REDUNDANT = {
     "reduce_columns.cu: const int vectors = min(g.tile, g.period - block.tile * g.tile); -> "
     "const int vectors = (g.period - block.tile * g.tile);": HINT,
     "reduce_rows.cu: if (g.lanes <= 32) -> if (g.lanes <= 1 + 32)": "lanes are powers of two",
-    "resident_backward.cu: for (int number = 0; number < g.chunks; ++number) { -> "
+    "resident_backward.cuh: for (int number = 0; number < g.chunks; ++number) { -> "
     "for (int number = 0; number <= g.chunks; ++number) {": NO_CHUNK,
-    "resident_backward.cu: for (int n = 0; n < max(loads.slots, g.samples * g.chunks); ++n) { -> "
+    "resident_backward.cuh: for (int n = 0; n < max(loads.slots, g.samples * g.chunks); ++n) { -> "
     "for (int n = 0; n <= max(loads.slots, g.samples * g.chunks); ++n) {": GUARDED,
     "resident_forward.cuh: for (int number = 0; number < g.chunks; ++number) load(0, sample, "
     "number); -> for (int number = 0; number <= g.chunks; ++number) load(0, sample, number);": (
@@ -163,7 +163,7 @@ REDUNDANT = {
     "> to) return;": BEYOND,
     "resident_input_gradient.cuh: split = min(kCount, slice.cols - start); -> split = "
     "(slice.cols - start);": BEYOND,
-    "resident_backward.cu: if (p.dx && kPacked && block.cols() < kVector<T>) -> if (p.dx && "
+    "resident_backward.cuh: if (p.dx && kPacked && block.cols() < kVector<T>) -> if (p.dx && "
     "kPacked && block.cols() <= kVector<T>)": ("rows of just a vector are not packed"),
     "resident_extremes.cuh: const int to = min(block.rows(), from + step); -> const int to = "
     "(block.rows());": WAITS_LONGER,

@@ -13,6 +13,7 @@ from cases import NATIVE_LAYOUTS, Case, make_weights, misaligned
 from cbam_cuda import ops
 
 NOT_POSSIBLE = "expected one that is possible"
+SPLITS = ("resident-channels", "resident-pixels")
 HELD = (torch.float32, torch.float16, torch.bfloat16)
 CHANNELS_LAST = NATIVE_LAYOUTS[1]
 
@@ -31,7 +32,15 @@ def device(
         emulator.emulated_device(b"H100", nothing, nothing, 0)
 
 
-def plan_of(case: Case, dtype, layout: str, gpu: str = "H100", multiprocessors: int = 0, **what):
+def plan_of(
+    case: Case,
+    dtype,
+    layout: str,
+    gpu: str = "H100",
+    multiprocessors: int = 0,
+    strategy: str = "resident",
+    **what,
+):
     """The resident plan of a case; ValueError where there is none."""
     return ops.compiled().plan(
         list(case.shape),
@@ -40,7 +49,7 @@ def plan_of(case: Case, dtype, layout: str, gpu: str = "H100", multiprocessors: 
         str(dtype).removeprefix("torch."),
         gpu,
         channels_last=layout == CHANNELS_LAST,
-        strategy="resident",
+        strategy=strategy,
         multiprocessors=multiprocessors,
         **what,
     )

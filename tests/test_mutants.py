@@ -11,7 +11,12 @@ import pytest
 from conftest import why_not
 from mutate import REDUNDANT, chosen, parse
 from mutation.find import all_mutants, emulated, mutants_of, sources
-from mutation.run import RESIDENT_FORWARD, RESIDENT_PIXELS
+from mutation.run import (
+    RESIDENT_BACKWARD,
+    RESIDENT_BACKWARD_PIXELS,
+    RESIDENT_FORWARD,
+    RESIDENT_FORWARD_PIXELS,
+)
 
 from cbam_cuda.plan import plan
 
@@ -50,34 +55,53 @@ def test_what_is_listed_as_redundant_is_there_once():
     assert set(keys.values()) == {1}
 
 
-def held(problem) -> dict:
-    """How the blocks of its plan hold a sample."""
-    case, (dtype,), (layout, *_), ((device, multiprocessors),) = problem
-    found = plan(
-        case.shape,
-        str(dtype).removeprefix("torch."),
-        device,
-        strategy="resident",
-        multiprocessors=multiprocessors,
-        hidden=case.hidden,
-        kernel_size=case.kernel,
-        channels_last=layout == "channels_last",
-        training=True,
-    )
-    return found["passes"]["resident"]
+def held(problem, direction: str) -> list[dict]:
+    """How the blocks of its plans hold a sample."""
+    case, dtypes, layouts, devices = problem
+    return [
+        plan(
+            case.shape,
+            str(dtype).removeprefix("torch."),
+            device,
+            strategy="resident",
+            multiprocessors=multiprocessors,
+            hidden=case.hidden,
+            kernel_size=case.kernel,
+            channels_last=layout == "channels_last",
+            training=direction == "forward",
+            backward=direction == "backward",
+        )["passes"]["resident"]
+        for dtype in dtypes
+        for layout in layouts
+        for device, multiprocessors in devices
+    ]
 
 
 # Plans change: none of these would be noticed to be no more what it is called.
 def test_there_are_bands_to_break():
     (problem,) = [p for p in RESIDENT_FORWARD if p[0].name == "a short last band"]
-    found = held(problem)
+    (found,) = held(problem, "forward")
     assert found["pixels"] > found["band"]
     assert found["pixels"] % found["band"] > 0
 
 
-@pytest.mark.parametrize("problem", RESIDENT_PIXELS, ids=lambda problem: problem[0].name)
-def test_there_are_blocks_that_hold_pixels_to_break(problem):
-    assert held(problem)["split"] == "pixels"
+def test_there_is_x_that_comes_and_goes():
+    problems = RESIDENT_BACKWARD + RESIDENT_BACKWARD_PIXELS
+    found = [g for p in problems if "x comes" in p[0].name for g in held(p, "backward")]
+    assert all(g["x"] == "is read twice" for g in found)
+    assert {g["copy"] for g in found} == {"bulk", "async", "plain"}
+
+
+@pytest.mark.parametrize(
+    ("problems", "direction"),
+    [(RESIDENT_FORWARD_PIXELS, "forward"), (RESIDENT_BACKWARD_PIXELS, "backward")],
+    ids=["forward", "backward"],
+)
+def test_there_are_blocks_that_hold_pixels_to_break(problems, direction):
+    found = [g for problem in problems for g in held(problem, direction)]
+    assert all(g["split"] == "pixels" for g in found), found
+    assert {g["copy"] for g in found} == {"bulk", "async", "plain"}
+    assert {g["kind"] for g in found} == {"cluster", "grid"}
 
 
 def test_what_only_nvcc_compiles_is_left_alone():

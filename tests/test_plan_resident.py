@@ -221,8 +221,23 @@ def test_why_x_is_streamed(shape, options, reason):
 def test_a_strategy_that_is_not_possible():
     with pytest.raises(ValueError, match=r"expected one that is possible, got resident: float64"):
         plan([8, 64, 28, 28], "float64", strategy="resident")
-    with pytest.raises(ValueError, match="expected auto, streaming or resident, got fast"):
+    with pytest.raises(
+        ValueError, match="expected auto, streaming, resident, resident-.*, got fast"
+    ):
         plan([8, 64, 28, 28], strategy="fast")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("shape", RESNET[:3], ids=str)
+def test_what_blocks_hold_can_be_asked_for(shape, backward):
+    found = {
+        split: plan([8, *shape], "float16", backward=backward, strategy=f"resident-{split}")
+        for split in ("channels", "pixels")
+    }
+    assert all(f["passes"]["resident"]["split"] == split for split, f in found.items())
+    best = plan([8, *shape], "float16", backward=backward, strategy="resident")
+    assert best in found.values()
+    assert best["predicted_seconds"] == min(f["predicted_seconds"] for f in found.values())
 
 
 def test_a_slice_of_a_device():

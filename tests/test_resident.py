@@ -15,6 +15,7 @@ from regimes import (
     CHANNELS_LAST,
     HELD,
     NOT_POSSIBLE,
+    SPLITS,
     STAYING,
     WEIGHTS_THAT_STAY,
     Regime,
@@ -46,13 +47,13 @@ def assert_agree(resident, streaming, dtype) -> None:
         assert_strategies_agree(name, *both, rounded_to)
 
 
-def assert_is_right(case: Case, dtype, layout: str, strategy) -> None:
+def assert_is_right(case: Case, dtype, layout: str, strategy, name: str = "resident") -> None:
     """Both forms of the forward, against streaming and against the reference in float64."""
     run = operators("emulated")
     x, weights = LAYOUTS[layout](make_x(case, dtype)), make_weights(case, dtype)
     strategy("streaming")
     streaming = run.forward_train(x, *weights)
-    strategy("resident")
+    strategy(name)
     resident = run.forward_train(x, *weights)
     assert_agree(resident, streaming, dtype)
     eager = cbam_cuda.cbam(x, *weights, backend="reference")
@@ -63,19 +64,20 @@ def assert_is_right(case: Case, dtype, layout: str, strategy) -> None:
         assert_as_good_as_eager("out", out, eager, truth)
 
 
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
 @pytest.mark.parametrize("dtype", HELD, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_as_streaming(case, dtype, layout, strategy):
+def test_as_streaming(case, dtype, layout, split, strategy):
     try:
-        plan_of(case, dtype, layout, training=True)
+        plan_of(case, dtype, layout, strategy=split, training=True)
     except ValueError as error:
-        strategy("resident")
+        strategy(split)
         x, weights = LAYOUTS[layout](make_x(case, dtype)), make_weights(case, dtype)
         with pytest.raises(ValueError, match=NOT_POSSIBLE):
             operators("emulated").forward(x, *weights)
         pytest.skip(str(error))
-    assert_is_right(case, dtype, layout, strategy)
+    assert_is_right(case, dtype, layout, strategy, split)
 
 
 REGIMES = (

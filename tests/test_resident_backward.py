@@ -16,6 +16,7 @@ from regimes import (
     CHANNELS_LAST,
     HELD,
     NOT_POSSIBLE,
+    SPLITS,
     STAYING,
     WEIGHTS_THAT_STAY,
     Regime,
@@ -65,9 +66,9 @@ def assert_is_right(case: Case, dtype, layout: str, strategy, *strategies: str) 
     return results
 
 
-def possible(case: Case, dtype, layout: str) -> bool:
+def possible(case: Case, dtype, layout: str, split: str) -> bool:
     try:
-        plan_of(case, dtype, layout, backward=True)
+        plan_of(case, dtype, layout, strategy=split, backward=True)
     except ValueError as error:
         if NOT_POSSIBLE not in str(error):
             raise
@@ -78,13 +79,14 @@ def possible(case: Case, dtype, layout: str) -> bool:
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
 @pytest.mark.parametrize("dtype", HELD, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_by_both_strategies(case, dtype, layout, strategy):
+def test_by_every_strategy(case, dtype, layout, strategy):
     assert_is_right(case, dtype, layout, strategy, "streaming")
-    if possible(case, dtype, layout):
-        assert_is_right(case, dtype, layout, strategy, "resident")
-    else:
-        with pytest.raises(ValueError, match=NOT_POSSIBLE):
-            assert_is_right(case, dtype, layout, strategy, "resident")
+    for split in SPLITS:
+        if possible(case, dtype, layout, split):
+            assert_is_right(case, dtype, layout, strategy, split)
+        else:
+            with pytest.raises(ValueError, match=NOT_POSSIBLE):
+                assert_is_right(case, dtype, layout, strategy, split)
 
 
 REGIMES = (

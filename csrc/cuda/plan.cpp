@@ -317,7 +317,11 @@ Strategy strategy_of(const std::string& name) {
   if (name == "auto") return Strategy::kAuto;
   if (name == "streaming") return Strategy::kStreaming;
   if (name == "resident") return Strategy::kResident;
-  throw std::invalid_argument("strategy: expected auto, streaming or resident, got " + name);
+  if (name == "resident-channels") return Strategy::kResidentChannels;
+  if (name == "resident-pixels") return Strategy::kResidentPixels;
+  throw std::invalid_argument(
+      "strategy: expected auto, streaming, resident, resident-channels or resident-pixels, got " +
+      name);
 }
 
 Strategy strategy_asked_for() {

@@ -20,9 +20,11 @@ struct Group {
   bool in_cache;  // x of one group stays in the L2 cache
 };
 
-enum class Strategy { kAuto, kStreaming, kResident };
+// The last two are resident by what a block holds.
+enum class Strategy { kAuto, kStreaming, kResident, kResidentChannels, kResidentPixels };
 
-// By its name: "auto", "streaming" or "resident"; else throws std::invalid_argument.
+// By its name: "auto", "streaming", "resident", "resident-channels" or "resident-pixels"; else
+// throws std::invalid_argument.
 Strategy strategy_of(const std::string& name);
 // The one that the environment asks for, in CBAM_CUDA_STRATEGY.
 Strategy strategy_asked_for();
@@ -114,7 +116,7 @@ auto plan_that_runs(const Problem& p, const DeviceLimits& device, WhyNotRun why_
   const auto found = known_plan(p, device, strategy);
   const char* reason = found.resident ? why_not_run(found) : nullptr;
   if (!reason) return found;
-  if (strategy == Strategy::kResident) throw not_possible(reason);
+  if (strategy != Strategy::kAuto) throw not_possible(reason);
   return known_plan(p, device, Strategy::kStreaming);
 }
 

@@ -138,11 +138,13 @@ struct ResidentPlan {
   const char* reason = "";
 };
 
-// plan_resident_forward.cpp, plan_resident_backward.cpp
+// plan_resident_forward.cpp, plan_resident_backward.cpp; `only` where blocks are to hold that.
 ResidentPlan<ResidentForwardGeometry> plan_resident(const ForwardProblem& p,
-                                                    const DeviceLimits& device);
+                                                    const DeviceLimits& device,
+                                                    std::optional<Split> only = {});
 ResidentPlan<ResidentBackwardGeometry> plan_resident(const BackwardProblem& p,
-                                                     const DeviceLimits& device);
+                                                     const DeviceLimits& device,
+                                                     std::optional<Split> only = {});
 // The same way to hold a sample, for a batch of another size.
 ResidentPlan<ResidentForwardGeometry> for_batch(const ResidentPlan<ResidentForwardGeometry>& plan,
                                                 const ForwardProblem& p,

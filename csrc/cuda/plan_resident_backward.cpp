@@ -21,7 +21,6 @@ class BackwardFitting : public Teams {
  public:
   using Geometry = ResidentBackwardGeometry;
   static constexpr Measured kMeasured{18e-6, 3.2, 5.5, 3.6};
-  static constexpr bool kHoldsPixels = true;
 
   BackwardFitting(const BackwardProblem& p, const DeviceLimits& device)
       : Teams(p, device, 2, kBackwardThreads), problem_(p) {}
@@ -124,12 +123,13 @@ int64_t resident_shared_bytes(const BackwardProblem& p, const ResidentBackwardGe
 }
 
 ResidentPlan<ResidentBackwardGeometry> plan_resident(const BackwardProblem& p,
-                                                     const DeviceLimits& device) {
+                                                     const DeviceLimits& device,
+                                                     std::optional<Split> only) {
   if (const char* reason = why_not_held(p, device)) return {{}, 0, reason};
   if (!in_whole_vectors(p, p.strides, p.x) || !in_whole_vectors(p, p.dout_strides, p.dout) ||
       (p.gradients.x && !in_whole_vectors(p, p.dx_strides, p.gradients.x)))
     return {{}, 0, "rows of x, dout or dx are no whole vectors of 16 bytes, or have gaps"};
-  return fastest(BackwardFitting(p, device), p.shape, device);
+  return fastest(BackwardFitting(p, device), p.shape, device, only);
 }
 
 ResidentPlan<ResidentBackwardGeometry> for_batch(const ResidentPlan<ResidentBackwardGeometry>& plan,

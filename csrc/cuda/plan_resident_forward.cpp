@@ -18,7 +18,6 @@ class ForwardFitting : public Teams {
  public:
   using Geometry = ResidentForwardGeometry;
   static constexpr Measured kMeasured{6e-6, 2.2, 4.0, 1.6};
-  static constexpr bool kHoldsPixels = true;
 
   ForwardFitting(const ForwardProblem& p, const DeviceLimits& device)
       : Teams(p, device, 1, kForwardThreads) {}
@@ -117,11 +116,12 @@ int64_t resident_shared_bytes(const ForwardProblem& p, const ResidentForwardGeom
 }
 
 ResidentPlan<ResidentForwardGeometry> plan_resident(const ForwardProblem& p,
-                                                    const DeviceLimits& device) {
+                                                    const DeviceLimits& device,
+                                                    std::optional<Split> only) {
   if (const char* reason = why_not_held(p, device)) return {{}, 0, reason};
   if (!in_whole_vectors(p, p.strides, p.x) || !in_whole_vectors(p, p.out_strides, p.out))
     return {{}, 0, "rows of x or out are no whole vectors of 16 bytes, or have gaps"};
-  return fastest(ForwardFitting(p, device), p.shape, device);
+  return fastest(ForwardFitting(p, device), p.shape, device, only);
 }
 
 ResidentPlan<ResidentForwardGeometry> for_batch(const ResidentPlan<ResidentForwardGeometry>& plan,

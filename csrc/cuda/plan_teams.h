@@ -116,7 +116,8 @@ double estimated(const Fitting& fitting, const Shape& s, const typename Fitting:
 // reads the weights. What was measured beside estimates does not say which of two ways is faster.
 template <class Fitting>
 ResidentPlan<typename Fitting::Geometry> fastest_way(const Fitting& fitting, const Shape& s,
-                                                     const DeviceLimits& device) {
+                                                     const DeviceLimits& device,
+                                                     std::optional<Split> only) {
   ResidentPlan<typename Fitting::Geometry> best;
   const int all = device.multiprocessors;
   // Returns how many blocks the candidate's team needs.
@@ -144,9 +145,11 @@ ResidentPlan<typename Fitting::Geometry> fastest_way(const Fitting& fitting, con
       team = consider({false, team, samples, 1, split});
   };
   const int samples = fitting.samples_per_visit();
-  consider_all(samples, Split::kChannels);
-  if (samples > 1) consider_all(1, Split::kChannels);
-  if (Fitting::kHoldsPixels) consider_all(1, Split::kPixels);
+  if (only != Split::kPixels) {
+    consider_all(samples, Split::kChannels);
+    if (samples > 1) consider_all(1, Split::kChannels);
+  }
+  if (only != Split::kChannels) consider_all(1, Split::kPixels);
   if (!best.geometry) best.reason = "a sample does not fit on the chip";
   return best;
 }
@@ -166,8 +169,9 @@ ResidentPlan<typename Fitting::Geometry> for_batch(ResidentPlan<typename Fitting
 // back for more samples. What else they would allow, or cost, is not measured.
 template <class Fitting>
 ResidentPlan<typename Fitting::Geometry> fastest(const Fitting& fitting, const Shape& s,
-                                                 const DeviceLimits& device) {
-  auto best = fastest_way(fitting, s, device);
+                                                 const DeviceLimits& device,
+                                                 std::optional<Split> only) {
+  auto best = fastest_way(fitting, s, device, only);
   if (!best.geometry) return best;
   auto held = *best.geometry;
   held.weight_bytes = fitting.weight_bytes();

@@ -66,7 +66,7 @@ RESIDENT_FORWARD = (
     (Case("resident volume", (3, 64, 4, 8, 8), 2, (3, 3, 3)), SHORT[:1], BOTH, (("A100", 4),)),
 )
 # Whose blocks hold pixels.
-RESIDENT_PIXELS = (
+RESIDENT_FORWARD_PIXELS = (
     (Case("clusters of pixels", (3, 64, 56, 56), 8, (7, 7)), FULL, BOTH, (("H100", 4),)),
     (Case("pixels in short pieces", (3, 128, 28, 28), 8, (7, 7)), HALF, FIRST, (("H100", 2),)),
     (Case("unequal pixels", (2, 104, 52, 52), 13, (7, 7)), HALF, FIRST, (("T4", 16),)),
@@ -85,13 +85,26 @@ RESIDENT_BACKWARD = (
     (Case("more units than threads", (2, 16, 6, 6), 530, (3, 3)), HALF, FIRST, (("H100", 4),)),
     (Case("one row at a time", (1, 34, 16, 16), 6, (7, 7)), SHORT, FIRST, (("H100", 16),)),
     (Case("x comes and goes", (3, 128, 28, 28), 8, (5, 5)), HALF, BOTH, (("A100", 2),)),
-    (Case("x comes and goes", (3, 128, 28, 28), 8, (5, 5)), HALF, FIRST, (("T4", 8),)),
-    (Case("x comes and goes", (5, 64, 52, 52), 4, (5, 5)), HALF, BOTH, (("H100", 4),)),
-    (Case("x comes and goes", (2, 164, 20, 20), 4, (7, 7)), HALF, FIRST, (("T4", 5),)),
+    (Case("x comes and goes", (5, 64, 56, 56), 4, (7, 7)), HALF, BOTH, (("H100", 4),)),
+    (
+        Case("x comes and goes", (2, 164, 20, 20), 4, (7, 7)),
+        FULL,
+        FIRST,
+        (("T4", 8), ("A100", 3)),
+    ),
     (Case("packed x comes", (4, 1024, 7, 7), 16, (3, 3)), HALF, FIRST, (("RTX 5090", 2),)),
     (Case("three unequal blocks", (3, 64, 28, 28), 4, (5, 5)), HALF, BOTH, (("A100", 13),)),
     (Case("resident volume", (3, 64, 4, 8, 8), 2, (3, 3, 3)), SHORT, BOTH, (("A100", 4),)),
     (Case("resident sequence", (2, 16, 2000), 2, (9,)), HALF, FIRST, (("H100", 4),)),
+)
+RESIDENT_BACKWARD_PIXELS = (
+    (Case("clusters of pixels", (5, 64, 52, 52), 4, (5, 5)), HALF, BOTH, (("H100", 4),)),
+    (Case("pixels, x comes and goes", (3, 96, 40, 40), 4, (7, 7)), HALF, BOTH, (("H100", 2),)),
+    (Case("unequal pixels", (3, 128, 28, 28), 8, (5, 5)), HALF, FIRST, (("T4", 5),)),
+    (Case("unequal pixels", (2, 96, 40, 40), 4, (7, 7)), HALF, BOTH[1:], (("A100", 3),)),
+    (Case("less than a row", (1, 64, 56, 56), 4, (7, 7)), FULL, FIRST, (("RTX 5090", 0),)),
+    (Case("more blocks than channels", (1, 4, 2000), 2, (9,)), FULL, BOTH, (("H100", 0),)),
+    (Case("pixels of a volume", (2, 16, 5, 12, 16), 2, (5, 5, 5)), FULL, BOTH[1:], (("T4", 8),)),
 )
 SCHEDULES = ("ascending", "descending")
 
@@ -160,8 +173,9 @@ def make_runs() -> list[Run]:
         for direction, cases in (
             ("", SLICED),
             ("forward", RESIDENT_FORWARD),
-            ("forward", RESIDENT_PIXELS),
+            ("forward", RESIDENT_FORWARD_PIXELS),
             ("backward", RESIDENT_BACKWARD),
+            ("backward", RESIDENT_BACKWARD_PIXELS),
         )
         for case, dtypes, layouts, devices in cases
         for dtype in dtypes

@@ -124,7 +124,7 @@ template <bool kTraining, bool kChannelsFirst, Split kSplit, class T>
 __device__ __forceinline__ void gate_all_channels(
     const ResidentForward& p, const ResidentBlock<T, kChannelsFirst, kSplit>& block,
     const ForwardMemory<T>& m) {
-  const bool one = p.geometry.samples == 1;
+  const bool one = block.kHoldsPixels || p.geometry.samples == 1;
   if (one)
     hidden_shares<2>(p, block, m);
   else

@@ -201,7 +201,7 @@ __device__ __forceinline__ void channel_gate_backward(
     const BackwardMemory<T>& m) {
   if constexpr (kSplit == Split::kPixels) put_out_channels(block, m);
   stage_dm(p, block, m);
-  if (p.geometry.samples == 1)
+  if (block.kHoldsPixels || p.geometry.samples == 1)
     mlp_backward<1>(p, block, m);
   else
     mlp_backward<kMostVisited>(p, block, m);
