@@ -105,8 +105,8 @@ def matching(opcodes, pattern):
 
 
 def is_compiled(kind: str, words: tuple[str, ...]) -> bool:
-    """Not vectors and resident samples of float64, nor packed rows where channels come last or blocks
-    hold pixels, nor resident samples that would be read one element at a time."""
+    """Not vectors and resident samples of float64, nor packed rows where channels come last or
+    blocks hold pixels, nor resident samples that would be read one element at a time."""
     if {"packed", "by pixels"} <= set(words):
         return False
     if "packed" in words and not {"channels last", ""}.isdisjoint(words[2:3]):

@@ -221,8 +221,9 @@ def test_weights_are_read_once_for_eight_samples_of_7x7(batch, direction, layout
     held = planned(problem)["passes"]["resident"]
     assert held["samples"] == 8
     visits = -(-batch // 8)
-    # By every block that adds the sums of the hidden layer, and once for every gate.
-    biases = visits * 8 * 128 * held["team"] + batch * 2048 if direction == "training" else 0
+    # By every block that adds the sums of a hidden unit, and once for every gate.
+    adding = 1 if held["shares_units"] else held["team"]
+    biases = visits * 8 * 128 * adding + batch * 2048 if direction == "training" else 0
     assert counts["mlp_weights"] == [4 * (visits * 2 * 128 * 2048 + biases), 0]
 
 
@@ -258,9 +259,9 @@ NOT_LITTLE = {
     (49, "backward", "streaming"): 0.40,  # 0.280
     (196, "backward", "streaming"): 0.11,  # 0.083
     (3136, "backward", "streaming"): 0.12,  # 0.063
-    (49, "inference", "grid"): 0.76,  # 0.733
-    (49, "training", "grid"): 0.86,  # 0.733
-    (49, "backward", "grid"): 2.9,  # 2.604
+    (49, "inference", "grid"): 0.16,  # 0.143
+    (49, "training", "grid"): 0.27,  # 0.143
+    (49, "backward", "grid"): 0.48,  # 0.413
     (3136, "backward", "grid"): 0.14,  # 0.111
 }
 
@@ -278,15 +279,15 @@ def least_words(shape, hidden: int, direction: str, held: dict) -> int:
         of_channels = channels * (6 * team + 2)
         return of_channels + hidden * team * (team + 3) + 6 * pixels
     if team and direction != "backward":
-        # Each block puts out its share of the sums of hidden units and of both maps, one of them a
-        # pixel's gate; all of them read all sums and all gates, one a pixel's maps.
-        put_out = 2 * team * (hidden + pixels) + pixels
-        return put_out + team * (2 * team * hidden + 3 * pixels)
+        # Each block puts out its share of the sums of hidden units and of both maps; one of them
+        # reads those, and puts out what it makes of them, which all read: a unit's value, a pixel's
+        # gate.
+        return 4 * team * (hidden + pixels) + (team + 1) * (hidden + pixels)
     if team:
-        # Backwards. Each block puts out its share of the sums of hidden units and of pixels, one of
-        # them a pixel's gate, its maps' gradients and its position; all of them read all of these.
-        put_out = team * (hidden + pixels) + 4 * pixels
-        return put_out + team * (team * hidden + 5 * pixels) + 3 * channels + 4 * pixels
+        # Backwards. The same of the sums of units, of which two values are made, and of pixels, of
+        # which four are.
+        put_out = 2 * team * (hidden + pixels) + 2 * hidden + 4 * pixels
+        return put_out + team * (2 * hidden + 4 * pixels) + 3 * channels + 4 * pixels
     if direction == "backward":
         # Of a channel: its gate thrice, sums of dout * x, terms, dm, both gradients of the pool
         # and the position. Of a pixel: its gate thrice, sums, maps, their gradients with two

@@ -78,7 +78,7 @@ FORMS = {
         pixels | {"x": "stays"},
     ),
     "pixels of the whole grid": (
-        pixels := {"split": "pixels", "kind": "grid", "copy": "async"},
+        pixels := {"split": "pixels", "kind": "grid", "copy": "bulk"},
         pixels,
         pixels | {"x": "stays"},
     ),

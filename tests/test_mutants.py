@@ -85,6 +85,13 @@ def test_there_are_bands_to_break():
     assert found["pixels"] % found["band"] > 0
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_there_are_units_that_blocks_share_to_break(direction):
+    problems = {"forward": RESIDENT_FORWARD, "backward": RESIDENT_BACKWARD}[direction]
+    (problem,) = [p for p in problems if p[0].name == "blocks that add up some units"]
+    assert all(g["shares_units"] for g in held(problem, direction))
+
+
 def test_there_is_x_that_comes_and_goes():
     problems = RESIDENT_BACKWARD + RESIDENT_BACKWARD_PIXELS
     found = [g for p in problems if "x comes" in p[0].name for g in held(p, "backward")]

@@ -222,13 +222,13 @@ def test_a_strategy_that_is_not_possible():
     with pytest.raises(ValueError, match=r"expected one that is possible, got resident: float64"):
         plan([8, 64, 28, 28], "float64", strategy="resident")
     with pytest.raises(
-        ValueError, match="expected auto, streaming, resident, resident-.*, got fast"
+        ValueError, match=r"expected auto, streaming, resident, resident-.*, got fast"
     ):
         plan([8, 64, 28, 28], strategy="fast")
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("shape", RESNET[:3], ids=str)
+@pytest.mark.parametrize("shape", RESNET[:2], ids=str)
 def test_what_blocks_hold_can_be_asked_for(shape, backward):
     found = {
         split: plan([8, *shape], "float16", backward=backward, strategy=f"resident-{split}")

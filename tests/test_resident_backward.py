@@ -146,11 +146,25 @@ REGIMES = (
     ),
     Regime(
         "less than a row of pixels",
-        (1, 64, 56, 56),
+        (1, 24, 16, 256),
         4,
-        "RTX 5090",
+        "A100",
         dtype=torch.float32,
-        plan={"split": "pixels", "kind": "grid", "pixels": 40},
+        plan={"split": "pixels", "kind": "grid", "pixels": 116},
+    ),
+    Regime(
+        "each block adds up some hidden units, clusters",
+        (140, 128, 2, 2),
+        250,
+        dtype=torch.float32,
+        plan={"shares_units": True, "kind": "cluster", "team": 16, "rounds": 2},
+    ),
+    Regime(
+        "each block adds up some hidden units, the whole grid",
+        (69, 256, 2, 2),
+        250,
+        "A100",
+        plan={"shares_units": True, "kind": "grid", "rounds": 2},
     ),
     Regime(
         "pixels of a volume",

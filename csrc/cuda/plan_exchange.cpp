@@ -78,6 +78,15 @@ int64_t read_by_team(const ResidentGeometry& g, const Shape& s) {
   return read;
 }
 
+Exchanged exchanged_units(const ResidentGeometry& g, const Shape& s, int sums, int results,
+                          int64_t visits, int64_t samples) {
+  const int64_t unit = s.hidden * kAcc, all_sums = g.team * sums * unit;
+  if (!g.shares_units) return {visits * g.mlp_samples() * all_sums, samples * g.team * all_sums};
+  const int64_t all_results = visits * g.mlp_samples() * results * unit;
+  return {visits * g.mlp_samples() * all_sums + all_results,
+          samples * all_sums + g.team * all_results};
+}
+
 Exchanged exchanged_maps(const ResidentForwardGeometry& g, const ForwardProblem& p,
                          int64_t samples) {
   const int64_t index = p.training() ? 4 : 0;

@@ -159,6 +159,10 @@ ResidentPlan<ResidentBackwardGeometry> for_batch(const ResidentPlan<ResidentBack
 struct Exchanged {
   int64_t written, read;
 };
+// Or those sums, so many for a unit and a sample, and what is made of them where blocks share
+// units: written for all samples of a visit, and the sums of so many read.
+Exchanged exchanged_units(const ResidentGeometry& g, const Shape& s, int sums, int results,
+                          int64_t visits, int64_t samples);
 Exchanged exchanged_maps(const ResidentForwardGeometry& g, const ForwardProblem& p,
                          int64_t samples);
 Exchanged exchanged_pixels(const ResidentBackwardGeometry& g, const Shape& s, int64_t samples);

@@ -29,6 +29,7 @@ class BackwardFitting : public Teams {
   std::optional<Geometry> geometry(const Candidate& c) const {
     Geometry g{};
     if (!set_slice(g, c)) return std::nullopt;
+    g.shares_units = sharing_units_pays(g, g.mlp_samples());
     g.groups = groups(g, int64_t{g.samples} * ceil_div(g.pitch, columns_together(g)));
     set_access(g);
     g.x_slots = g.samples * g.chunks;
@@ -63,7 +64,8 @@ class BackwardFitting : public Teams {
     const int64_t pixels = ceil_div(g.boxes.pixels(), g.threads) * g.boxes_each;
     const int64_t places = ceil_div(g.boxes.pixels(), 32) * g.boxes_each *
                            ceil_div(2 * s_.taps(), int64_t{4} * g.threads / 32);
-    const double waits = barrier_seconds(g, barriers) + slice(g) * kElementSeconds +
+    const double waits = barrier_seconds(g, barriers) + share_seconds(g) +
+                         slice(g) * kElementSeconds +
                          0.75 * product_seconds(g, 2 * g.mlp_samples()) + chunks * kChunkSeconds +
                          static_cast<double>(s_.taps() * pixels) * kTapSeconds +
                          static_cast<double>(places) * kPlaceSeconds;

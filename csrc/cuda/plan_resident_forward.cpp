@@ -25,7 +25,9 @@ class ForwardFitting : public Teams {
   // Null where the slices do not fit, or not as many teams as one.
   std::optional<Geometry> geometry(const Candidate& c) const {
     Geometry g{};
-    if (!set_slice(g, c) || !fit(g, limit(c.blocks))) return std::nullopt;
+    if (!set_slice(g, c)) return std::nullopt;
+    g.shares_units = sharing_units_pays(g, g.vectors());
+    if (!fit(g, limit(c.blocks))) return std::nullopt;
     return g;
   }
 
@@ -45,8 +47,8 @@ class ForwardFitting : public Teams {
                                 ? 4
                                 : 1.0 + 2.0 * static_cast<double>(ceil_div(s_.pixels(), g.band));
     const int64_t runs = ceil_div(g.boxes.pixels(), int64_t{kRun} * g.threads) * g.boxes_each;
-    const double waits = barrier_seconds(g, barriers) + slice(g) * kElementSeconds +
-                         0.75 * product_seconds(g, g.vectors()) +
+    const double waits = barrier_seconds(g, barriers) + share_seconds(g) +
+                         slice(g) * kElementSeconds + 0.75 * product_seconds(g, g.vectors()) +
                          2.0 * static_cast<double>(s_.taps() * runs) * kTapSeconds;
     return together(g, teams, memory, waits);
   }

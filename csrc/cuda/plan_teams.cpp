@@ -186,8 +186,27 @@ double Teams::product_seconds(const ResidentGeometry& g, int vectors) const {
 }
 
 double Teams::merge_seconds(const ResidentGeometry& g, int vectors, double rate) const {
-  const double sums = static_cast<double>(s_.hidden) * vectors * g.team;
-  return sums * sizeof(float) / (rate * kCacheSpeed);
+  // Of a unit: sums of so many vectors, and what is made of them, three values a sample together.
+  const double of_unit = g.shares_units ? 3.0 * g.mlp_samples() : vectors * g.team;
+  const double read = static_cast<double>(s_.hidden) * of_unit * sizeof(float);
+  return read / (rate * kCacheSpeed);
+}
+
+double Teams::share_seconds(const ResidentGeometry& g) {
+  constexpr int kMeasured = 48, kTogether = 8;
+  constexpr double kReadSeconds = 1e-6;
+  return kReadSeconds * static_cast<double>(ceil_div(std::max(0, g.team - kMeasured), kTogether));
+}
+
+bool Teams::sharing_units_pays(const ResidentGeometry& g, int vectors) const {
+  if (g.samples == 1) return false;
+  const auto seconds = [&](bool shares) {
+    ResidentGeometry other = g;
+    other.shares_units = shares;
+    return merge_seconds(other, vectors, rate(g, static_cast<double>(g.teams))) +
+           barrier_seconds(other, 0);
+  };
+  return seconds(true) < seconds(false);
 }
 
 double Teams::exchange_seconds(const ResidentGeometry& g, int64_t bytes, double rate) {
@@ -195,7 +214,8 @@ double Teams::exchange_seconds(const ResidentGeometry& g, int64_t bytes, double 
 }
 
 double Teams::barrier_seconds(const ResidentGeometry& g, double barriers) {
-  return barriers * (g.cluster ? kClusterBarrier : kPartBarrier);
+  const double all = barriers + (g.shares_units ? 1 : 0);
+  return all * (g.cluster ? kClusterBarrier : kPartBarrier);
 }
 
 double Teams::together(const ResidentGeometry& g, double teams, double memory, double waits) const {

@@ -64,13 +64,20 @@ class Teams {
   double rate(const ResidentGeometry& g, double teams) const;
   // Channels of a block and elements of its slice, on average: blocks share the bandwidth, so that
   // one with a group of channels more than others gets more of it. Seconds for the weights of the
-  // MLP where every visit reads them, for products with so many vectors, and for so many barriers.
+  // MLP where every visit reads them, for products with so many vectors, and for so many barriers
+  // and that behind shared units.
   double share(const ResidentGeometry& g) const;
   double slice(const ResidentGeometry& g) const;
   double weight_seconds(const ResidentGeometry& g, double rate) const;
   double product_seconds(const ResidentGeometry& g, int vectors) const;
   // Until a block has read the team's shares of the hidden layer's sums for so many vectors.
   double merge_seconds(const ResidentGeometry& g, int vectors, double rate) const;
+  // While a block reads the shares of a team one after the other, eight at a time, a microsecond
+  // each on an H100: of more blocks than most of the teams that were measured have.
+  static double share_seconds(const ResidentGeometry& g);
+  // Whether it is faster that each block adds up some units for all: of 16 blocks at 7x7 each would
+  // else read 131 KB, 3 us on an H100, where a barrier takes one.
+  bool sharing_units_pays(const ResidentGeometry& g, int vectors) const;
   // Until the blocks of a team that is no cluster have read so many bytes of each other in all.
   static double exchange_seconds(const ResidentGeometry& g, int64_t bytes, double rate);
   static double barrier_seconds(const ResidentGeometry& g, double barriers);

@@ -199,14 +199,17 @@ int64_t readings(const ResidentGeometry& g, int64_t visits) {
   return g.weight_bytes ? std::min(visits, g.teams) : visits;
 }
 
+// Blocks that merge the sums of a hidden unit.
+int64_t merging(const ResidentGeometry& g) { return g.shares_units ? 1 : g.team; }
+
 // What the blocks of a team that is no cluster tell each other.
 Traffic of_exchange(const ResidentForwardGeometry& g, const ForwardProblem& p, const Sizes& n) {
   const int64_t visits = ceil_div(n.samples, g.samples);
-  const int64_t hidden = visits * n.hidden * g.vectors() * n.acc;
+  const Exchanged units = exchanged_units(g, p.shape, 2, 1, visits, visits * g.mlp_samples());
   const Exchanged maps = exchanged_maps(g, p, n.samples);
   Traffic t;
-  t.small_written = g.teams * kCountBytes + g.team * hidden + maps.written;
-  t.small_read = int64_t{g.team} * g.team * hidden + maps.read;
+  t.small_written = g.teams * kCountBytes + units.written + maps.written;
+  t.small_read = units.read + maps.read;
   return t;
 }
 
@@ -219,7 +222,7 @@ Traffic of_resident(const ForwardPlan& plan, const ForwardProblem& p, const Size
   t.x_read = t.out_written = n.x;
   t.weights_read =
       n.weight * (readings(g, visits) * 2 * n.hidden * n.channels +
-                  (p.weights.fc1_bias ? visits * n.hidden * g.team * g.vectors() / 2 : 0) +
+                  (p.weights.fc1_bias ? visits * n.hidden * merging(g) * g.mlp_samples() : 0) +
                   (p.weights.fc2_bias ? n.samples * n.channels : 0));
   t.small_read +=
       g.teams * g.team * n.weight * (2 * p.shape.taps() + (p.weights.conv_bias ? 1 : 0));
@@ -231,12 +234,12 @@ Traffic of_resident(const ForwardPlan& plan, const ForwardProblem& p, const Size
 
 // The same backwards.
 Traffic of_exchange(const ResidentBackwardGeometry& g, const BackwardProblem& p, const Sizes& n) {
-  const int64_t visits = ceil_div(n.samples, g.samples), hidden = n.hidden * n.acc;
+  const int64_t visits = ceil_div(n.samples, g.samples);
+  const Exchanged units = exchanged_units(g, p.shape, 1, 2, visits, n.samples);
   const Exchanged pixels = exchanged_pixels(g, p.shape, n.samples);
   Traffic t;
-  t.small_written =
-      g.teams * kCountBytes + g.team * visits * g.mlp_samples() * hidden + pixels.written;
-  t.small_read = int64_t{g.team} * g.team * n.samples * hidden + pixels.read;
+  t.small_written = g.teams * kCountBytes + units.written + pixels.written;
+  t.small_read = units.read + pixels.read;
   return t;
 }
 
@@ -256,7 +259,7 @@ Traffic of_resident(const BackwardPlan& plan, const BackwardProblem& p, const Si
   t.weights_read = readings(g, visits) * n.weight * 2 * n.hidden * n.channels;
   t.small_read += g.teams * g.team * 2 * p.shape.taps() * n.weight +
                   n.samples * n.channels * (blocks * (n.acc + 4) + (p.d_channel_gate ? n.acc : 0)) +
-                  n.samples * g.team * 2 * n.hidden * n.acc +
+                  n.samples * merging(g) * 2 * n.hidden * n.acc +
                   gates * (n.acc + (p.d_spatial_gate ? n.acc : 0)) +
                   n.samples * n.pixels * (4 + (conv ? 2 * bytes_of(p.dtype) : 0));
   if (mlp) t.small_written += n.samples * (n.channels + 2 * n.hidden) * n.acc;

@@ -46,7 +46,9 @@ SLICED = (
 # The resident kernels: cases, and the slices of GPUs whose teams take them.
 FIRST, HALF, FULL = BOTH[:1], SHORT[1:], SHORT[:1]
 UNEVEN = Case("boxes that the image cuts", (3, 64, 9, 8), 3, (5, 5))
+UNITS = Case("blocks that add up some units", (69, 256, 2, 2), 250, (3, 3))
 RESIDENT_FORWARD = (
+    (UNITS, HALF, FIRST, (("A100", 0),)),
     (UNEVEN, HALF, BOTH, (("H100", 4),)),
     (Case("the same on the whole grid", (1, 128, 27, 28), 3, (5, 5)), HALF, FIRST, (("T4", 8),)),
     (Case("a short last chunk", (1, 16, 19, 19), 3, (5, 5)), HALF, BOTH[1:], (("H100", 2),)),
@@ -71,11 +73,12 @@ RESIDENT_FORWARD_PIXELS = (
     (Case("pixels in short pieces", (3, 128, 28, 28), 8, (7, 7)), HALF, FIRST, (("H100", 2),)),
     (Case("unequal pixels", (2, 104, 52, 52), 13, (7, 7)), HALF, FIRST, (("T4", 16),)),
     (Case("unequal pixels", (5, 64, 56, 56), 8, (5, 5)), HALF, BOTH[1:], (("A100", 13),)),
-    (Case("less than a row", (1, 64, 56, 56), 4, (7, 7)), FULL, FIRST, (("RTX 5090", 0),)),
+    (Case("less than a row", (1, 24, 16, 256), 4, (7, 7)), FULL, FIRST, (("A100", 0),)),
     (Case("more blocks than channels", (2, 8, 100, 100), 2, (7, 7)), FULL, FIRST, (("H100", 0),)),
     (Case("pixels of a volume", (2, 16, 8, 12, 16), 2, (5, 5, 5)), FULL, BOTH[1:], (("T4", 8),)),
 )
 RESIDENT_BACKWARD = (
+    (UNITS, HALF, FIRST, (("A100", 0),)),
     (UNEVEN, SHORT, BOTH, (("H100", 4),)),
     (Case("teams come back", (7, 32, 8, 8), 3, (5, 5)), SHORT, BOTH, (("H100", 2), ("T4", 2))),
     (Case("visits of several samples", (19, 512, 7, 7), 128, (3, 3)), HALF, BOTH, (("A100", 32),)),
@@ -102,7 +105,7 @@ RESIDENT_BACKWARD_PIXELS = (
     (Case("pixels, x comes and goes", (3, 96, 40, 40), 4, (7, 7)), HALF, BOTH, (("H100", 2),)),
     (Case("unequal pixels", (3, 128, 28, 28), 8, (5, 5)), HALF, FIRST, (("T4", 5),)),
     (Case("unequal pixels", (2, 96, 40, 40), 4, (7, 7)), HALF, BOTH[1:], (("A100", 3),)),
-    (Case("less than a row", (1, 64, 56, 56), 4, (7, 7)), FULL, FIRST, (("RTX 5090", 0),)),
+    (Case("less than a row", (1, 24, 16, 256), 4, (7, 7)), FULL, FIRST, (("A100", 0),)),
     (Case("more blocks than channels", (1, 4, 2000), 2, (9,)), FULL, BOTH, (("H100", 0),)),
     (Case("pixels of a volume", (2, 16, 5, 12, 16), 2, (5, 5, 5)), FULL, BOTH[1:], (("T4", 8),)),
 )

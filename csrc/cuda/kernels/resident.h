@@ -49,10 +49,16 @@ struct ResidentGeometry {
   int boxes_each;     // boxes of a visit that a block takes, at most
   int weight_bytes;   // of a weight of the MLP, where those of a block's channels stay on the chip
                       // for all visits; else 0
+  bool shares_units;  // a block adds up the team's sums of some hidden units for all blocks; else
+                      // of all units for itself
   int64_t exchange;   // bytes that a block puts out for the others in global memory; 0 in a cluster
 
   // The samples that the MLP's sums are made for; what belongs to absent ones is zero.
   CBAM_INLINE_MEMBER int mlp_samples() const { return samples == 1 ? 1 : kMostVisited; }
+  // Values of hidden units that a block adds up for the others, so many of a unit.
+  CBAM_INLINE_MEMBER int64_t shared_values(int units, int each) const {
+    return shares_units ? int64_t{each} * ((units + team - 1) / team) : 0;
+  }
   // Bytes of global memory through which all teams exchange: a line in which each counts its
   // blocks, then what every block puts out.
   CBAM_INLINE_MEMBER int64_t counts() const { return teams * kLineBytes; }

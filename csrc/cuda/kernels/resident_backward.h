@@ -56,6 +56,7 @@ struct BackwardExchange {
   A* d_spatial;          // [samples, pixels that it holds]: its share of the sums over channels;
                          // by pixels their dz
   A* hidden;             // [mlp_samples, hidden]: its share of the second layer's sums
+  A* d_hidden;           // [units that it adds up, mlp_samples, 2]
   StagedTerms<A> terms;  // [samples, pixels]: of those in this block's boxes; by pixels none
   // By pixels, else none.
   A* d_channel;  // [channels of x]: its share of the sums over pixels
@@ -67,6 +68,8 @@ struct BackwardExchange {
                                       const StagedTerms<A>& of_pixels)
       : d_spatial(carver.template array<A>(int64_t{g.samples} * g.pixels, "d_spatial")),
         hidden(carver.template array<A>(int64_t{units} * g.mlp_samples(), "hidden")),
+        d_hidden(carver.template array<A>(g.shared_values(units, 2 * g.mlp_samples()),
+                                          "d_hidden shared")),
         terms(of_pixels),
         d_channel(carver.template array<A>(by_pixels(g, g.held_channels), "d_channel shares")),
         d_pooled(carver.template array<A>(by_pixels(g, 2 * g.channels), "d_pooled")) {}
@@ -75,6 +78,7 @@ struct BackwardExchange {
                                       int units)
       : d_spatial(carver.array<A>(int64_t{g.samples} * g.pixels, "d_spatial")),
         hidden(carver.array<A>(int64_t{units} * g.mlp_samples(), "hidden")),
+        d_hidden(carver.array<A>(g.shared_values(units, 2 * g.mlp_samples()), "d_hidden shared")),
         terms(carver, g.split == Split::kPixels ? 0 : int64_t{g.samples} * g.pixels),
         d_channel(carver.array<A>(by_pixels(g, g.held_channels), "d_channel shares")),
         d_pooled(carver.array<A>(by_pixels(g, 2 * g.channels), "d_pooled")) {}

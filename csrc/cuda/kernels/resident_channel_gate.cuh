@@ -2,9 +2,10 @@
 //
 //   channel_gate[c] = sigmoid(W2 (relu(W1 avg + b1) + relu(W1 max + b1)) + 2 b2)
 //
-// Every block sums the first layer over its own channels, the team adds these shares in the order
-// of ranks, and every block makes the gates of its own channels: the team reads the weights once,
-// for a visit or for all of them. Where blocks hold pixels, these gates go round the team.
+// Every block sums the first layer over its own channels, the team adds these shares in a fixed
+// order, every block for itself or each some units for all, and every block makes the gates of its
+// own channels: the team reads the weights once, for a visit or for all of them. Where blocks hold
+// pixels, these gates go round the team.
 #pragma once
 
 #include "resident_extremes.cuh"
@@ -34,7 +35,65 @@ __device__ __forceinline__ void hidden_shares(const ResidentForward& p,
     m.exchange.hidden[i] = acc_t<T>(0);  // read with others in a vector
 }
 
-// The hidden vectors of mean and max, summed over the team and then over both.
+// The sum of both hidden vectors of a unit and a sample, from those of mean and of max before the
+// bias; in training both are kept where `saves`.
+template <bool kTraining, bool kChannelsFirst, Split kSplit, class T>
+__device__ __forceinline__ acc_t<T> both_of(const ResidentForward& p,
+                                            const ResidentBlock<T, kChannelsFirst, kSplit>& block,
+                                            int64_t first_sample, int unit, int sample, bool saves,
+                                            acc_t<T> of_mean, acc_t<T> of_max) {
+  using A = acc_t<T>;
+  const void* bias = p.weights.fc1_bias;
+  const A b = bias ? weight_at<T>(bias, p.weights.dtype, unit) : A(0);
+  const A mean = relu(of_mean + b), max = relu(of_max + b);
+  if (kTraining && saves && sample < block.samples) {
+    A* saved = static_cast<A*>(p.saved.hidden) + (first_sample + sample) * 2 * p.hidden + unit;
+    saved[0] = mean;
+    saved[p.hidden] = max;
+  }
+  return mean + max;
+}
+
+// The hidden vectors of mean and max, summed over the team and then over both: of some units, which
+// then go round. Visits are of several samples.
+template <bool kTraining, bool kChannelsFirst, Split kSplit, class T>
+__device__ __forceinline__ void share_hidden(const ResidentForward& p,
+                                             const ResidentBlock<T, kChannelsFirst, kSplit>& block,
+                                             const ForwardMemory<T>& m) {
+  using A = acc_t<T>;
+  constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(A)), kPairs = kCount / 2;
+  const Team& team = block.team;
+  const Shares shares = block.unit_shares();
+  const int first_unit = shares.first(team.rank);
+  const int vectors = shares.count(team.rank) * kMostVisited / kPairs;
+  const auto* own =
+      reinterpret_cast<const uint4*>(m.exchange.hidden + first_unit * 2 * kMostVisited);
+  const int64_t first_sample = block.first_sample();
+  const int lane = threadIdx.x % kUnitLanes, at_once = p.geometry.threads / kUnitLanes;
+  for (int done = 0; done < vectors; done += at_once) {
+    const int i = done + static_cast<int>(threadIdx.x) / kUnitLanes;
+    A sum[kCount] = {};  // mean and max of one sample, then of the next
+    if (i < vectors)
+      read_from(team, [&](auto read) {
+        for_batches<2>(
+            lane, team.size, kUnitLanes,
+            [&](int from) { return Raw<A, kCount>{read(own + i, from)}; },
+            [&](int, const Raw<A, kCount>& share) {
+#pragma unroll
+              for (int k = 0; k < kCount; ++k) sum[k] += share.element[k];
+            });
+      });
+    sum_lanes(sum, kUnitLanes);
+    if (lane >= kPairs || i >= vectors) continue;
+    const int pair = i * kPairs + lane, unit = first_unit + pair / kMostVisited;
+    m.exchange.both[pair] =
+        both_of<kTraining>(p, block, first_sample, unit, pair % kMostVisited, true,
+                           lane ? sum[2] : sum[0], lane ? sum[3] : sum[1]);
+  }
+  collect_units(block, m.exchange.both, kMostVisited, m.shared.both);
+}
+
+// The hidden vectors of mean and max, summed over the team and then over both: of all units.
 template <bool kTraining, bool kChannelsFirst, Split kSplit, class T>
 __device__ __forceinline__ void merge_hidden(const ResidentForward& p,
                                              const ResidentBlock<T, kChannelsFirst, kSplit>& block,
@@ -58,17 +117,9 @@ __device__ __forceinline__ void merge_hidden(const ResidentForward& p,
 #pragma unroll
     for (int k = 0; k < kPairs; ++k) {
       if (first + k >= pairs) break;
-      const int unit = (first + k) / samples, sample = (first + k) % samples;
-      const void* bias = p.weights.fc1_bias;
-      const A b = bias ? weight_at<T>(bias, p.weights.dtype, unit) : A(0);
-      const A mean = relu(sum[2 * k] + b), max = relu(sum[2 * k + 1] + b);
-      m.shared.both[first + k] = mean + max;
-      if (kTraining && team.rank == 0 && sample < block.samples) {
-        const int64_t n = first_sample + sample;
-        A* saved = static_cast<A*>(p.saved.hidden) + n * 2 * p.hidden + unit;
-        saved[0] = mean;
-        saved[p.hidden] = max;
-      }
+      m.shared.both[first + k] =
+          both_of<kTraining>(p, block, first_sample, (first + k) / samples, (first + k) % samples,
+                             team.rank == 0, sum[2 * k], sum[2 * k + 1]);
     }
   }
   __syncthreads();
@@ -130,7 +181,10 @@ __device__ __forceinline__ void gate_all_channels(
   else
     hidden_shares<2 * kMostVisited>(p, block, m);
   block.team.barrier();
-  merge_hidden<kTraining>(p, block, m);
+  if (!one && p.geometry.shares_units)
+    share_hidden<kTraining>(p, block, m);
+  else
+    merge_hidden<kTraining>(p, block, m);
   if (one)
     gate_channels<1, kTraining>(p, block, m);
   else

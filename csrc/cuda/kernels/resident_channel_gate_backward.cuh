@@ -7,8 +7,8 @@
 //
 // Where blocks hold pixels, the sums over these go to the blocks that make the channels' gates, and
 // d_pooled comes back. Every block has dm of its own channels and sums the second layer's share
-// over them; the team adds these shares in the order of ranks: it reads the weights once, for a
-// visit or for all of them.
+// over them; the team adds these shares in a fixed order, every block for itself or each some units
+// for all. It reads the weights once, for a visit or for all of them.
 #pragma once
 
 #include "resident_mlp.cuh"
@@ -111,7 +111,65 @@ __device__ __forceinline__ void stage_dm(const ResidentBackward& p,
   __syncthreads();
 }
 
-// d_hidden of mean and of max, summed over the team.
+// d_hidden of mean and of max of a unit and a sample, to `to`: total(), the team's sum, where the
+// units passed the ReLU. Kept for the gradients of the weights where `saves`.
+template <bool kChannelsFirst, Split kSplit, class T, class Total>
+__device__ __forceinline__ void put_d_hidden(const ResidentBackward& p,
+                                             const ResidentBlock<T, kChannelsFirst, kSplit>& block,
+                                             int64_t first_sample, int unit, int sample, bool saves,
+                                             acc_t<T>* to, Total total) {
+  using A = acc_t<T>;
+  A of_mean = A(0), of_max = A(0);
+  if (sample < block.samples) {
+    const int64_t at = (first_sample + sample) * 2 * p.hidden + unit;
+    const A* hidden = static_cast<const A*>(p.saved.hidden) + at;
+    const bool mean_passes = relu_passes(hidden[0]), max_passes = relu_passes(hidden[p.hidden]);
+    const A sum = total();
+    if (mean_passes) of_mean = sum;
+    if (max_passes) of_max = sum;
+    if (p.d_hidden && saves) {
+      A* out = static_cast<A*>(p.d_hidden) + at;
+      out[0] = of_mean;
+      out[p.hidden] = of_max;
+    }
+  }
+  to[0] = of_mean;
+  to[1] = of_max;
+}
+
+// d_hidden of mean and of max, summed over the team: of some units, which then go round. Visits are
+// of several samples.
+template <bool kChannelsFirst, Split kSplit, class T>
+__device__ __forceinline__ void share_d_hidden(
+    const ResidentBackward& p, const ResidentBlock<T, kChannelsFirst, kSplit>& block,
+    const BackwardMemory<T>& m) {
+  using A = acc_t<T>;
+  const Team& team = block.team;
+  const Shares shares = block.unit_shares();
+  const int first_unit = shares.first(team.rank);
+  const int values = shares.count(team.rank) * kMostVisited;
+  const int64_t first_sample = block.first_sample();
+  const int lane = threadIdx.x % kUnitLanes, at_once = p.geometry.threads / kUnitLanes;
+  for (int done = 0; done < values; done += at_once) {
+    const int i = done + static_cast<int>(threadIdx.x) / kUnitLanes;
+    const int unit = first_unit + i / kMostVisited, sample = i % kMostVisited;
+    A sum[1] = {};
+    if (i < values && sample < block.samples)
+      read_from(team, [&](auto read) {
+        for_batches<4>(
+            lane, team.size, kUnitLanes,
+            [&](int from) { return read(m.exchange.hidden + sample * p.hidden + unit, from); },
+            [&](int, A share) { sum[0] += share; });
+      });
+    sum_lanes(sum, kUnitLanes);
+    if (lane == 0 && i < values)
+      put_d_hidden(p, block, first_sample, unit, sample, true, m.exchange.d_hidden + 2 * i,
+                   [&] { return sum[0]; });
+  }
+  collect_units(block, m.exchange.d_hidden, 2 * kMostVisited, m.shared.d_hidden);
+}
+
+// d_hidden of mean and of max, summed over the team: of all units.
 template <bool kChannelsFirst, Split kSplit, class T>
 __device__ __forceinline__ void merge_d_hidden(
     const ResidentBackward& p, const ResidentBlock<T, kChannelsFirst, kSplit>& block,
@@ -122,23 +180,9 @@ __device__ __forceinline__ void merge_d_hidden(
   const int64_t first_sample = block.first_sample();
   for (int i = threadIdx.x; i < p.hidden * samples; i += p.geometry.threads) {
     const int unit = i % p.hidden, sample = i / p.hidden;
-    A of_mean = A(0), of_max = A(0);
-    if (sample < block.samples) {
-      const int64_t at = (first_sample + sample) * 2 * p.hidden + unit;
-      const A* hidden = static_cast<const A*>(p.saved.hidden) + at;
-      const bool mean_passes = relu_passes(hidden[0]), max_passes = relu_passes(hidden[p.hidden]);
-      const A total = sum_over_team(team, m.exchange.hidden + sample * p.hidden + unit);
-      if (mean_passes) of_mean = total;
-      if (max_passes) of_max = total;
-      if (p.d_hidden && team.rank == 0) {
-        A* out = static_cast<A*>(p.d_hidden) + at;
-        out[0] = of_mean;
-        out[p.hidden] = of_max;
-      }
-    }
-    A* to = m.shared.d_hidden + (unit * samples + sample) * 2;
-    to[0] = of_mean;
-    to[1] = of_max;
+    put_d_hidden(p, block, first_sample, unit, sample, team.rank == 0,
+                 m.shared.d_hidden + (unit * samples + sample) * 2,
+                 [&] { return sum_over_team(team, m.exchange.hidden + sample * p.hidden + unit); });
   }
   __syncthreads();
 }
@@ -175,7 +219,10 @@ __device__ __forceinline__ void mlp_backward(const ResidentBackward& p,
         [&](int sample, int unit, A sum) { m.exchange.hidden[sample * p.hidden + unit] = sum; });
   });
   block.team.barrier();
-  merge_d_hidden(p, block, m);
+  if (kSamples > 1 && p.geometry.shares_units)
+    share_d_hidden(p, block, m);
+  else
+    merge_d_hidden(p, block, m);
   // Of mean, and of max: to where the block looks them up, or where others do.
   const StagedTerms<A>& terms = m.shared.of_channels;
   A* of_mean = block.kHoldsPixels ? m.exchange.d_pooled : terms.first();

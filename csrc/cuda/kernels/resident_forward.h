@@ -57,6 +57,8 @@ struct ForwardExchange {
   int32_t* argmax;  // [samples, band in whole vectors]; by pixels none
   A* gates;         // [boxes_each, pixels of a box in whole vectors]; by pixels [channels]: the
                     // channel gates that this block makes
+  A* both;          // [units that it adds up, mlp_samples]: the sum of both hidden vectors; in the
+                    // same place, before there are gates
   // By pixels, else none.
   A* pools;              // [2, channels of x]: sum and maximum over this block's pixels
   int32_t* pool_argmax;  // [channels of x]
@@ -69,14 +71,19 @@ struct ForwardExchange {
         argmax(carver.template array<int32_t>(
             training && g.split == Split::kChannels ? int64_t{g.samples} * g.map_pitch() : 0,
             "argmax")),
-        gates(carver.template array<A>(
-            g.split == Split::kPixels ? g.channels : int64_t{g.boxes_each} * g.gates_each(),
-            "gates")),
+        gates(carver.template array<A>(gate_values(g, units), "gates or both")),
+        both(gates),
         pools(carver.template array<A>(int64_t{2} * pooled_channels(g), "pools")),
         pool_argmax(
             carver.template array<int32_t>(training ? pooled_channels(g) : 0, "pool argmax")) {}
 
  private:
+  CBAM_INLINE_MEMBER static int64_t gate_values(const ResidentForwardGeometry& g, int units) {
+    if (g.split == Split::kPixels) return g.channels;
+    const int64_t gates = int64_t{g.boxes_each} * g.gates_each();
+    const int64_t both = g.shared_values(units, g.mlp_samples());
+    return gates > both ? gates : both;
+  }
   // In a cluster the spatial gates follow in the same place, once the maps are gates.
   CBAM_INLINE_MEMBER static int64_t map_values(const ResidentForwardGeometry& g,
                                                const Space& space) {

@@ -115,6 +115,27 @@ __device__ __forceinline__ void with_second_layer(
     });
 }
 
+// Threads that read what the blocks of the team have of a hidden unit.
+constexpr int kUnitLanes = 16;
+
+// What the blocks of a team have put out in vectors, where this one has `own`, to where it looks
+// all up: `values` values of each of the hidden units, which blocks have added up in shares.
+template <bool kChannelsFirst, Split kSplit, class T, class A>
+__device__ __forceinline__ void collect_units(const ResidentBlock<T, kChannelsFirst, kSplit>& block,
+                                              const A* own, int values, A* to) {
+  constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(A));
+  const Shares shares = block.unit_shares();
+  block.team.barrier();
+  read_from(block.team, [&](auto read) {
+    for (int i = kCount * threadIdx.x; i < block.p.hidden * values; i += kCount * block.g.threads) {
+      const int owner = shares.owner(i / values);
+      const A* from = own + i - shares.first(owner) * values;
+      *reinterpret_cast<uint4*>(to + i) = read(reinterpret_cast<const uint4*>(from), owner);
+    }
+  });
+  __syncthreads();
+}
+
 // Weights that a lane has under way: where they do not stay on the chip they come from the
 // second-level cache, hundreds of cycles away.
 constexpr int kWeightsUnderWay = 8;

@@ -36,6 +36,7 @@ struct ResidentBlock {
   __device__ __forceinline__ Shares channel_shares() const {
     return {p.channels, g.channel_group, g.team};
   }
+  __device__ __forceinline__ Shares unit_shares() const { return {p.hidden, 1, g.team}; }
   __device__ __forceinline__ Shares pixel_shares() const {
     return {p.space.pixels(), g.pixel_group, g.team};
   }
