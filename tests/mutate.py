@@ -110,6 +110,10 @@ REDUNDANT = {
     "-> for (int first = threadIdx.x / 32 * kRows; first <= block.channels;": GUARDED,
     "resident_extremes.cuh: for (int done = 0; done < total; done += at_once) { -> "
     "for (int done = 0; done <= total; done += at_once) {": GUARDED,
+    "resident_channel_gate.cuh: for (int done = 0; done < vectors; done += at_once) { -> "
+    "for (int done = 0; done <= vectors; done += at_once) {": GUARDED,
+    "resident_channel_gate_backward.cuh: for (int done = 0; done < values; done += at_once) { -> "
+    "for (int done = 0; done <= values; done += at_once) {": GUARDED,
     "resident_pool.cuh: for (int done = 0; done < block.channels; done += at_once) { -> "
     "for (int done = 0; done <= block.channels; done += at_once) {": GUARDED,
     "resident_tile.cuh: if (static_cast<int>(threadIdx.x) < total * g.groups) { -> "

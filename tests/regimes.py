@@ -67,6 +67,7 @@ class Regime:
     layout: str = "contiguous"
     dtype: torch.dtype = torch.float16
     plan: dict = field(default_factory=dict)
+    strategy: str = "resident"
 
     def __str__(self) -> str:
         return self.name
@@ -78,7 +79,7 @@ class Regime:
     def facts(self, **what) -> dict:
         """What `plan` speaks of, of the plan as it is."""
         gpu = (self.gpu, self.multiprocessors)
-        found = plan_of(self.case, self.dtype, self.layout, *gpu, **what)
+        found = plan_of(self.case, self.dtype, self.layout, *gpu, self.strategy, **what)
         g = dict(found["passes"]["resident"])
         pixels, channels = g["pixels"], g["channels"]
         by_pixels = g["split"] == "pixels"

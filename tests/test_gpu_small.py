@@ -78,7 +78,7 @@ FORMS = {
         pixels | {"x": "stays"},
     ),
     "pixels of the whole grid": (
-        pixels := {"split": "pixels", "kind": "grid", "copy": "bulk"},
+        pixels := {"split": "pixels", "kind": "grid", "copy": "async"},
         pixels,
         pixels | {"x": "stays"},
     ),
@@ -98,6 +98,11 @@ FORMS = {
         several := {"samples": 8, "rounds": 2, "team": 4, "holds_weights": True},
         several,
         several | {"x": "stays", "access": "packed"},
+    ),
+    "each block adds up some hidden units": (
+        units := {"shares_units": True, "kind": "cluster"},
+        units,
+        units,
     ),
     "several visits of a team": (
         visits := {"rounds": 2, "copy": "async"},

@@ -107,6 +107,16 @@ REGIMES = (
     Regime("many visits of each team", (23, 32, 8, 8), 2, multiprocessors=4, plan={"rounds": 3}),
     Regime("maps in bands", (1, 72, 98, 98), 16, multiprocessors=16, plan={"bands": 2}),
     Regime(
+        "bands, channels last",
+        (8, 128, 52, 52),
+        16,
+        "H100",
+        8,
+        CHANNELS_LAST,
+        plan={"bands": 2, "rounds": 4, "copy": "async"},
+        strategy="resident-channels",
+    ),
+    Regime(
         "a short last band",
         (2, 128, 50, 50),
         16,
@@ -292,7 +302,7 @@ REGIMES = (
 def test_every_regime(regime, emulator, strategy):
     assert regime.facts(training=True) == regime.plan
     with device(emulator, regime.gpu, regime.multiprocessors):
-        assert_is_right(regime.case, regime.dtype, regime.layout, strategy)
+        assert_is_right(regime.case, regime.dtype, regime.layout, strategy, regime.strategy)
 
 
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
@@ -327,8 +337,9 @@ def test_one_launch(emulator, strategy):
         assert emulator.emulator_launches() == 1
 
 
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
-def test_a_nan_in_any_block_of_a_team(layout, emulator, strategy):
+def test_a_nan_in_any_block_of_a_team(layout, split, emulator, strategy):
     """It makes its own sample NaN and touches no other, whichever block of the team holds it."""
     case, run = Case("NaN", (3, 64, 16, 16), 4, (7, 7)), operators("emulated")
     weights = make_weights(case, torch.float32)
@@ -337,7 +348,7 @@ def test_a_nan_in_any_block_of_a_team(layout, emulator, strategy):
         x[1, channel, row, 3] = torch.nan
         strategy("streaming")
         streaming = run.forward_train(x, *weights)
-        strategy("resident")
+        strategy(split)
         with device(emulator, "H100", 16):
             assert_agree(run.forward_train(x, *weights), streaming, torch.float32)
             out = run.forward(x, *weights)
@@ -345,8 +356,9 @@ def test_a_nan_in_any_block_of_a_team(layout, emulator, strategy):
         assert out[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
-def test_ties_between_blocks_of_a_team(layout, emulator, strategy):
+def test_ties_between_blocks_of_a_team(layout, split, emulator, strategy):
     """The first of equals, across channels of different blocks, and where all is minus infinity."""
     case, run = Case("ties", (2, 64, 16, 16), 4, (7, 7)), operators("emulated")
     weights = make_weights(case, torch.float32)
@@ -355,7 +367,7 @@ def test_ties_between_blocks_of_a_team(layout, emulator, strategy):
     )
     for x in (torch.ones(case.shape), make_x(case, torch.float32).round().relu()):
         x = LAYOUTS[layout](x)
-        strategy("resident")
+        strategy(split)
         with device(emulator, "H100", 16):
             resident = run.forward_train(x, *flat)
         cpu = torch.ops.cbam_cuda.forward_train(x, *flat)

@@ -362,7 +362,7 @@ def gate_gradients(tensors, grad, more) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
 @pytest.mark.parametrize("wanted", [(0, 1), (0,), (1,)])
 def test_gradients_of_the_gates(wanted, layout, strategy):
-    """What reaches the gates from elsewhere, by either strategy."""
+    """What reaches the gates from elsewhere, by every strategy."""
     x, grad = (LAYOUTS[layout](make_x(GATES, torch.float32, seed=seed)) for seed in (0, 2))
     weights = make_weights(GATES, torch.float32)
     strategy("streaming")
@@ -371,7 +371,7 @@ def test_gradients_of_the_gates(wanted, layout, strategy):
     eager = gate_gradients(leaves(x, weights), grad, given)
     wide = [None if g is None else g.double() for g in given]
     truth = gate_gradients(leaves(x, weights, torch.float64), grad.double(), wide)
-    for name in ("streaming", "resident"):
+    for name in ("streaming", *SPLITS):
         strategy(name)
         found = operators().backward(grad, *given, x, *weights, *saved, [True] * 7)
         for what, result, *both in zip(NAMES, found, eager, truth, strict=True):
@@ -393,7 +393,7 @@ LARGER = dataclasses.replace(GATES, name="larger MLP", hidden=40)
 
 @pytest.mark.parametrize(
     ("name", "case", "launches"),
-    [("streaming", GATES, 5), ("streaming", LARGER, 6), ("resident", GATES, 1)],
+    [("streaming", GATES, 5), ("streaming", LARGER, 6), *((split, GATES, 1) for split in SPLITS)],
     ids=str,
 )
 def test_only_what_is_asked_for(name, case, launches, emulator, strategy):
@@ -414,12 +414,13 @@ def test_only_what_is_asked_for(name, case, launches, emulator, strategy):
             assert torch.equal(one, of_all) if wanted else one.numel() == 0
 
 
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
-def test_a_nan_in_any_block_of_a_team(layout, emulator, strategy):
+def test_a_nan_in_any_block_of_a_team(layout, split, emulator, strategy):
     """It makes its own sample's gradient NaN and touches no other."""
     case = Case("NaN", (3, 64, 16, 16), 4, (7, 7))
     weights, x = make_weights(case, torch.float32), LAYOUTS[layout](make_x(case, torch.float32))
-    strategy("resident")
+    strategy(split)
     with device(emulator, "H100", 16):
         saved = operators().forward_train(x, *weights)[1:]
         for channel, row in ((0, 0), (17, 5), (63, 15)):
@@ -452,9 +453,10 @@ def trained(block, x) -> dict[str, torch.Tensor]:
     return dict(zip(wanted, torch.autograd.grad(loss, wanted.values()), strict=True))
 
 
-def test_training_by_resident_plans(strategy):
+@pytest.mark.parametrize("split", SPLITS)
+def test_training_by_resident_plans(split, strategy):
     """From module to gradients, as a user gets them."""
-    strategy("resident")
+    strategy(split)
     block = cbam_cuda.CBAM(32, backend="emulated")
     x = torch.randn(4, 32, 16, 16)
     found = trained(block, x)

@@ -105,7 +105,7 @@ class BackwardGroup {
 struct WeightSums {
   void* dm;        // acc [samples, channels]
   void* d_hidden;  // acc [samples, 2, hidden]
-  void* d_conv;    // acc [samples * boxes, 2 * taps + 1], the bias last
+  void* d_conv;    // acc [samples * conv_shares, 2 * taps + 1], the bias last
 };
 
 // What a sum over the batch is handed; of length 0 where nobody asked for it.
@@ -132,9 +132,9 @@ void weight_gradients(const BackwardProblem& p, const BackwardPlan& plan, const 
   const Vectors both_hidden{p.saved.hidden, int64_t{2} * hidden, n, 2, hidden};
   const Vectors pooled{p.saved.pooled, channels, 2 * n, 1, channels};
   const void* bias = further(sums.d_conv, taps, bytes_of_accumulator(p.dtype));
-  const int64_t boxes = plan.conv_shares();
-  const Vectors conv{sums.d_conv, taps + 1, n * boxes, 1, taps};
-  const Vectors conv_bias{bias, taps + 1, n * boxes, 1, 1};
+  const int64_t shares = n * plan.conv_shares();
+  const Vectors conv{sums.d_conv, taps + 1, shares, 1, taps};
+  const Vectors conv_bias{bias, taps + 1, shares, 1, 1};
   if (grid.products.blocks)
     outer_sums(p.weights.dtype,
                {grid.tile, outer_sum(d_hidden, pooled, g.fc1_weight),

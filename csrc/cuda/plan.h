@@ -95,7 +95,7 @@ struct BackwardPlan {
   int64_t shared_limit;  // of a block of the device
   bool overlaps;         // launches, with the one before each: where the device can
 
-  // Of the convolution's gradients, which a sample has, and which are summed over the batch.
+  // How many shares of the convolution's gradients a sample has; they are summed over the batch.
   int64_t conv_shares() const { return resident ? resident->conv_shares() : stencil.boxes(); }
 };
 BackwardPlan plan(const BackwardProblem& problem, const DeviceLimits& device,

@@ -159,14 +159,15 @@ ResidentPlan<ResidentBackwardGeometry> for_batch(const ResidentPlan<ResidentBack
 struct Exchanged {
   int64_t written, read;
 };
-// Or those sums, so many for a unit and a sample, and what is made of them where blocks share
-// units: written for all samples of a visit, and the sums of so many read.
+// For those sums: so many of a unit and a sample, and so many results of them where blocks share
+// units. All samples of a visit are written; the sums of `samples` are read.
 Exchanged exchanged_units(const ResidentGeometry& g, const Shape& s, int sums, int results,
                           int64_t visits, int64_t samples);
 Exchanged exchanged_maps(const ResidentForwardGeometry& g, const ForwardProblem& p,
                          int64_t samples);
 Exchanged exchanged_pixels(const ResidentBackwardGeometry& g, const Shape& s, int64_t samples);
-// How many pixels all boxes of an image read, each with its halo; and all blocks of a team of one.
+// How many pixels all boxes of an image read, each with its halo; and for an image, all blocks of a
+// team.
 int64_t read_by_boxes(const BoxGeometry& g, const Shape& s);
 int64_t read_by_team(const ResidentGeometry& g, const Shape& s);
 

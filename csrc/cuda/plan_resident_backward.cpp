@@ -62,7 +62,7 @@ class BackwardFitting : public Teams {
     const int barriers = g.split == Split::kPixels ? 4 : 3;
     const double chunks = g.holds_x() ? 0 : 2.0 * g.chunks;
     const int64_t pixels = ceil_div(g.boxes.pixels(), g.threads) * g.boxes_each;
-    const int64_t places = ceil_div(g.boxes.pixels(), 32) * g.boxes_each *
+    const int64_t places = ceil_div(g.mapped_pixels() / g.boxes_each, 32) * g.boxes_each *
                            ceil_div(2 * s_.taps(), int64_t{4} * g.threads / 32);
     const double waits = barrier_seconds(g, barriers) + share_seconds(g) +
                          slice(g) * kElementSeconds +

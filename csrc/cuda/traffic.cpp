@@ -180,14 +180,14 @@ Traffic of_sum(const void* gradient, int64_t length, int64_t vectors, const Size
 
 Traffic of_weights(const BackwardPlan& plan, const BackwardProblem& p, const Sizes& n) {
   const Gradients& g = p.gradients;
-  const int64_t boxes = n.samples * plan.conv_shares();
+  const int64_t shares = n.samples * plan.conv_shares();
   const int tile = weight_grids(plan, p).tile;
   Traffic t = of_outer(g.fc1_weight, n.hidden, n.channels, 2 * n.samples, 2 * n.samples, tile, n);
   t += of_outer(g.fc2_weight, n.channels, n.hidden, n.samples, 2 * n.samples, tile, n);
   t += of_sum(g.fc1_bias, n.hidden, 2 * n.samples, n);
   t += of_sum(g.fc2_bias, n.channels, n.samples, n);
-  t += of_sum(g.conv_weight, 2 * p.shape.taps(), boxes, n);
-  t += of_sum(g.conv_bias, 1, boxes, n);
+  t += of_sum(g.conv_weight, 2 * p.shape.taps(), shares, n);
+  t += of_sum(g.conv_bias, 1, shares, n);
   return t;
 }
 

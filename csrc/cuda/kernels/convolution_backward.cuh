@@ -113,10 +113,9 @@ __device__ __forceinline__ void weight_gradients(const Box& box, int first, int 
   const int runs = (s.kernel_width + kTapsTogether - 1) / kTapsTogether;
   const int shares = runs * s.kernel_height * s.kernel_depth;
   const A* centre = dz + box.at(s.kernel_depth / 2, s.kernel_height / 2, s.kernel_width / 2);
-  const LanePlaces places(box, first, count);
   for (int share = threadIdx.x / 32; share <= shares; share += warps) {
     if (share == shares) {
-      bias_gradient(places, centre, out + 2 * taps);
+      bias_gradient(LanePlaces(box, first, count), centre, out + 2 * taps);
       continue;
     }
     // Of the kernel turned around.
@@ -124,7 +123,7 @@ __device__ __forceinline__ void weight_gradients(const Box& box, int first, int 
     const A* shifted = dz + box.at(row / s.kernel_height, row % s.kernel_height, column);
     A sum[2 * kTapsTogether] = {};
 #pragma unroll 2
-    for (LanePlaces place = places; place.inside(); place.next()) {
+    for (LanePlaces place(box, first, count); place.inside(); place.next()) {
       const A mean = maps[place.number()], max = maps[count + place.number()];
       const A* d = shifted + place.at();
 #pragma unroll

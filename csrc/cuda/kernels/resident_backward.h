@@ -23,6 +23,10 @@ struct ResidentBackwardGeometry : ResidentGeometry {
   int threads_along;  // threads side by side along a group of rows
 
   CBAM_INLINE_MEMBER bool holds_x() const { return x_slots == samples * chunks; }
+  // Pixels of a block whose maps the convolution's gradients take.
+  CBAM_INLINE_MEMBER int mapped_pixels() const {
+    return split == Split::kPixels ? pixels : boxes_each * boxes.pixels();
+  }
   // Shares of the convolution's gradients that a sample has.
   CBAM_INLINE_MEMBER int64_t conv_shares() const {
     return split == Split::kPixels ? team : boxes.boxes();
@@ -103,7 +107,7 @@ struct ResidentBackwardShared {
   StagedTerms<A> of_pixels;    // [samples, pixels that it holds]
   A* weight;                   // [2, taps]
   A* dz;                       // [boxes_each, box with its halo, rows padded]
-  A* maps;                     // [boxes_each, 2, pixels of a box]
+  A* maps;                     // [boxes_each, 2, pixels of a box]; by pixels [2, pixels]
   HeldWeights held;
   A* sum;  // [kMostAside, threads]: where several share a row or a column
 
@@ -123,7 +127,7 @@ struct ResidentBackwardShared {
         of_pixels(carver, int64_t{g.samples} * g.pixels),
         weight(carver.template array<A>(int64_t{2} * space.taps(), "weight")),
         dz(carver.template array<A>(g.boxes_each * staged_dz(g.boxes, space), "dz")),
-        maps(carver.template array<A>(int64_t{2} * g.boxes_each * g.boxes.pixels(), "maps")),
+        maps(carver.template array<A>(int64_t{2} * g.mapped_pixels(), "maps")),
         held(carver, g, units),
         sum(carver.template array<A>(int64_t{kMostAside} * g.threads, "sum")) {}
 };

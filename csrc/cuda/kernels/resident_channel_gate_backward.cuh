@@ -206,8 +206,7 @@ __device__ __forceinline__ void collect_d_pooled(
   __syncthreads();
 }
 
-// From dm to d_pooled, which is what reaches dx through the pools, with one barrier of the team
-// between.
+// From dm to d_pooled, which is what reaches dx through the pools.
 template <int kSamples, bool kChannelsFirst, Split kSplit, class T>
 __device__ __forceinline__ void mlp_backward(const ResidentBackward& p,
                                              const ResidentBlock<T, kChannelsFirst, kSplit>& block,

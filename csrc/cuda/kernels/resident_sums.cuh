@@ -35,7 +35,7 @@ struct Loads {
   const ResidentBackward& p;
   const ResidentBlock<T, kChannelsFirst, kSplit>& block;
   const BackwardMemory<T>& m;
-  int chunks;  // of a sample's slice here: some blocks have fewer channels
+  int chunks;  // of a sample's slice here: some blocks have fewer rows
   int slots;
   int first = 0;  // of this walk over the visit
 

@@ -8,8 +8,7 @@
 // shared  dz of the box and its halo; the weights, and with d_conv both maps of the box in their
 //         place
 // bytes   reads the parts of d_spatial and the gate, halo included, and with d_conv the maps;
-// writes
-//         d_maps, and 2 * taps + 1 sums a block
+//         writes d_maps, and 2 * taps + 1 sums a block
 #include "../dispatch.cuh"
 #include "../launch.cuh"
 #include "../primitives/dependent_launch.cuh"
@@ -20,7 +19,8 @@ namespace cbam::cuda {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) stencil_kernel(const Stencil p) {
+__global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 2 : 4)
+    stencil_kernel(const Stencil p) {
   using A = acc_t<T>;
   const Box box(p.geometry, p.space, blockIdx.x);
   const int64_t pixels = p.space.pixels(), taps = p.space.taps();
