@@ -98,6 +98,69 @@ class Regime:
         return {name: g[name] for name in self.plan}
 
 
+# Held in the same way in both directions.
+IN_EITHER_DIRECTION = (
+    Regime("bulk copies, a cluster", (1, 64, 28, 28), 4, plan={"kind": "cluster", "copy": "bulk"}),
+    Regime(
+        "teams of one block", (5, 16, 6, 8), 2, multiprocessors=1, plan={"team": 1, "rounds": 3}
+    ),
+    Regime("two blocks on a multiprocessor", (40, 64, 28, 28), 4, plan={"threads": 256}),
+    Regime("little shared memory", (3, 128, 28, 28), 8, "RTX 5090", plan={"kind": "cluster"}),
+    Regime(
+        "a block with fewer channels", (2, 30, 16, 16), 6, multiprocessors=16, plan={"uneven": True}
+    ),
+    Regime(
+        "a block with fewer channels, channels last",
+        (3, 72, 28, 28),
+        4,
+        "H100",
+        8,
+        CHANNELS_LAST,
+        plan={"uneven": True, "team": 4},
+    ),
+    Regime(
+        "three blocks of a grid, with unequal channels",
+        (3, 64, 28, 28),
+        4,
+        "A100",
+        13,
+        plan={"kind": "grid", "team": 3, "uneven": True},
+    ),
+    Regime(
+        "three blocks of a grid, channels last",
+        (5, 104, 14, 14),
+        4,
+        "A100",
+        13,
+        CHANNELS_LAST,
+        plan={"kind": "grid", "team": 3, "uneven": True, "rounds": 2},
+    ),
+    Regime(
+        "less than a row of pixels",
+        (1, 24, 16, 256),
+        4,
+        "A100",
+        dtype=torch.float32,
+        plan={"split": "pixels", "kind": "grid", "pixels": 116},
+    ),
+    Regime(
+        "each block adds up some hidden units, clusters",
+        (140, 128, 2, 2),
+        250,
+        dtype=torch.float32,
+        plan={"shares_units": True, "kind": "cluster", "team": 16, "rounds": 2},
+    ),
+    Regime(
+        "each block adds up some hidden units, the whole grid",
+        (69, 256, 2, 2),
+        250,
+        "A100",
+        plan={"shares_units": True, "kind": "grid", "rounds": 2},
+    ),
+    Regime("a sequence", (3, 32, 4096), 4, dtype=torch.bfloat16, plan={"kind": "cluster"}),
+    Regime("a volume", (2, 64, 8, 12, 16), 4, dtype=torch.float32, plan={"kind": "cluster"}),
+)
+
 # A team visits several samples, and its weights stay on the chip: in either direction.
 STAYING = Regime(
     "weights that stay", (7, 32, 14, 14), 8, multiprocessors=2, plan={"holds_weights": True}

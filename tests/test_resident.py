@@ -14,6 +14,7 @@ from conftest import why_not
 from regimes import (
     CHANNELS_LAST,
     HELD,
+    IN_EITHER_DIRECTION,
     NOT_POSSIBLE,
     SPLITS,
     STAYING,
@@ -81,10 +82,7 @@ def test_as_streaming(case, dtype, layout, split, strategy):
 
 
 REGIMES = (
-    Regime("bulk copies, a cluster", (1, 64, 28, 28), 4, plan={"kind": "cluster", "copy": "bulk"}),
-    Regime(
-        "teams of one block", (5, 16, 6, 8), 2, multiprocessors=1, plan={"team": 1, "rounds": 3}
-    ),
+    *IN_EITHER_DIRECTION,
     Regime(
         "rows long enough for bulk copies",
         (5, 512, 8, 8),
@@ -94,7 +92,6 @@ REGIMES = (
         plan={"team": 1, "copy": "bulk"},
     ),
     Regime("a cluster of 16", (2, 256, 56, 56), 16, plan={"team": 16}),
-    Regime("two blocks on a multiprocessor", (40, 64, 28, 28), 4, plan={"threads": 256}),
     Regime(
         "several samples on the whole grid",
         (19, 512, 7, 7),
@@ -103,7 +100,6 @@ REGIMES = (
         8,
         plan={"kind": "grid", "samples": 8, "rounds": 2, "holds_weights": False},
     ),
-    Regime("little shared memory", (3, 128, 28, 28), 8, "RTX 5090", plan={"kind": "cluster"}),
     Regime("many visits of each team", (23, 32, 8, 8), 2, multiprocessors=4, plan={"rounds": 3}),
     Regime("maps in bands", (1, 72, 98, 98), 16, multiprocessors=16, plan={"bands": 2}),
     Regime(
@@ -146,35 +142,6 @@ REGIMES = (
         8,
         CHANNELS_LAST,
         plan={"samples": 8, "rounds": 2},
-    ),
-    Regime(
-        "a block with fewer channels", (2, 30, 16, 16), 6, multiprocessors=16, plan={"uneven": True}
-    ),
-    Regime(
-        "a block with fewer channels, channels last",
-        (3, 72, 28, 28),
-        4,
-        "H100",
-        8,
-        CHANNELS_LAST,
-        plan={"uneven": True, "team": 4},
-    ),
-    Regime(
-        "three blocks of a grid, with unequal channels",
-        (3, 64, 28, 28),
-        4,
-        "A100",
-        13,
-        plan={"kind": "grid", "team": 3, "uneven": True},
-    ),
-    Regime(
-        "three blocks of a grid, channels last",
-        (5, 104, 14, 14),
-        4,
-        "A100",
-        13,
-        CHANNELS_LAST,
-        plan={"kind": "grid", "team": 3, "uneven": True, "rounds": 2},
     ),
     Regime("several boxes a block", (1, 256, 56, 56), 16, "T4", 32, plan={"several boxes": True}),
     Regime(
@@ -253,28 +220,6 @@ REGIMES = (
         plan={"split": "pixels", "kind": "grid", "uneven": True, "a short last chunk": True},
     ),
     Regime(
-        "less than a row of pixels",
-        (1, 24, 16, 256),
-        4,
-        "A100",
-        dtype=torch.float32,
-        plan={"split": "pixels", "kind": "grid", "pixels": 116},
-    ),
-    Regime(
-        "each block adds up some hidden units, clusters",
-        (140, 128, 2, 2),
-        250,
-        dtype=torch.float32,
-        plan={"shares_units": True, "kind": "cluster", "team": 16, "rounds": 2},
-    ),
-    Regime(
-        "each block adds up some hidden units, the whole grid",
-        (69, 256, 2, 2),
-        250,
-        "A100",
-        plan={"shares_units": True, "kind": "grid", "rounds": 2},
-    ),
-    Regime(
         "pixels of a volume",
         (2, 16, 8, 12, 16),
         2,
@@ -293,8 +238,6 @@ REGIMES = (
         dtype=torch.float32,
         plan={"split": "pixels", "team": 8},
     ),
-    Regime("a sequence", (3, 32, 4096), 4, dtype=torch.bfloat16, plan={"kind": "cluster"}),
-    Regime("a volume", (2, 64, 8, 12, 16), 4, dtype=torch.float32, plan={"kind": "cluster"}),
 )
 
 

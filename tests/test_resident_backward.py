@@ -15,6 +15,7 @@ from conftest import why_not
 from regimes import (
     CHANNELS_LAST,
     HELD,
+    IN_EITHER_DIRECTION,
     NOT_POSSIBLE,
     SPLITS,
     STAYING,
@@ -90,12 +91,8 @@ def test_by_every_strategy(case, dtype, layout, strategy):
 
 
 REGIMES = (
-    Regime("bulk copies, a cluster", (1, 64, 28, 28), 4, plan={"kind": "cluster", "copy": "bulk"}),
-    Regime(
-        "teams of one block", (5, 16, 6, 8), 2, multiprocessors=1, plan={"team": 1, "rounds": 3}
-    ),
+    *IN_EITHER_DIRECTION,
     Regime("packed rows", (3, 64, 14, 14), 4, plan={"access": "packed", "x": "stays"}),
-    Regime("two blocks on a multiprocessor", (40, 64, 28, 28), 4, plan={"threads": 256}),
     Regime(
         "pixels of clusters of 16",
         (2, 256, 56, 56),
@@ -143,28 +140,6 @@ REGIMES = (
         3,
         CHANNELS_LAST,
         plan={"split": "pixels", "copy": "async", "x": "is read twice", "uneven": True},
-    ),
-    Regime(
-        "less than a row of pixels",
-        (1, 24, 16, 256),
-        4,
-        "A100",
-        dtype=torch.float32,
-        plan={"split": "pixels", "kind": "grid", "pixels": 116},
-    ),
-    Regime(
-        "each block adds up some hidden units, clusters",
-        (140, 128, 2, 2),
-        250,
-        dtype=torch.float32,
-        plan={"shares_units": True, "kind": "cluster", "team": 16, "rounds": 2},
-    ),
-    Regime(
-        "each block adds up some hidden units, the whole grid",
-        (69, 256, 2, 2),
-        250,
-        "A100",
-        plan={"shares_units": True, "kind": "grid", "rounds": 2},
     ),
     Regime(
         "pixels of a volume",
@@ -272,35 +247,6 @@ REGIMES = (
         plan={"kind": "grid", "samples": 8},
     ),
     Regime(
-        "a block with fewer channels", (2, 30, 16, 16), 6, multiprocessors=16, plan={"uneven": True}
-    ),
-    Regime(
-        "a block with fewer channels, channels last",
-        (3, 72, 28, 28),
-        4,
-        "H100",
-        8,
-        CHANNELS_LAST,
-        plan={"uneven": True, "team": 4},
-    ),
-    Regime(
-        "three blocks of a grid, with unequal channels",
-        (3, 64, 28, 28),
-        4,
-        "A100",
-        13,
-        plan={"kind": "grid", "team": 3, "uneven": True},
-    ),
-    Regime(
-        "three blocks of a grid, channels last",
-        (5, 104, 14, 14),
-        4,
-        "A100",
-        13,
-        CHANNELS_LAST,
-        plan={"kind": "grid", "team": 3, "uneven": True, "rounds": 2},
-    ),
-    Regime(
         "the whole grid, channels last",
         (7, 128, 14, 14),
         8,
@@ -317,9 +263,6 @@ REGIMES = (
         8,
         plan={"kind": "grid", "copy": "plain", "rounds": 3},
     ),
-    Regime("little shared memory", (3, 128, 28, 28), 8, "RTX 5090", plan={"kind": "cluster"}),
-    Regime("a sequence", (3, 32, 4096), 4, dtype=torch.bfloat16, plan={"kind": "cluster"}),
-    Regime("a volume", (2, 64, 8, 12, 16), 4, dtype=torch.float32, plan={"kind": "cluster"}),
 )
 
 

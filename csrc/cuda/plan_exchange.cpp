@@ -6,19 +6,17 @@
 namespace cbam::cuda {
 namespace {
 
-// How many positions of an extent all boxes read together, halo included, none outside the image.
-int64_t read_with_halo(int64_t extent, int64_t box, int64_t kernel) {
-  const int64_t halo = kernel / 2;
-  int64_t total = 0;
-  for (int64_t begin = 0; begin < extent; begin += box)
-    total += std::min(begin + std::min(box, extent - begin) + halo, extent) -
-             std::max<int64_t>(begin - halo, 0);
-  return total;
-}
-
 // How many positions are read from `first` to `last` with a halo, none outside the extent.
 int64_t with_halo(int64_t extent, int64_t first, int64_t last, int64_t kernel) {
   return std::min(last + kernel / 2, extent - 1) - std::max<int64_t>(first - kernel / 2, 0) + 1;
+}
+
+// The same of all boxes that an extent is cut into.
+int64_t read_with_halo(int64_t extent, int64_t box, int64_t kernel) {
+  int64_t total = 0;
+  for (int64_t begin = 0; begin < extent; begin += box)
+    total += with_halo(extent, begin, std::min(begin + box, extent) - 1, kernel);
+  return total;
 }
 
 // How many pixels the smallest box around so many that follow each other reads with its halo.
