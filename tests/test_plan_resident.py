@@ -84,23 +84,28 @@ def check_slices(problem: dict, g: dict) -> None:
 def check_boxes(problem: dict, g: dict) -> None:
     extents = [1] * (5 - len(problem["shape"])) + problem["shape"][2:]
     if g["split"] == "pixels":
-        check_box_around_pixels(extents, g)
+        first = not problem["channels_last"] or problem["shape"][1] == 1
+        check_box_around_pixels(extents, 16 // BYTES[problem["dtype"]] if first else 1, g)
         return
     for boxes, box, extent in zip(g["boxes"], g["box"], extents, strict=True):
         assert covers(boxes, box, extent)
     assert covers(g["boxes_each"], g["team"], g["samples"] * prod(g["boxes"]))
 
 
-def check_box_around_pixels(extents: list[int], g: dict) -> None:
-    """There is room for the box around the pixels of any block, the first ones or others."""
+def check_box_around_pixels(extents: list[int], group: int, g: dict) -> None:
+    """There is just room for the box around the pixels of any block."""
     _, height, width = extents
     assert g["boxes"] == (1, 1, 1)
-    for first in range(0, prod(extents) - g["pixels"] + 1):
-        last = first + g["pixels"] - 1
+    each, more = divmod(prod(extents) // group, g["team"])
+    around, last = [], -1
+    for rank in range(g["team"]):
+        first, count = last + 1, (each + (rank < more)) * group
+        last += count
         depth = last // (height * width) - first // (height * width) + 1
         rows = last // width - first // width + 1
-        around = (depth, height if depth > 1 else rows, width if rows > 1 else g["pixels"])
-        assert all(size <= room for size, room in zip(around, g["box"], strict=True))
+        around.append((depth, height if depth > 1 else rows, width if rows > 1 else count))
+    assert last + 1 == prod(extents)
+    assert g["box"] == tuple(map(max, zip(*around, strict=True)))
 
 
 def check_bands(problem: dict, g: dict) -> None:

@@ -19,16 +19,11 @@ int64_t read_with_halo(int64_t extent, int64_t box, int64_t kernel) {
   return total;
 }
 
-// How many pixels the smallest box around so many that follow each other reads with its halo.
-int64_t read_around(int64_t first, int64_t count, const Shape& s) {
-  const int64_t plane = s.height * s.width, last = first + count - 1;
-  const bool one_plane = first / plane == last / plane, one_row = first / s.width == last / s.width;
-  const int64_t rows = one_plane ? with_halo(s.height, first % plane / s.width,
-                                             last % plane / s.width, s.kernel_height)
-                                 : s.height;
-  const int64_t columns =
-      one_row ? with_halo(s.width, first % s.width, last % s.width, s.kernel_width) : s.width;
-  return with_halo(s.depth, first / plane, last / plane, s.kernel_depth) * rows * columns;
+// How many pixels a box reads with its halo.
+int64_t read_by_box(const PixelBox& box, const Space& s) {
+  return with_halo(s.depth, box.z, box.z + box.depth - 1, s.kernel_depth) *
+         with_halo(s.height, box.y, box.y + box.height - 1, s.kernel_height) *
+         with_halo(s.width, box.x, box.x + box.width - 1, s.kernel_width);
 }
 
 constexpr int64_t kAcc = sizeof(float);
@@ -69,10 +64,11 @@ int64_t read_by_boxes(const BoxGeometry& g, const Shape& s) {
 
 int64_t read_by_team(const ResidentGeometry& g, const Shape& s) {
   if (g.split == Split::kChannels) return read_by_boxes(g.boxes, s);
-  const Shares shares(static_cast<int>(s.pixels()), g.pixel_group, g.team);
+  const Space space = space_of(s);
+  const Shares shares(space.pixels(), g.pixel_group, g.team);
   int64_t read = 0;
   for (int rank = 0; rank < g.team; ++rank)
-    read += read_around(shares.first(rank), shares.count(rank), s);
+    read += read_by_box(box_around(space, shares.first(rank), shares.count(rank)), space);
   return read;
 }
 

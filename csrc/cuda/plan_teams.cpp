@@ -130,14 +130,15 @@ bool Teams::share_pixels(ResidentGeometry& g) const {
 
 void Teams::set_boxes(ResidentGeometry& g, int64_t each) const {
   if (g.split == Split::kPixels) {
-    // How many rows so many pixels can touch, and how many planes.
-    const auto touched = [&](int64_t length, int64_t most) {
-      return static_cast<int>(std::min(most, (g.pixels - 2 + length) / length + 1));
-    };
-    const int depth = touched(s_.height * s_.width, s_.depth);
-    const int height = depth > 1 ? static_cast<int>(s_.height) : touched(s_.width, s_.height);
-    const bool one_row = depth == 1 && height == 1;
-    g.boxes = {depth, height, one_row ? g.pixels : static_cast<int>(s_.width), 1, 1, 1};
+    const Space space = space_of(s_);
+    const Shares shares(space.pixels(), g.pixel_group, g.team);
+    g.boxes = {1, 1, 1, 1, 1, 1};
+    for (int rank = 0; rank < g.team; ++rank) {
+      const PixelBox box = box_around(space, shares.first(rank), shares.count(rank));
+      g.boxes.box_depth = std::max(g.boxes.box_depth, box.depth);
+      g.boxes.box_height = std::max(g.boxes.box_height, box.height);
+      g.boxes.box_width = std::max(g.boxes.box_width, box.width);
+    }
     g.boxes_each = 1;
     return;
   }

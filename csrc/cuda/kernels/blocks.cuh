@@ -26,10 +26,8 @@ __device__ __forceinline__ void prefetch_rows(const T* first, int64_t stride, in
 
 // A box of pixels, cut at the edges of the image, and how a map of it is staged: with a halo, rows
 // padded to whole runs. `number` counts boxes first, then samples.
-struct Box {
+struct Box : PixelBox {
   int64_t sample;
-  int z, y, x;  // of the first pixel
-  int depth, height, width;
   int staged_height, staged_row, staged;  // elements: of a column, of a row, of all
 
   __device__ __forceinline__ Box(const BoxGeometry& g, const Space& s, int number) {
@@ -44,28 +42,13 @@ struct Box {
     width = min(g.box_width, s.width - x);
     set_staged(s);
   }
-  // The smallest around so many pixels that follow each other.
-  __device__ __forceinline__ Box(const Space& s, int first, int count) : sample(0) {
-    const int plane = s.height * s.width, last = first + count - 1;
-    const int last_z = last / plane, last_y = last % plane / s.width;
-    z = first / plane;
-    y = first % plane / s.width;
-    depth = last_z - z + 1;
-    const bool one_row = depth == 1 && y == last_y;
-    x = one_row ? first % s.width : 0;
-    width = one_row ? count : s.width;
-    if (depth > 1) y = 0;
-    height = depth > 1 ? s.height : last_y - y + 1;
+  // Of a single sample.
+  __device__ __forceinline__ Box(const Space& s, const PixelBox& box) : PixelBox(box), sample(0) {
     set_staged(s);
   }
-  __device__ __forceinline__ int pixels() const { return depth * height * width; }
   // Where a map is staged for a place that counts from the halo's first.
   __device__ __forceinline__ int at(int from_z, int from_y, int from_x) const {
     return (from_z * staged_height + from_y) * staged_row + from_x;
-  }
-  // The number in the image of the box's pixel at this place.
-  __device__ __forceinline__ int pixel(const Space& s, int from_z, int from_y, int from_x) const {
-    return ((z + from_z) * s.height + y + from_y) * s.width + x + from_x;
   }
 
  private:

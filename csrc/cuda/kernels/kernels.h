@@ -229,6 +229,28 @@ CBAM_INLINE Space space_of(const Shape& s) {
           static_cast<int>(s.kernel_height), static_cast<int>(s.kernel_width)};
 }
 
+// A box of pixels: where it begins, and its extents.
+struct PixelBox {
+  int z, y, x;
+  int depth, height, width;
+
+  CBAM_INLINE_MEMBER int pixels() const { return depth * height * width; }
+  // The number in the image of the box's pixel at this place.
+  CBAM_INLINE_MEMBER int pixel(const Space& s, int from_z, int from_y, int from_x) const {
+    return ((z + from_z) * s.height + y + from_y) * s.width + x + from_x;
+  }
+};
+
+// The smallest around so many pixels that follow each other.
+CBAM_INLINE PixelBox box_around(const Space& s, int first, int count) {
+  const int plane = s.height * s.width, last = first + count - 1;
+  const int z = first / plane, depth = last / plane - z + 1;
+  if (depth > 1) return {z, 0, 0, depth, s.height, s.width};
+  const int y = first % plane / s.width, height = last % plane / s.width - y + 1;
+  if (height > 1) return {z, y, 0, 1, height, s.width};
+  return {z, y, first % s.width, 1, 1, count};
+}
+
 // Neighbours that a thread of the convolution computes together.
 constexpr int kRun = 4;
 

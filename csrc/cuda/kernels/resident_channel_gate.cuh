@@ -66,23 +66,13 @@ __device__ __forceinline__ void share_hidden(const ResidentForward& p,
   const Shares shares = block.unit_shares();
   const int first_unit = shares.first(team.rank);
   const int vectors = shares.count(team.rank) * kMostVisited / kPairs;
-  const auto* own =
-      reinterpret_cast<const uint4*>(m.exchange.hidden + first_unit * 2 * kMostVisited);
+  const A* own = m.exchange.hidden + first_unit * 2 * kMostVisited;
   const int64_t first_sample = block.first_sample();
   const int lane = threadIdx.x % kUnitLanes, at_once = p.geometry.threads / kUnitLanes;
   for (int done = 0; done < vectors; done += at_once) {
     const int i = done + static_cast<int>(threadIdx.x) / kUnitLanes;
     A sum[kCount] = {};  // mean and max of one sample, then of the next
-    if (i < vectors)
-      read_from(team, [&](auto read) {
-        for_batches<2>(
-            lane, team.size, kUnitLanes,
-            [&](int from) { return Raw<A, kCount>{read(own + i, from)}; },
-            [&](int, const Raw<A, kCount>& share) {
-#pragma unroll
-              for (int k = 0; k < kCount; ++k) sum[k] += share.element[k];
-            });
-      });
+    if (i < vectors) add_shares<2>(team, own + i * kCount, lane, kUnitLanes, sum);
     sum_lanes(sum, kUnitLanes);
     if (lane >= kPairs || i >= vectors) continue;
     const int pair = i * kPairs + lane, unit = first_unit + pair / kMostVisited;
@@ -105,15 +95,7 @@ __device__ __forceinline__ void merge_hidden(const ResidentForward& p,
   const int64_t first_sample = block.first_sample();
   for (int first = kPairs * threadIdx.x; first < pairs; first += kPairs * p.geometry.threads) {
     A sum[kCount] = {};  // mean and max of one unit and sample, then of the next
-    read_from(team, [&](auto read) {
-      const auto* own = reinterpret_cast<const uint4*>(m.exchange.hidden + 2 * first);
-      for_batches<4>(
-          0, team.size, 1, [&](int from) { return Raw<A, kCount>{read(own, from)}; },
-          [&](int, const Raw<A, kCount>& share) {
-#pragma unroll
-            for (int k = 0; k < kCount; ++k) sum[k] += share.element[k];
-          });
-    });
+    add_shares<4>(team, m.exchange.hidden + 2 * first, 0, 1, sum);
 #pragma unroll
     for (int k = 0; k < kPairs; ++k) {
       if (first + k >= pairs) break;

@@ -118,6 +118,23 @@ __device__ __forceinline__ void with_second_layer(
 // Threads that read what the blocks of the team have of a hidden unit.
 constexpr int kUnitLanes = 16;
 
+// Adds to `sum` what every step-th block of the team, from block `first` on, has put out in a
+// vector where this one has `own`; kBatch of them are under way at a time.
+template <int kBatch, class A, int kCount>
+__device__ __forceinline__ void add_shares(const Team& team, const A* own, int first, int step,
+                                           A (&sum)[kCount]) {
+  static_assert(sizeof sum == kVectorBytes);
+  read_from(team, [&](auto read) {
+    const auto* vector = reinterpret_cast<const uint4*>(own);
+    for_batches<kBatch>(
+        first, team.size, step, [&](int from) { return Raw<A, kCount>{read(vector, from)}; },
+        [&](int, const Raw<A, kCount>& share) {
+#pragma unroll
+          for (int k = 0; k < kCount; ++k) sum[k] += share.element[k];
+        });
+  });
+}
+
 // What the blocks of a team have put out in vectors, where this one has `own`, to where it looks
 // all up: `values` values of each of the hidden units, which blocks have added up in shares.
 template <bool kChannelsFirst, Split kSplit, class T, class A>

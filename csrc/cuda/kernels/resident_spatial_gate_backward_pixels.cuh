@@ -13,19 +13,6 @@
 
 namespace cbam::cuda {
 
-// The pixels that a block holds, and the box around them.
-struct OwnPixels {
-  int first, count;
-  Box box;
-
-  template <class Block>
-  __device__ __forceinline__ explicit OwnPixels(const Block& block)
-      : first(block.first_pixel()), count(block.pixels()), box(block.p.space, first, count) {}
-  __device__ __forceinline__ bool has(int pixel) const {
-    return pixel >= first && pixel < first + count;
-  }
-};
-
 // dz of the block's own pixels; their gates and the positions of their maxima.
 template <bool kWhole, bool kChannelsFirst, class T>
 __device__ __forceinline__ void put_out_spatial(const ResidentBackward& p,

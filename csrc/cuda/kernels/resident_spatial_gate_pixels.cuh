@@ -47,11 +47,10 @@ __device__ __forceinline__ void gate_all_pixels(
   const ResidentForwardGeometry& g = p.geometry;
   put_out_maps<kTraining>(p, block, m);
   block.team.barrier();
-  const int first = block.first_pixel(), count = block.pixels();
-  const Box box(p.space, first, count);
+  const OwnPixels own(block);
   const Shares shares = block.pixel_shares();
   read_from(block.team, [&](auto read) {
-    stage_maps(box, p.space, m.shared.staged, [&](int pixel, bool, A& mean, A& max) {
+    stage_maps(own.box, p.space, m.shared.staged, [&](int pixel, bool, A& mean, A& max) {
       const int owner = shares.owner(pixel);
       const A* from = m.exchange.maps + pixel - shares.first(owner);
       mean = read(from, owner);
@@ -60,10 +59,9 @@ __device__ __forceinline__ void gate_all_pixels(
   });
   __syncthreads();
   const int64_t n = block.first_sample();
-  gate_box(box, p.space, m.shared.staged, m.shared.weight, [&](int, int pixel, A gate) {
-    const int own = pixel - first;
-    if (own < 0 || own >= count) return;
-    m.spatial[own] = gate;
+  gate_box(own.box, p.space, m.shared.staged, m.shared.weight, [&](int, int pixel, A gate) {
+    if (!own.has(pixel)) return;
+    m.spatial[pixel - own.first] = gate;
     if constexpr (kTraining)
       static_cast<A*>(p.saved.spatial_gate)[n * p.space.pixels() + pixel] = gate;
   });

@@ -98,6 +98,21 @@ __device__ __forceinline__ void for_own_channels(
     does(i / block.channels, i % block.channels);
 }
 
+// The pixels that a block holds, and the smallest box around them.
+struct OwnPixels {
+  int first, count;
+  Box box;
+
+  template <class Block>
+  __device__ __forceinline__ explicit OwnPixels(const Block& block)
+      : first(block.first_pixel()),
+        count(block.pixels()),
+        box(block.p.space, box_around(block.p.space, first, count)) {}
+  __device__ __forceinline__ bool has(int pixel) const {
+    return pixel >= first && pixel < first + count;
+  }
+};
+
 // does(k, number, box) for the block's own boxes of the visit, by all threads together: its k-th,
 // which is the visit's box `number`.
 template <bool kChannelsFirst, class T, class Does>
