@@ -145,7 +145,7 @@ def test_each_call_is_forced(possible):
         if seen[-1] == "resident" and not possible:
             raise IMPOSSIBLE
 
-    found, missing = calls.by_strategy(call)
+    found, missing = calls.by_strategy(call, strategies.STRATEGIES)
     assert seen == ["streaming", "resident"]
     assert set(found) == FORCED - set(missing)
     assert bool(missing) != possible
@@ -184,7 +184,7 @@ def test_calls_that_break_are_not_called_impossible():
         raise RuntimeError("CUDA error: too many blocks in cooperative launch")
 
     with pytest.raises(RuntimeError, match="too many blocks"):
-        calls.by_strategy(call)
+        calls.by_strategy(call, strategies.STRATEGIES)
 
 
 @pytest.fixture

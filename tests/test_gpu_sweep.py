@@ -27,9 +27,15 @@ def test_cells_of_the_sweep():
 def test_a_cell_of_the_sweep(monkeypatch):
     device = type("Device", (), {"L2_cache_size": 2**16})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
-    problem = Problem((1, 16, 6, 5), torch.float32, "contiguous")
-    made = problems.Strategies(problem, 2, device="cpu")
-    monkeypatch.setattr(sweep, "Strategies", lambda *given: made)
+    problem = Problem((1, 16, 6, 6), torch.float32, "contiguous")
+    made = []
+
+    def make(problem, count, more):
+        assert set(more.values()) <= {("resident-pixels",), ("resident-channels",)}
+        made.append(problems.Strategies(problem, count, "cpu", more))
+        return made[0]
+
+    monkeypatch.setattr(sweep, "Strategies", make)
     plain, timed = measure.measure, []
 
     def measured(calls, *given, **options):
@@ -41,10 +47,20 @@ def test_a_cell_of_the_sweep(monkeypatch):
     monkeypatch.setattr(sweep, "Clock", lambda l2_bytes: Ticks())
     monkeypatch.setattr(measure, "_graph", lambda call, count: lambda: call(0))
     found = sweep.time_cell(problem, 30.0)
-    assert timed == [made.calls["forward"], made.calls["backward"]]
+    assert timed == [made[0].calls["forward"], made[0].calls["backward"]]
     assert [row["direction"] for row in found] == ["forward", "backward"]
     for row in found:
-        assert set(row["contestants"]) == {"copy", "cuda streaming", "cuda resident"}
+        plan = planning.plan(
+            problem.shape,
+            "float32",
+            "H200",
+            strategy="resident",
+            backward=row["direction"] == "backward",
+        )
+        held = plan["passes"]["resident"]["split"]
+        (other,) = {"cuda resident-pixels", "cuda resident-channels"} - {f"cuda resident-{held}"}
+        assert set(row["contestants"]) == {"copy", "cuda streaming", "cuda resident", other}
+        assert row["plans"][other]["passes"]["resident"]["split"] != held
         timing = row["contestants"]["cuda resident"]["graph"]
         assert timing["samples"] == sweep.ROUNDS * measure.SAMPLES_A_ROUND
         assert (row["missing"], row["layout"]) == ({}, "contiguous")
@@ -54,7 +70,8 @@ def test_a_cell_of_the_sweep(monkeypatch):
 
 @pytest.mark.parametrize("direction", rows.ALONE)
 def test_table_of_the_sweep(direction):
-    fast = one_row(ROWS[0], direction=direction)[0] | {"auto": "streaming"}
+    fast = one_row(ROWS[0], direction=direction, **{"cuda resident-channels": 30.0})[0]
+    fast |= {"auto": "streaming"}
     slow = one_row(ROWS[2], direction=direction, **{"cuda resident": 50.0})[0]
     slow |= {"auto": "streaming"}
     alone = one_row(ROWS[1], direction=direction, **{"cuda resident": 0.0})[0]
@@ -63,9 +80,10 @@ def test_table_of_the_sweep(direction):
     head = ["8x6x5", "float16", "32", "graph", "10.0", "40.0", "20.0", "resident", "streaming"]
     assert cells_of(table, 4)[:10] == [*head, "2.00"]
     backward = direction == "backward"
-    for strategy, cell in zip(strategies.STRATEGIES, cells_of(table, 4)[10:], strict=True):
+    for strategy, cell in zip(strategies.STRATEGIES, cells_of(table, 4)[10:12], strict=True):
         plan = planning.plan(ROWS[0].shape, "float16", "H200", strategy=strategy, backward=backward)
         assert cell == f"{plan['predicted_seconds'] * 1e6:.1f}"
+    assert [cells_of(table, 2 + i)[12] for i in range(3)] == ["-", "-", "30.0"]
     assert cells_of(table, 3)[5:10] == ["40.0", "50.0", "streaming", "streaming", "1.00"]
     assert cells_of(table)[5:8] == ["40.0", "-", "streaming"]
 

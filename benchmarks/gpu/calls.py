@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from ..calls import Buffers, Call
 from ..contestants import first_line
 from .inputs import operator_backward, saved_by_forward
-from .strategies import STRATEGIES, contestant, forced, is_impossible
+from .strategies import contestant, forced, is_impossible
 
 
 def fused_backward(block: nn.Module, buffers: Buffers) -> Call:
@@ -19,10 +21,10 @@ def fused_backward(block: nn.Module, buffers: Buffers) -> Call:
     return lambda i: operator_backward(xs[i], weights, saved[i], grads[i])
 
 
-def by_strategy(call: Call) -> tuple[dict[str, Call], dict[str, str]]:
+def by_strategy(call: Call, strategies: Iterable[str]) -> tuple[dict[str, Call], dict[str, str]]:
     """The call under each strategy, and which strategy is missing, with why."""
     found, missing = {}, {}
-    for strategy in STRATEGIES:
+    for strategy in strategies:
         name, forced_call = contestant(strategy), forced(strategy)(call)
         try:
             with torch.no_grad():

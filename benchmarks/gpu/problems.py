@@ -11,7 +11,7 @@ import gc
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch._functorch.config  # torch alone does not import it
@@ -30,6 +30,7 @@ FOOTPRINT = 4  # inputs together, in sizes of the L2 cache
 FREE = 0.85  # the part of free memory that a row may take
 COMPILE_SECONDS = 60.0  # of all compiled contestants of a row together
 LATE_AGAIN = 5.0  # seconds between one TimeoutError and the next
+NO_MORE: Mapping[str, Sequence[str]] = {"forward": (), "backward": ()}
 MAKERS = {"forward": calls.forward, "backward": calls.backward, "step": calls.step}
 
 
@@ -57,10 +58,16 @@ class Strategies:
     """The copy, and the fused block under each strategy, forward and backward.
 
     `calls[direction][name]` takes the number of a buffer; `missing[direction]` says who could not
-    run.
+    run. `more[direction]` are strategies beside the usual ones.
     """
 
-    def __init__(self, problem: Problem, count: int, device: str = "cuda") -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        count: int,
+        device: str = "cuda",
+        more: Mapping[str, Sequence[str]] = NO_MORE,
+    ) -> None:
         self.problem = problem
         xs, grads = (
             [draw(*problem, device, first + i) for i in range(count)] for first in (0, count)
@@ -70,7 +77,8 @@ class Strategies:
         self.missing: dict[str, dict[str, str]] = {direction: {} for direction in self.calls}
         block = self.block("fused")
         for direction, make in (("forward", calls.forward), ("backward", fused_backward)):
-            found, self.missing[direction] = by_strategy(make(block, self.buffers))
+            strategies = (*STRATEGIES, *more[direction])
+            found, self.missing[direction] = by_strategy(make(block, self.buffers), strategies)
             self.calls[direction] |= found
 
     def block(self, name: str) -> nn.Module:

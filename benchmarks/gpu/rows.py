@@ -17,7 +17,7 @@ from ..outcome import FAILED, PASSED, Folder, Outcome
 from ..problems import Problem
 from ..rows import Row, Wanted
 from .commands import run, tail
-from .strategies import STRATEGIES, contestant
+from .strategies import OTHER_SPLIT, STRATEGIES, contestant
 
 LEFT_FOR_THE_END = 15.0
 ALONE = ("forward", "backward")  # directions that are timed under each strategy
@@ -63,28 +63,39 @@ def describe(
         times = {name: found[name][row["method"]]["median"] for name in ours}
         row["faster"] = min(times, key=times.__getitem__).removeprefix("cuda ")
         try:
-            row |= _planned(problem, direction, times)
+            row |= _predicted(row, problem)
         except (RuntimeError, ValueError) as error:  # the timing is worth keeping
             missing["plan"] = first_line(error)
     return row
 
 
-def _planned(problem: Problem, direction: str, times: dict[str, float]) -> Row:
-    """What "auto" picks, what each plan says, and the speeds that follow."""
-    dtype, last = str(problem.dtype).removeprefix("torch."), problem.layout == "channels_last"
-    kind = {"channels_last": last, "backward": direction == "backward"}
-    auto = plan(problem.shape, dtype, "cuda:0", **kind)
+def planned(problem: Problem, direction: str, strategy: str = "auto") -> dict[str, Any]:
+    """The plan for the current device; raises where there is none of the strategy."""
+    return plan(
+        problem.shape,
+        str(problem.dtype).removeprefix("torch."),
+        "cuda:0",
+        channels_last=problem.layout == "channels_last",
+        backward=direction == "backward",
+        strategy=strategy,
+    )
+
+
+def _predicted(row: Row, problem: Problem) -> Row:
+    """What "auto" picks, what the plan of each strategy says, and the speeds that follow."""
+    auto = planned(problem, row["direction"])
     plans = {}
-    for strategy in STRATEGIES:
-        if (name := contestant(strategy)) not in times:
+    for strategy in (*STRATEGIES, *OTHER_SPLIT.values()):
+        time = rows.median(row, contestant(strategy))
+        if time is None:
             continue
-        found = plan(problem.shape, dtype, "cuda:0", strategy=strategy, **kind)
-        plans[name] = {
+        found = planned(problem, row["direction"], strategy)
+        plans[contestant(strategy)] = {
             "passes": found["passes"],
             "traffic_bytes": found["traffic"],
             "device_memory_bytes": found["device_memory_bytes"],
             "predicted_seconds": found["predicted_seconds"],
-            "gigabytes_per_second": found["device_memory_bytes"] / times[name] / 1e3,
+            "gigabytes_per_second": found["device_memory_bytes"] / time / 1e3,
         }
     return {"auto": auto["strategy"], "reason": auto["reason"], "plans": plans}
 

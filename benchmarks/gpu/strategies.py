@@ -10,6 +10,8 @@ from ..outcome import SkippedError
 
 VARIABLE = "CBAM_CUDA_STRATEGY"
 STRATEGIES = ("streaming", "resident")
+# Resident by what the plan's blocks do not hold.
+OTHER_SPLIT = {"channels": "resident-pixels", "pixels": "resident-channels"}
 _IMPOSSIBLE = "expected one that is possible"
 
 

@@ -1,5 +1,8 @@
 """Where resident overtakes streaming, forward and backward: both, over batches and shapes.
 
+Resident teams whose blocks hold pixels where the plan's hold channels, or channels where those hold
+pixels, take part, too.
+
 ``python -m benchmarks.gpu.sweep FOLDER SECONDS`` takes the cells and writes the file as it goes.
 Thresholds of the plan are set from its tables.
 """
@@ -7,7 +10,7 @@ Thresholds of the plan are set from its tables.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -18,6 +21,7 @@ from . import rows
 from .measure import Clock, measure
 from .problems import Strategies, buffers, too_large
 from .rows import describe
+from .strategies import OTHER_SPLIT
 
 # Far apart first: what the time does not suffice for lies between others.
 BATCHES = (1, 8, 32, 128, 2, 16, 64, 4, 256)
@@ -54,11 +58,21 @@ def told(outcome: Outcome) -> str:
     return "; ".join(parts)
 
 
+def other_split(problem: Problem, direction: str) -> Sequence[str]:
+    """The strategy that is resident otherwise than the plan; none where nothing is resident."""
+    try:
+        found = rows.planned(problem, direction, "resident")
+    except (RuntimeError, ValueError):
+        return ()
+    return (OTHER_SPLIT[found["passes"]["resident"]["split"]],)
+
+
 def time_cell(problem: Problem, left: float) -> list[Row]:
     """A row a direction: each strategy, and the copy."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     count = buffers(problem, l2_bytes)
-    both, clock = Strategies(problem, count), Clock(l2_bytes)
+    more = {direction: other_split(problem, direction) for direction in rows.ALONE}
+    both, clock = Strategies(problem, count, more=more), Clock(l2_bytes)
     found = []
     for direction in rows.ALONE:
         times = measure(both.calls[direction], count, clock, training=False, rounds=ROUNDS)

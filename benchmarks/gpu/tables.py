@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..rows import Found, median
 from ..text import markdown, number, shape_name
-from .strategies import STRATEGIES, contestant
+from .strategies import OTHER_SPLIT, STRATEGIES, contestant
 from .targets import AUTOTUNED
 
 RIVALS = ("eager", "tuned", AUTOTUNED)
@@ -24,7 +24,9 @@ size only."""
 
 SWEEP_NOTE = """\
 Microseconds, measured as above, on contiguous tensors: inference, and the backward alone;
-"auto/faster" is what the strategy that "auto" picks takes over the faster one."""
+"auto/faster" is what the strategy that "auto" picks takes over the faster one; "other split" what
+resident teams take whose blocks hold pixels where the plan's hold channels, or channels where those
+hold pixels."""
 
 HOST_NOTE = """\
 Microseconds a call, of 8 in a row that begin with an idle device and do not wait for it: checks,
@@ -83,7 +85,7 @@ def _ratio(time: float | None, ours: float | None) -> float | None:
 def sweep_table(rows: Sequence[Found]) -> str:
     """A line a cell, by shape and dtype, then by batch; rows of one direction."""
     header = ["CxHxW", "dtype", "N", "by", "copy", *STRATEGIES, "faster", "auto", "auto/faster"]
-    header += [f"{strategy} predicted" for strategy in STRATEGIES]
+    header += [*(f"{strategy} predicted" for strategy in STRATEGIES), "other split"]
     ordered = sorted(rows, key=lambda row: (row["shape"][1:], row["dtype"], row["shape"][0]))
     return markdown(header, [_sweep_cells(row) for row in ordered], left=2)
 
@@ -91,6 +93,7 @@ def sweep_table(rows: Sequence[Found]) -> str:
 def _sweep_cells(row: Found) -> list[str]:
     names, (n, *block) = list(map(contestant, STRATEGIES)), row["shape"]
     best, auto = (median(row, contestant(row.get(key, ""))) for key in ("faster", "auto"))
+    others = map(contestant, OTHER_SPLIT.values())
     plans = row.get("plans", {})
     seconds = [plans.get(name, {}).get("predicted_seconds") for name in names]
     return [
@@ -103,4 +106,5 @@ def _sweep_cells(row: Found) -> list[str]:
         row.get("auto", "-"),
         number(_ratio(auto, best), 2),
         *(number(None if s is None else s * 1e6, 1) for s in seconds),
+        number(next(filter(None, (median(row, n) for n in others)), None), 1),
     ]
