@@ -69,6 +69,16 @@ def test_a_cell_of_the_sweep(monkeypatch):
 
 
 @pytest.mark.parametrize("direction", rows.ALONE)
+def test_the_other_split(direction):
+    def other(*shape):
+        return sweep.other_split(Problem(shape, torch.float16, "contiguous"), direction)
+
+    assert other(256, 256, 56, 56) in (("resident-pixels",), ("resident-channels",))
+    assert other(256, 2048, 7, 7) == ()  # an image of no whole vectors
+    assert other(1, 64, 4096, 4096) == ()  # no sample fits on the chip
+
+
+@pytest.mark.parametrize("direction", rows.ALONE)
 def test_table_of_the_sweep(direction):
     fast = one_row(ROWS[0], direction=direction, **{"cuda resident-channels": 30.0})[0]
     fast |= {"auto": "streaming"}

@@ -59,12 +59,13 @@ def told(outcome: Outcome) -> str:
 
 
 def other_split(problem: Problem, direction: str) -> Sequence[str]:
-    """The strategy that is resident otherwise than the plan; none where nothing is resident."""
+    """The strategy that is resident otherwise than the plan; none where there is no such plan."""
     try:
-        found = rows.planned(problem, direction, "resident")
+        held = rows.planned(problem, direction, "resident")["passes"]["resident"]["split"]
+        rows.planned(problem, direction, OTHER_SPLIT[held])
     except (RuntimeError, ValueError):
         return ()
-    return (OTHER_SPLIT[found["passes"]["resident"]["split"]],)
+    return (OTHER_SPLIT[held],)
 
 
 def time_cell(problem: Problem, left: float) -> list[Row]:

@@ -93,7 +93,7 @@ def sweep_table(rows: Sequence[Found]) -> str:
 def _sweep_cells(row: Found) -> list[str]:
     names, (n, *block) = list(map(contestant, STRATEGIES)), row["shape"]
     best, auto = (median(row, contestant(row.get(key, ""))) for key in ("faster", "auto"))
-    others = map(contestant, OTHER_SPLIT.values())
+    others = (median(row, contestant(strategy)) for strategy in OTHER_SPLIT.values())
     plans = row.get("plans", {})
     seconds = [plans.get(name, {}).get("predicted_seconds") for name in names]
     return [
@@ -106,5 +106,5 @@ def _sweep_cells(row: Found) -> list[str]:
         row.get("auto", "-"),
         number(_ratio(auto, best), 2),
         *(number(None if s is None else s * 1e6, 1) for s in seconds),
-        number(next(filter(None, (median(row, n) for n in others)), None), 1),
+        number(next(filter(None, others), None), 1),
     ]
