@@ -90,6 +90,8 @@ REDUNDANT = {
     "number); -> for (int number = 0; number <= g.chunks; ++number) load(0, sample, number);": (
         NO_CHUNK
     ),
+    "resident_output.cuh: else if (block.cols() >= kCount - 1) -> "
+    "else if (block.cols() > kCount - 1)": "the walk for any rows writes the same, only slower",
     "resident_output.cuh: for (int number = 0; number < g.chunks; ++number) { -> "
     "for (int number = 0; number <= g.chunks; ++number) {": NO_CHUNK,
     "resident_mlp.cuh: for (int i = threadIdx.x; i < lines * p.hidden; i += blockDim.x) { -> "
