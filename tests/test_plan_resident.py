@@ -51,14 +51,23 @@ def check_fits(found: dict, threads: int) -> None:
         assert g["exchange"] > 0
 
 
+def channels_first(problem: dict) -> bool:
+    return not problem["channels_last"] or problem["shape"][1] == 1
+
+
+def pixel_group(problem: dict) -> int:
+    """How many pixels blocks are given at a time."""
+    return 16 // BYTES[problem["dtype"]] if channels_first(problem) else 1
+
+
 def check_slices(problem: dict, g: dict) -> None:
     """No block holds nothing; slices and chunks are whole vectors on multiples of them."""
     vector, by_pixels = 16 // BYTES[problem["dtype"]], g["split"] == "pixels"
     samples, channels, *extents = problem["shape"]
-    pixels, first = prod(extents), not problem["channels_last"] or channels == 1
+    pixels, first = prod(extents), channels_first(problem)
     assert problem["aligned"]
     if by_pixels:
-        shared, group = pixels, vector if first else 1
+        shared, group = pixels, pixel_group(problem)
     else:
         shared, group = channels, vector // gcd(pixels, vector) if first else vector
     assert shared % group == 0
@@ -84,8 +93,7 @@ def check_slices(problem: dict, g: dict) -> None:
 def check_boxes(problem: dict, g: dict) -> None:
     extents = [1] * (5 - len(problem["shape"])) + problem["shape"][2:]
     if g["split"] == "pixels":
-        first = not problem["channels_last"] or problem["shape"][1] == 1
-        check_box_around_pixels(extents, 16 // BYTES[problem["dtype"]] if first else 1, g)
+        check_box_around_pixels(extents, pixel_group(problem), g)
         return
     for boxes, box, extent in zip(g["boxes"], g["box"], extents, strict=True):
         assert covers(boxes, box, extent)
@@ -124,7 +132,7 @@ def check_loads(problem: dict, g: dict) -> None:
         assert 2 <= g["x_slots"] < g["chunks"]
         assert g["chunk"] % 4 == 0
     vector = 16 // BYTES[problem["dtype"]]
-    first = not problem["channels_last"] or problem["shape"][1] == 1
+    first = channels_first(problem)
     held = problem["shape"][1] if g["split"] == "pixels" else g["channels"]
     cols = g["pixels"] if first else held
     assert g["access"] == ("packed" if cols % vector else "vector")

@@ -26,7 +26,7 @@ from .strategies import OTHER_SPLIT
 # Far apart first: what the time does not suffice for lies between others.
 BATCHES = (1, 8, 32, 128, 2, 16, 64, 4, 256)
 DTYPES = (torch.float16, torch.float32)
-CELL_SECONDS = 3.0  # with less left, a cell is not begun
+CELL_SECONDS = 4.0  # with less left, a cell is not begun
 ROUNDS = 1  # a cell is of two directions
 
 
