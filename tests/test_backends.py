@@ -188,7 +188,8 @@ COMPARE = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch
-from cases import CASES, DTYPES, LAYOUTS, NATIVE_LAYOUTS, gradients, leaves, make_weights, make_x
+from cases import CASES, DTYPES, LAYOUTS, NATIVE_LAYOUTS, make_weights, make_x
+from cases import gradients, leaves, reordered_gradients
 from tolerance import assert_as_good_as_eager
 import cbam_cuda
 assert cbam_cuda.info()["build"]["cpu_target"] == {target!r}
@@ -201,8 +202,9 @@ for case in CASES:
             eager = gradients("reference", leaves(x, weights), grad)
             truth = gradients(
                 "reference", leaves(x, weights, torch.float64), grad.double())
-            for three in zip(fused, eager, truth, strict=True):
-                assert_as_good_as_eager(f"{{case}} {{dtype}} {{layout}}", *three)
+            reordered = reordered_gradients(leaves(x, weights), grad)
+            for four in zip(fused, eager, truth, reordered, strict=True):
+                assert_as_good_as_eager(f"{{case}} {{dtype}} {{layout}}", *four)
 print("done")
 """
 
