@@ -27,9 +27,9 @@ def test_rows_cover_what_is_asked_for():
     assert len(wanted) == len(set(wanted)) == 48
     assert {row.shape[0] for row in wanted} == {1, 8, 32, 256}
     assert {str(row) for row in wanted} >= {"32x2048x7x7 bfloat16 channels_last"}
-    # Compilation may take all the time there is.
-    before = wanted[: next(i for i, row in enumerate(wanted) if row.shape[0] == 32)]
-    assert {(row.shape[0], row.dtype.itemsize) for row in before} == {(256, 2), (1, 2), (256, 4)}
+    # What is compared to all that others make of it, then what no other step times.
+    sizes = [(row.shape[0], row.dtype.itemsize) for row in wanted[:16]]
+    assert list(dict.fromkeys(sizes)) == [(32, 2), (256, 2), (1, 2), (256, 4)]
 
 
 class Ticks:
