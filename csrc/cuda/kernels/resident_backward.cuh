@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   Loads<T, kChannelsFirst, kSplit> loads(p, block, m);
   prepare(p, m);
   const auto load_dout = [&](int round, int sample, int number) {
+    if (!copies(g, sample * g.chunks + number)) return;
     load_chunk(g, block, p.dout, round, sample, number,
                m.shared.dout + (int64_t{sample} * g.rows + number * g.chunk) * g.pitch,
                m.shared.dout_landed + sample * g.chunks + number);

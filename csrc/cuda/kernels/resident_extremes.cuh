@@ -97,7 +97,7 @@ __device__ __forceinline__ void walk_neighbours(
     const T* column = tile + int64_t{sample} * g.rows * g.pitch + col;
     const A* own = kScaled ? factor + sample * g.held_channels : nullptr;
     Extremes<A, kArgmax> e[kCount];
-    for_batches<kRowsUnderWay / (kArgmax ? 2 : 1)>(
+    for_mostly_whole_batches<kRowsUnderWay / (kArgmax ? 2 : 1)>(
         group, group < g.groups ? block.rows() : 0, g.groups,
         [&](int row) { return load_staged<kCount>(column + row * g.pitch); },
         [&](int row, const Raw<T, kCount>& raw) {

@@ -62,6 +62,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   ResidentBlock<T, kChannelsFirst, kSplit> block(p, g);
   prepare(p, m);
   const auto load = [&](int round, int sample, int number) {
+    if (!copies(g, sample * g.chunks + number)) return;
     T* to = m.shared.tile + (int64_t{sample} * g.rows + number * g.chunk) * g.pitch;
     load_chunk(g, block, p.x, round, sample, number, to,
                m.shared.landed + sample * g.chunks + number);

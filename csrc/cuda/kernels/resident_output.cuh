@@ -75,7 +75,7 @@ __device__ __forceinline__ void scale_sample(const ResidentForward& p,
     for (int v = side; v < end; v += along) {
       if (v != held) by = {v * kCount, block.cols(), of_column};
       held = v;
-      for_batches<kScaledTogether<kTraining>>(
+      for_mostly_whole_batches<kScaledTogether<kTraining>>(
           chunk.first + row_below, chunk.first + chunk.count, below * group,
           [&](int row) { return load_staged<kCount>(tile + row * g.pitch + v * kCount); },
           [&](int row, const Raw<T, kCount>& raw) {

@@ -68,6 +68,7 @@ struct Loads {
   // Load number n, if there is such a sample.
   __device__ __forceinline__ void load(int n) const {
     const ResidentBackwardGeometry& g = p.geometry;
+    if (!copies(g, n)) return;
     const int round = n / (walks() * per_walk()), within = n % per_walk();
     const int sample = within / chunks, number = within % chunks, slot = n % slots;
     if (sample < block.samples_in(round))

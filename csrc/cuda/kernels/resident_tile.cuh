@@ -139,8 +139,14 @@ __device__ __forceinline__ void init_landed(const ResidentGeometry& g, CopyBarri
   for (int i = 0; i < chunks; ++i) init(landed + i, g.copy == Copy::kBulk ? 1 : g.threads);
 }
 
-// Starts to load a chunk of sample `within` of a round's visit to `to`, with all threads of the
-// block. Nothing may still read what was there before.
+// Whether this thread takes part in load number n: one warp starts what the copy engine does, each
+// in its turn, so that they find out where it stands at the same time. There are 2^i warps.
+__device__ __forceinline__ bool copies(const ResidentGeometry& g, int n) {
+  return g.copy != Copy::kBulk || static_cast<int>(threadIdx.x) / 32 == (n & (g.threads / 32 - 1));
+}
+
+// Starts to load a chunk of sample `within` of a round's visit to `to`, with all threads that take
+// part. Nothing may still read what was there before.
 template <bool kChannelsFirst, Split kSplit, class T>
 __device__ __forceinline__ void load_chunk(const ResidentGeometry& g,
                                            const ResidentBlock<T, kChannelsFirst, kSplit>& block,
@@ -159,10 +165,9 @@ __device__ __forceinline__ void load_chunk(const ResidentGeometry& g,
   const int pieces = whole ? 1 : chunk.count;
   const int length = whole ? chunk.count * block.cols() : block.cols();
   if (g.copy == Copy::kBulk) {
-    if (threadIdx.x >= 32) return;
-    const int bytes = length * static_cast<int>(sizeof(T));
-    if (threadIdx.x == 0) arrive_expecting(landed, pieces * bytes);
-    for (int i = threadIdx.x; i < pieces; i += 32)
+    const int bytes = length * static_cast<int>(sizeof(T)), lane = threadIdx.x % 32;
+    if (lane == 0) arrive_expecting(landed, pieces * bytes);
+    for (int i = lane; i < pieces; i += 32)
       bulk_copy(to + i * g.pitch, data + i * from.row_stride, bytes, landed);
     return;
   }

@@ -57,11 +57,15 @@ __device__ __forceinline__ E read_in_block(const E* own, int rank) {
 
 #else
 
-// All threads of the cluster; what they wrote before it, all of them may read after it.
+// All threads of the cluster; what they wrote before it, all of them may read after it. One thread
+// of a block makes that visible for all: a fence of the cluster is one of the whole device, and
+// every warp would wait for its own.
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
+  __syncthreads();
+  if (threadIdx.x == 0) asm volatile("fence.acq_rel.cluster;" ::: "memory");
   asm volatile(
-      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.arrive.relaxed;\n"
       "barrier.cluster.wait.acquire;" ::
           : "memory");
 #endif

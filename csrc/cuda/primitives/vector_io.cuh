@@ -62,24 +62,28 @@ __device__ __forceinline__ Pack<T, kCount> widen(const Raw<T, kCount>& raw) {
   return pack;
 }
 
-// Calls body(index, load(index)) for index = first, first + step, ... below `end`. kBatch loads are
-// under way before the first is used; the condition of the loop alone stands between them, or the
-// compiler would wait for one after the other.
-template <int kBatch = 4, class Load, class Body>
-__device__ __forceinline__ void for_batches(int first, int end, int step, Load load, Body body) {
-  using Loaded = decltype(load(0));
+// The whole batches of for_batches; returns where the rest begins.
+template <int kBatch, class Load, class Body>
+__device__ __forceinline__ int for_whole_batches(int first, int end, int step, Load load,
+                                                 Body body) {
   int index = first;
 #pragma unroll 1  // the batch is what registers allow
   for (; index + (kBatch - 1) * step < end; index += kBatch * step) {
-    Loaded loaded[kBatch];
+    decltype(load(0)) loaded[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) loaded[b] = load(index + b * step);
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) body(index + b * step, loaded[b]);
   }
+  return index;
+}
+
+// And the rest, of less than a batch.
+template <int kBatch, class Load, class Body>
+__device__ __forceinline__ void for_rest(int index, int end, int step, Load load, Body body) {
   if constexpr (kBatch > 1) {
     // Without a value where nothing is loaded they would take registers throughout the kernel.
-    Loaded rest[kBatch - 1] = {};
+    decltype(load(0)) rest[kBatch - 1] = {};
 #pragma unroll
     for (int b = 0; b < kBatch - 1; ++b)
       if (index + b * step < end) rest[b] = load(index + b * step);
@@ -87,6 +91,22 @@ __device__ __forceinline__ void for_batches(int first, int end, int step, Load l
     for (int b = 0; b < kBatch - 1; ++b)
       if (index + b * step < end) body(index + b * step, rest[b]);
   }
+}
+
+// Calls body(index, load(index)) for index = first, first + step, ... below `end`. kBatch loads are
+// under way before the first is used; the condition of the loop alone stands between them, or the
+// compiler would wait for one after the other.
+template <int kBatch = 4, class Load, class Body>
+__device__ __forceinline__ void for_batches(int first, int end, int step, Load load, Body body) {
+  for_rest<kBatch>(for_whole_batches<kBatch>(first, end, step, load, body), end, step, load, body);
+}
+
+// The same where there is seldom a rest, whose conditions take time also where there is none.
+template <int kBatch, class Load, class Body>
+__device__ __forceinline__ void for_mostly_whole_batches(int first, int end, int step, Load load,
+                                                         Body body) {
+  const int rest = for_whole_batches<kBatch>(first, end, step, load, body);
+  if (rest < end) for_rest<kBatch>(rest, end, step, load, body);
 }
 
 // Brings a line of global memory to the second-level cache.
