@@ -116,10 +116,16 @@ DIRECTIONS = ({}, {"training": True}, {"backward": True})
 @pytest.mark.parametrize("form", small.FORMS, ids=lambda form: form.case.name)
 def test_each_way_to_hold_samples_is_watched(form):
     """By the plan of an H100, of which the larger shapes are made; None where it has none."""
-    case, dtype, layout = form
+    case, dtype, layout, strategy = form
     for what, expected in zip(DIRECTIONS, FORMS[case.name], strict=True):
         as_regime = Regime(
-            case.name, case.shape, case.hidden, dtype=dtype, layout=layout, plan=expected
+            case.name,
+            case.shape,
+            case.hidden,
+            dtype=dtype,
+            layout=layout,
+            plan=expected,
+            strategy=strategy,
         )
         assert as_regime.case == case
         if expected is None:

@@ -284,7 +284,7 @@ def test_command(capsys):
     assert main([*arguments, "--strategy", "resident"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("resident on H100")
-    assert "kind cluster, team 16" in shown
-    assert "split pixels" in shown
+    assert "kind grid, team 8" in shown
+    assert "split channels" in shown
     assert main([*arguments, "--strategy", "streaming", "--multiprocessors", "16"]) == 0
     assert capsys.readouterr().out.startswith("streaming on H100")

@@ -2,8 +2,7 @@
 
 What a resident plan takes goes up and down along a walk, as teams of whole blocks fill a device
 more or less well. So a strategy may change where samples stop or start to fit on the chip and where
-one strategy is clearly faster; where neither is, shapes with one typical shape get the same one, if
-as many blocks share a multiprocessor.
+one strategy is clearly faster; where neither is, shapes with one typical shape get the same one.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ class Step:
     shape: list[int]
     resident: bool
     share: float | None  # of streaming's time that a resident plan takes; None where there is none
-    threads: int = 0  # of the resident plan's blocks
 
     @classmethod
     def of(cls, shape: list[int], **what) -> Step:
@@ -43,8 +41,7 @@ class Step:
             held = plan(shape, **what, strategy="resident")
         except ValueError:
             return cls(shape, chosen, None)
-        (stage,) = held["stages"]
-        return cls(shape, chosen, held["predicted_seconds"] / streamed, stage["threads"])
+        return cls(shape, chosen, held["predicted_seconds"] / streamed)
 
     def clear(self) -> bool | None:
         """Whether it must be resident; None where neither strategy is clearly slower."""
@@ -59,7 +56,7 @@ class Step:
         batch, channels, *space = self.shape
         hidden = max(1, channels // 16)
         sizes = (octave(size) for size in (batch, channels, hidden))
-        return (*sizes, *(octave(size / 7) for size in space), self.threads)
+        return (*sizes, *(octave(size / 7) for size in space))
 
 
 def switches(choices: list[bool]) -> int:

@@ -36,19 +36,19 @@ class Team:
 
 
 TEAMS = (
-    # 16 blocks, of which a multiprocessor holds 4.
+    # 8 blocks of a forward and 16 of a backward, of which a multiprocessor holds 4.
     Team(
         "cluster",
         "H100",
         Case("a cluster", (2, 128, 28, 28), 8, (7, 7)),
-        {"forward": 4, "backward": 4},
+        {"forward": 2, "backward": 4},
     ),
-    # 48 blocks of a forward and 80 of a backward, all of which must run at once.
+    # 64 blocks, all of which must run at once.
     Team(
         "grid",
         "A100",
         Case("a grid", (8, 64, 28, 28), 4, (7, 7)),
-        {"forward": 12, "backward": 20},
+        {"forward": 16, "backward": 16},
     ),
     Team(
         "grid",

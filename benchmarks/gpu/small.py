@@ -42,13 +42,16 @@ class Watched(NamedTuple):
     case: cases.Case
     dtype: torch.dtype
     layout: str
+    resident: str = "resident"  # the strategy by which it is that
 
     def __str__(self) -> str:
         return f"{self.case}, {str(self.dtype).removeprefix('torch.')}, {self.layout}"
 
 
 def _form(name: str, shape: tuple[int, ...], hidden: int, dtype: torch.dtype, last: bool = False):
-    return Watched(cases.Case(name, shape, hidden, (7, 7)), dtype, cases.NATIVE_LAYOUTS[last])
+    resident = "resident-pixels" if name.startswith("pixels") else "resident"
+    case = cases.Case(name, shape, hidden, (7, 7))
+    return Watched(case, dtype, cases.NATIVE_LAYOUTS[last], resident)
 
 
 # Ways of an H100 to hold samples on the chip that no smaller problem takes.
@@ -94,7 +97,7 @@ def run(
 
 
 def _make_calls(problem: Watched, device: str, tallies: Mapping[str, Tally]) -> None:
-    case, dtype, layout = problem
+    case, dtype, layout, resident = problem
     x = cases.LAYOUTS[layout](cases.make_x(case, dtype)).to(device)
     weights = Weights(*(w.to(device) for w in cases.make_weights(case, dtype)))
     grad = cases.LAYOUTS[layout](cases.make_x(case, dtype, seed=2)).to(device)
@@ -111,7 +114,8 @@ def _make_calls(problem: Watched, device: str, tallies: Mapping[str, Tally]) -> 
     }
     for strategy, tally in tallies.items():
         for name, call in calls.items():
-            with tally.problem(f"{problem}, {name}"), forced(strategy):
+            way = resident if strategy == "resident" else strategy
+            with tally.problem(f"{problem}, {name}"), forced(way):
                 # The copies wait for the kernels, and an error of theirs is raised here.
                 finite = [torch.isfinite(tensor.cpu()).all().item() for tensor in call()]
                 assert all(finite), f"{problem}, {name}, {strategy}: not finite"

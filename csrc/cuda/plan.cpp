@@ -27,17 +27,11 @@ constexpr int64_t kPackedBytes = 32 * 1024, kPackedBytesOfThread = kPackedBytes 
 
 // What passes leave in the cache shares it with what they write.
 constexpr double kCacheShare = 0.4;
-// What a kernel of a chain takes however little it does: until its first bytes arrive, and
-// until its last block ends. 5 kernels of a forward at batch 1 take 21 us on an H200, 8 of a
-// backward 30.
-// Where launches overlap the forward takes 17 us on an H100.
-constexpr double kKernelSeconds = 3.8e-6, kOverlappingSeconds = 3.0e-6;
-constexpr double kFirstBytesSeconds = 2e-6;  // of the first launch, until bytes arrive
-// What passes take of the memory's bandwidth, on the whole: so much on an H200, from 100 MB on.
-constexpr double kStreamedShare = 0.68;
-// A product of the MLP, by a multiprocessor: at 2048x7x7 some 20 us of 256 samples on an H100.
-constexpr double kStreamedProductSeconds = 13e-12;
-
+// What a launch takes longer where it waits for the one before to end.
+constexpr double kWithoutOverlap = 0.8e-6;
+// Fitted to 96 forwards of a ResNet-50's blocks on an H100, of 1 to 256 samples: to 11 % (the root
+// of the mean square, in logarithms).
+constexpr StreamedCosts kForwardCosts = {10.5e-6, 1.6e-6, 0.80, 33e-12};
 // Short rows that are no whole number of vectors, taken as one piece of memory.
 bool are_packed(const View& view, int vector, DType dtype) {
   return view.vectors && view.row_stride == view.cols && view.cols % vector != 0 &&
@@ -142,11 +136,11 @@ ReductionGeometry down_columns(const ForwardProblem& p, int64_t samples, int mul
 int launches_of(const ForwardProblem& p) { return takes_layers_together(p) ? 4 : 5; }
 
 Group groups_of(const ForwardProblem& p, const DeviceLimits& device) {
-  return group_samples(p, device, 1, 2, launches_of(p));
+  return group_samples(kForwardCosts, p, device, 1, 2, launches_of(p));
 }
 
 double streaming_seconds(const ForwardProblem& p, const DeviceLimits& device) {
-  return streamed_seconds(p, device, groups_of(p, device), 2, 2, launches_of(p));
+  return streamed_seconds(kForwardCosts, p, device, groups_of(p, device), 2, 2, launches_of(p));
 }
 
 template <class A>
@@ -183,8 +177,8 @@ ForwardGrids grids_of(const ForwardPlan& plan, const ForwardProblem& p, int64_t 
 
 // Grouping pays where reading a group's x again from the cache saves more than its launches take.
 // Below kSamplesPerWalk samples it would also read the MLP's weights more often.
-Group group_samples(const ForwardProblem& p, const DeviceLimits& device, int tensors, int rereads,
-                    int launches) {
+Group group_samples(const StreamedCosts& costs, const ForwardProblem& p, const DeviceLimits& device,
+                    int tensors, int rereads, int launches) {
   const int64_t sample = tensors * p.shape.channels * p.shape.pixels() * bytes_of(p.dtype);
   const auto room = static_cast<int64_t>(kCacheShare * static_cast<double>(device.l2_bytes));
   const int64_t fitting = room / sample;
@@ -196,25 +190,26 @@ Group group_samples(const ForwardProblem& p, const DeviceLimits& device, int ten
       ceil_div(ceil_div(p.shape.samples, groups), kSamplesPerWalk) * kSamplesPerWalk;
   const Group grouped{samples, true}, whole{p.shape.samples, false};
   const auto seconds = [&](const Group& group) {
-    return streamed_seconds(p, device, group, 0, rereads, launches);
+    return streamed_seconds(costs, p, device, group, 0, rereads, launches);
   };
   return seconds(grouped) < seconds(whole) ? grouped : whole;
 }
 
-double streamed_seconds(const ForwardProblem& p, const DeviceLimits& device, const Group& group,
-                        int first, int again, int launches) {
+double streamed_seconds(const StreamedCosts& costs, const ForwardProblem& p,
+                        const DeviceLimits& device, const Group& group, int first, int again,
+                        int launches) {
   const double pass = static_cast<double>(p.shape.samples * p.shape.channels * p.shape.pixels() *
                                           bytes_of(p.dtype)) /
-                      (kStreamedShare * device.bandwidth);
+                      (costs.bandwidth * device.bandwidth);
   const auto groups = static_cast<double>(ceil_div(p.shape.samples, group.samples));
   const double passes = first + (group.in_cache ? again / kCacheSpeed : again);
-  const double kernel =
-      device.capability >= kOverlapCapability ? kOverlappingSeconds : kKernelSeconds;
+  const double launch =
+      costs.launch + (device.capability >= kOverlapCapability ? 0 : kWithoutOverlap);
   // Two vectors through the first layer and one through the second, in both directions.
   const double products = 3.0 *
                           static_cast<double>(p.shape.samples * p.shape.channels * p.shape.hidden) *
-                          kStreamedProductSeconds / device.multiprocessors;
-  return kFirstBytesSeconds + passes * pass + products + launches * groups * kernel;
+                          costs.product / device.multiprocessors;
+  return groups * (costs.group + launches * launch) + passes * pass + products;
 }
 
 int64_t most_samples(int64_t blocks_per_sample) {

@@ -40,9 +40,7 @@ const char* why_streamed(const ResidentPlan<Geometry>& held, const Problem& p,
   if (held.seconds > seconds * kClearly) return "a resident plan is predicted to be slower";
   const Problem near = typical(p);
   const auto held_near = plan_resident(near, device);
-  // Two blocks that share a multiprocessor are not like one: the one uses what the other waits.
-  const bool alike = held_near.geometry && held_near.geometry->threads == held.geometry->threads;
-  if (alike && held_near.seconds < streaming(near, device)) return nullptr;
+  if (held_near.geometry && held_near.seconds < streaming(near, device)) return nullptr;
   return "a resident plan is predicted to take about as long, and not less in shapes nearby";
 }
 

@@ -106,10 +106,16 @@ struct BoxSearch {
 // Values of the maps that all boxes of a sample stage.
 int64_t staged_values(const BoxGeometry& g, const Shape& s);
 
+// What streaming takes: seconds of a group's launches together and of each; the part of the
+// memory's bandwidth that passes reach; a product of the MLP, by a multiprocessor.
+struct StreamedCosts {
+  double group, launch, bandwidth, product;
+};
+
 // How samples are grouped where `tensors` tensors of x's size are read, `rereads` of the readings
 // could come from the cache, and a group takes `launches` launches.
-Group group_samples(const ForwardProblem& p, const DeviceLimits& device, int tensors, int rereads,
-                    int launches);
+Group group_samples(const StreamedCosts& costs, const ForwardProblem& p, const DeviceLimits& device,
+                    int tensors, int rereads, int launches);
 
 // The most samples whose launches, of at most so many blocks a sample, a grid can count.
 int64_t most_samples(int64_t blocks_per_sample);
@@ -173,8 +179,9 @@ int64_t read_by_team(const ResidentGeometry& g, const Shape& s);
 
 // What passes over tensors of x's size take where x is streamed: `first` from memory or to it, and
 // `again` as many that could come from the cache, in so many launches for each group.
-double streamed_seconds(const ForwardProblem& p, const DeviceLimits& device, const Group& group,
-                        int first, int again, int launches);
+double streamed_seconds(const StreamedCosts& costs, const ForwardProblem& p,
+                        const DeviceLimits& device, const Group& group, int first, int again,
+                        int launches);
 
 // plan_mlp.cpp: how the MLP's layers are cut, forwards and backwards, whether one launch takes
 // both, and how many blocks share the samples of a walk over the weights of each.

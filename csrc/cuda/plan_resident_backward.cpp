@@ -7,20 +7,20 @@
 namespace cbam::cuda {
 namespace {
 
-// The walks over an element of x and of dout in shared memory, by a multiprocessor; estimated.
-constexpr double kElementSeconds = 50e-12;
+// As those of forwards, to 1067 backwards: to 6 % where rounds are counted whole. What blocks merge
+// is a part of other costs.
+constexpr VisitCosts kBackwardCosts = {
+    18.9e-6, 12.5e-6, 0.49,    50e-12, 211e-12, 267e-12, 24e-12, 1.73,
+    0.75,    0,       1.37e-9, 4.75e-6, 5.47e-6, 0.15e-6, 3.0e-6};
 // Chunks of x that a block has room for where not all of them stay; at least two, so that one
 // arrives while the other is read.
 constexpr int kMostSlots = 4, kFewestSlots = 2;
-// The barriers, merges and shuffles that a chunk of x costs where chunks come and go; estimated.
-constexpr double kChunkSeconds = 0.3e-6;
-// Four taps of the convolution's gradients over 32 pixels, by a warp; estimated.
-constexpr double kPlaceSeconds = 40e-9;
+// Chunks of a slice then, about: smaller ones, of which some find room.
+constexpr int64_t kFleetingChunks = 8;
 
 class BackwardFitting : public Teams {
  public:
   using Geometry = ResidentBackwardGeometry;
-  static constexpr Measured kMeasured{18e-6, 3.2, 5.5, 3.6};
 
   BackwardFitting(const BackwardProblem& p, const DeviceLimits& device)
       : Teams(p, device, 2, kBackwardThreads), problem_(p) {}
@@ -37,7 +37,7 @@ class BackwardFitting : public Teams {
     if (g.samples > 1) return std::nullopt;
     // Chunks of whole groups of rows; the number of rows in each kind is a power of two.
     const int64_t rows = std::max(kRowsTogether, g.row_group);
-    g.chunk = static_cast<int>(ceil_div(g.chunk, rows) * rows);
+    g.chunk = static_cast<int>(ceil_div(ceil_div(g.rows, kFleetingChunks), rows) * rows);
     g.chunks = static_cast<int>(ceil_div(g.rows, g.chunk));
     for (int slots = std::min(kMostSlots, g.chunks - 1); slots >= kFewestSlots; --slots) {
       g.x_slots = slots;
@@ -51,25 +51,10 @@ class BackwardFitting : public Teams {
     return resident_shared_bytes(problem_, g, layout);
   }
 
-  // Of a visit of each of `teams` teams.
-  double round_seconds(const Geometry& g, double teams) const {
-    const double bytes = slice(g) * static_cast<double>(bytes_of(p_.dtype));
-    const double passes = g.holds_x() ? 3 : 3 + 1 / kCacheSpeed;
-    const double memory =
-        passes * bytes / rate(g, teams) + weight_seconds(g, rate(g, teams)) +
-        merge_seconds(g, g.mlp_samples(), rate(g, teams)) +
-        exchange_seconds(g, exchanged_pixels(g, s_, g.samples).read, rate(g, teams));
-    const int barriers = g.split == Split::kPixels ? 4 : 3;
-    const double chunks = g.holds_x() ? 0 : 2.0 * g.chunks;
-    const int64_t pixels = ceil_div(g.boxes.pixels(), g.threads) * g.boxes_each;
-    const int64_t places = ceil_div(g.mapped_pixels() / g.boxes_each, 32) * g.boxes_each *
-                           ceil_div(2 * s_.taps(), int64_t{4} * g.threads / 32);
-    const double waits = barrier_seconds(g, barriers) + share_seconds(g) +
-                         slice(g) * kElementSeconds +
-                         0.75 * product_seconds(g, 2 * g.mlp_samples()) + chunks * kChunkSeconds +
-                         static_cast<double>(s_.taps() * pixels) * kTapSeconds +
-                         static_cast<double>(places) * kPlaceSeconds;
-    return together(g, teams, memory, waits);
+  double seconds(const Geometry& g) const {
+    const Visit visit = {g.holds_x() ? 3 : 3 + 1 / kCacheSpeed,
+                         g.split == Split::kPixels ? 4.0 : 3.0, g.holds_x() ? 0.0 : g.chunks};
+    return Teams::seconds(kBackwardCosts, g, visit);
   }
 
  private:
@@ -131,13 +116,13 @@ ResidentPlan<ResidentBackwardGeometry> plan_resident(const BackwardProblem& p,
   if (!in_whole_vectors(p, p.strides, p.x) || !in_whole_vectors(p, p.dout_strides, p.dout) ||
       (p.gradients.x && !in_whole_vectors(p, p.dx_strides, p.gradients.x)))
     return {{}, 0, "rows of x, dout or dx are no whole vectors of 16 bytes, or have gaps"};
-  return fastest(BackwardFitting(p, device), p.shape, device, only);
+  return fastest(BackwardFitting(p, device), device, only);
 }
 
 ResidentPlan<ResidentBackwardGeometry> for_batch(const ResidentPlan<ResidentBackwardGeometry>& plan,
                                                  const BackwardProblem& p,
                                                  const DeviceLimits& device) {
-  return for_batch(plan, BackwardFitting(p, device), p.shape);
+  return for_batch(plan, BackwardFitting(p, device));
 }
 
 Grid resident_grid(const BackwardPlan& plan, const BackwardProblem& p) {

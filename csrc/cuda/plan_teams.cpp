@@ -13,7 +13,7 @@ constexpr int64_t kSectorBytes = 32;
 // them, some 40 cycles each.
 constexpr int64_t kBulkPiece = 1024;
 // A slice is loaded in about so many chunks: while one drains, the next sample's begin to arrive.
-constexpr int64_t kWantedChunks = 8;
+constexpr int64_t kWantedChunks = 4;
 // What a multiprocessor can be sent, in shares of the memory's bandwidth: some blocks do not use
 // all of it.
 constexpr double kMostShare = 2.5;
@@ -37,11 +37,13 @@ Teams::Teams(const ForwardProblem& p, const DeviceLimits& device, int tensors, i
       tensors_(tensors),
       threads_(threads) {}
 
+int64_t Teams::visits(const ResidentGeometry& g) const { return ceil_div(s_.samples, g.samples); }
+
 int64_t Teams::teams(const ResidentGeometry& g) const {
   int64_t at_once = int64_t{device_.multiprocessors} * blocks(g) / g.team;
   for (int size = 0; g.cluster && size < kClusterSizes; ++size)
     if (1 << size == g.team) at_once = int64_t{device_.clusters[size]} * blocks(g);
-  return std::min(ceil_div(s_.samples, g.samples), at_once);
+  return std::min(visits(g), at_once);
 }
 
 int Teams::samples_per_visit() const {
@@ -53,16 +55,9 @@ int Teams::samples_per_visit() const {
   return samples;
 }
 
-double Teams::measured(const Measured& measured, const ResidentGeometry& g,
-                       double estimated) const {
-  const bool whole = !first_ || s_.pixels() % vector_ == 0;
-  const double of_one = whole ? measured.whole : measured.rest;
-  return measured.more + (g.samples > 1 ? measured.several : of_one) * estimated;
-}
-
-int Teams::fewest_blocks(int samples) const {
+int Teams::fewest_blocks(int samples, int blocks) const {
   const int64_t held = samples * s_.channels * s_.pixels() * bytes_of(p_.dtype);
-  return static_cast<int>(ceil_div(held, device_.shared_per_block));
+  return static_cast<int>(ceil_div(held, limit(blocks)));
 }
 
 int64_t Teams::limit(int blocks) const {
@@ -176,52 +171,60 @@ double Teams::slice(const ResidentGeometry& g) const {
   return share(g) * static_cast<double>(g.samples * s_.pixels());
 }
 
-double Teams::weight_seconds(const ResidentGeometry& g, double rate) const {
+double Teams::weights_read(const ResidentGeometry& g) const {
   if (g.weight_bytes) return 0;  // they came while the first samples did
   const double weights = 2.0 * share(g) * static_cast<double>(s_.hidden);
-  return weights * static_cast<double>(bytes_of(p_.weights.dtype)) / (rate * kCacheSpeed);
+  return weights * static_cast<double>(bytes_of(p_.weights.dtype));
 }
 
-double Teams::product_seconds(const ResidentGeometry& g, int vectors) const {
-  return 2.0 * share(g) * static_cast<double>(s_.hidden) * vectors * kProductSeconds;
-}
-
-double Teams::merge_seconds(const ResidentGeometry& g, int vectors, double rate) const {
+double Teams::sums_read(const ResidentGeometry& g, double vectors) const {
   // Of a unit: sums of so many vectors, and what is made of them, three values a sample together.
   const double of_unit = g.shares_units ? 3.0 * g.mlp_samples() : vectors * g.team;
-  const double read = static_cast<double>(s_.hidden) * of_unit * sizeof(float);
-  return read / (rate * kCacheSpeed);
-}
-
-double Teams::share_seconds(const ResidentGeometry& g) {
-  constexpr int kMeasured = 48, kTogether = 8;
-  constexpr double kReadSeconds = 1e-6;
-  return kReadSeconds * static_cast<double>(ceil_div(std::max(0, g.team - kMeasured), kTogether));
+  return static_cast<double>(s_.hidden) * of_unit * sizeof(float);
 }
 
 bool Teams::sharing_units_pays(const ResidentGeometry& g, int vectors) const {
   if (g.samples == 1) return false;
-  const auto seconds = [&](bool shares) {
+  const double speed = rate(g, static_cast<double>(g.teams)) * kCacheSpeed;
+  const auto read_in = [&](bool shares) {
     ResidentGeometry other = g;
     other.shares_units = shares;
-    return merge_seconds(other, vectors, rate(g, static_cast<double>(g.teams))) +
-           barrier_seconds(other, 0);
+    return sums_read(other, vectors) / speed;
   };
-  return seconds(true) < seconds(false);
+  return read_in(true) + (g.cluster ? kClusterBarrier : kPartBarrier) < read_in(false);
 }
 
-double Teams::exchange_seconds(const ResidentGeometry& g, int64_t bytes, double rate) {
-  return g.cluster ? 0 : static_cast<double>(bytes) / (g.team * rate * kCacheSpeed);
+double Teams::seconds(const VisitCosts& costs, const ResidentGeometry& g,
+                      const Visit& visit) const {
+  constexpr int kSharesTogether = 4;
+  const auto at_once = static_cast<double>(std::min(visits(g), g.teams));
+  const double speed = rate(g, at_once), elements = slice(g), samples = g.samples;
+  const bool by_pixels = g.split == Split::kPixels;
+  const bool whole = !first_ || s_.pixels() % vector_ == 0;
+  // Two vectors of a sample go through two layers, in either direction.
+  const double vectors = 2.0 * g.mlp_samples();
+  const double products = 2 * share(g) * static_cast<double>(s_.hidden) * vectors;
+  const double merged =
+      samples * static_cast<double>(read_by_team(g, s_)) / (by_pixels ? g.team : 1);
+  const double collected = by_pixels ? 0 : samples * static_cast<double>(s_.pixels());
+  const double of_block =
+      costs.memory * visit.passes * elements * static_cast<double>(bytes_of(p_.dtype)) / speed +
+      elements * (costs.element + (whole ? 0 : costs.of_rest) + (by_pixels ? costs.of_pixels : 0)) +
+      (costs.weights * weights_read(g) + costs.sums * sums_read(g, vectors)) /
+          (speed * kCacheSpeed) +
+      products * costs.product + merged * costs.merged + collected * costs.collected;
+  const double barriers = visit.barriers + (g.shares_units ? 1 : 0);
+  const double of_round = costs.round + of_block * blocks_at_once(g, at_once) +
+                          barriers * (g.cluster ? costs.cluster_barrier : costs.part_barrier) +
+                          static_cast<double>(ceil_div(g.team, kSharesTogether)) * costs.shares +
+                          visit.chunks * costs.chunk;
+  // Parts of rounds count as parts, so that neighbouring batches get the same plan.
+  return costs.once + static_cast<double>(visits(g)) / at_once * of_round;
 }
 
-double Teams::barrier_seconds(const ResidentGeometry& g, double barriers) {
-  const double all = barriers + (g.shares_units ? 1 : 0);
-  return all * (g.cluster ? kClusterBarrier : kPartBarrier);
-}
-
-double Teams::together(const ResidentGeometry& g, double teams, double memory, double waits) const {
-  const bool shared = blocks(g) > 1 && teams * g.team > device_.multiprocessors;
-  return shared ? std::max(2 * memory, memory + waits) : memory + waits;
+double Teams::blocks_at_once(const ResidentGeometry& g, double teams) const {
+  const double wanted = teams * g.team / device_.multiprocessors;
+  return std::clamp(wanted, 1.0, static_cast<double>(blocks(g)));
 }
 
 const char* why_not_held(const ForwardProblem& p, const DeviceLimits& device) {

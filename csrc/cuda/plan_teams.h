@@ -7,12 +7,9 @@
 
 namespace cbam::cuda {
 
-// The costs beside memory, estimates that are measured as a whole: a barrier of a cluster (0.5 us
-// for 4 blocks, 0.65 us for 8 on an H100) and of a part of a grid (0.7 to 1.1 us in visits of
-// 56x56, where its 8 blocks come together); a product of the MLP; a tap of the convolution, for
-// what one thread computes of it at a time; the launch and the first bytes.
+// Whether blocks add up hidden units for each other: a barrier of a cluster and of a part of a
+// grid.
 constexpr double kClusterBarrier = 0.6e-6, kPartBarrier = 0.8e-6;
-constexpr double kProductSeconds = 8e-12, kTapSeconds = 10e-9, kStartSeconds = 3e-6;
 
 // Blocks of a team, samples of a visit, blocks on a multiprocessor, and what they hold.
 struct Candidate {
@@ -21,13 +18,27 @@ struct Candidate {
   Split split;
 };
 
-// What plans took on an H100 and an H200 beside what is estimated here: seconds more, and so many
-// times as long, where rows are whole vectors, where they are not, and where a visit has several
-// samples. Of 576 predictions for blocks of a ResNet-50, both strategies in both directions, 449
-// were met within a third, when what blocks exchange through the cache was no part of the
-// estimates.
-struct Measured {
-  double more, whole, rest, several;
+// What a launch takes on an H100, in seconds: `once`, and for every round of visits the rest, of
+// which what a block computes and moves counts once for each block on its multiprocessor.
+struct VisitCosts {
+  double once, round;  // whatever is visited
+  double memory;       // a part of what the tensors' bytes would take at the memory's bandwidth
+  double element, of_rest, of_pixels;  // of the slice; more where rows are no whole vectors; more
+                                       // where blocks hold pixels
+  double product;                      // of the MLP
+  double weights, sums;  // parts of what bytes would take from the cache: the MLP's weights, and
+                         // the team's sums of the hidden layer
+  double merged, collected;  // a pixel's maps of one block, a pixel's gates
+  double cluster_barrier, part_barrier;
+  double shares;  // four blocks' shares of a sum, one after the other
+  double chunk;   // of x, where not all of them stay
+};
+
+// What of a visit depends on its direction.
+struct Visit {
+  double passes;  // over a block's slice in memory
+  double barriers;
+  double chunks;  // that come and go
 };
 
 class Teams {
@@ -35,14 +46,16 @@ class Teams {
   // `tensors` of x's size are on the chip, at most; the blocks of a multiprocessor have `threads`.
   Teams(const ForwardProblem& p, const DeviceLimits& device, int tensors, int threads);
 
+  int64_t visits(const ResidentGeometry& g) const;
   // As many as there are visits, and as run at once.
   int64_t teams(const ResidentGeometry& g) const;
   // Samples that share one reading of the MLP's weights, so that these stay a quarter of what a
   // visit reads of the tensors.
   int samples_per_visit() const;
-  double measured(const Measured& measured, const ResidentGeometry& g, double estimated) const;
-  // Blocks without which so many samples have no room.
-  int fewest_blocks(int samples) const;
+  // Blocks without which so many samples have no room, of so many on a multiprocessor.
+  int fewest_blocks(int samples, int blocks) const;
+  // Until all have been visited.
+  double seconds(const VisitCosts& costs, const ResidentGeometry& g, const Visit& visit) const;
   // Bytes of shared memory that a block may take, of so many on a multiprocessor.
   int64_t limit(int blocks) const;
   int64_t limit(const ResidentGeometry& g) const { return limit(blocks(g)); }
@@ -64,26 +77,16 @@ class Teams {
   // `teams` teams run.
   double rate(const ResidentGeometry& g, double teams) const;
   // Channels of a block and elements of its slice, on average: blocks share the bandwidth, so that
-  // one with a group of channels more than others gets more of it. Seconds for the weights of the
-  // MLP where every visit reads them, for products with so many vectors, and for so many barriers
-  // and that behind shared units.
+  // one with a group of channels more than others gets more of it.
   double share(const ResidentGeometry& g) const;
   double slice(const ResidentGeometry& g) const;
-  double weight_seconds(const ResidentGeometry& g, double rate) const;
-  double product_seconds(const ResidentGeometry& g, int vectors) const;
-  // Until a block has read the team's shares of the hidden layer's sums for so many vectors.
-  double merge_seconds(const ResidentGeometry& g, int vectors, double rate) const;
-  // While a block reads the shares of a team one after the other, eight at a time, a microsecond
-  // each on an H100: of more blocks than most of the teams that were measured have.
-  static double share_seconds(const ResidentGeometry& g);
+  // Bytes of the weights of the MLP where every visit reads them, and of the team's sums of the
+  // hidden layer for so many vectors.
+  double weights_read(const ResidentGeometry& g) const;
+  double sums_read(const ResidentGeometry& g, double vectors) const;
   // Whether it is faster that each block adds up some units for all: of 16 blocks at 7x7 each would
   // else read 131 KB, 3 us on an H100, where a barrier takes one.
   bool sharing_units_pays(const ResidentGeometry& g, int vectors) const;
-  // Until the blocks of a team that is no cluster have read so many bytes of each other in all.
-  static double exchange_seconds(const ResidentGeometry& g, int64_t bytes, double rate);
-  static double barrier_seconds(const ResidentGeometry& g, double barriers);
-  // Of a visit: where two blocks share a multiprocessor, the one uses what the other waits.
-  double together(const ResidentGeometry& g, double teams, double memory, double waits) const;
 
   const ForwardProblem& p_;
   const Shape& s_;
@@ -99,6 +102,8 @@ class Teams {
   bool share_channels(ResidentGeometry& g) const;
   bool share_pixels(ResidentGeometry& g) const;
   Copy copy_of(const ResidentGeometry& g) const;
+  // Of a multiprocessor on which `teams` teams run.
+  double blocks_at_once(const ResidentGeometry& g, double teams) const;
 
   // Of a multiprocessor.
   int blocks(const ResidentGeometry& g) const { return threads_ / g.threads; }
@@ -112,18 +117,9 @@ const char* why_not_held(const ForwardProblem& p, const DeviceLimits& device);
 // Whether slices of a tensor of the problem are whole vectors.
 bool in_whole_vectors(const ForwardProblem& p, const Strides& strides, const void* data);
 
-// Parts of visits and of rounds count as parts, so that neighbouring batches get the same plan.
+// The way to hold samples that is estimated to be the fastest, where every visit reads the weights.
 template <class Fitting>
-double estimated(const Fitting& fitting, const Shape& s, const typename Fitting::Geometry& g) {
-  const double visits = std::max(1.0, static_cast<double>(s.samples) / g.samples);
-  const double at_once = std::min(visits, static_cast<double>(g.teams));
-  return kStartSeconds + visits / at_once * fitting.round_seconds(g, at_once);
-}
-
-// The way to hold samples that is estimated to be the fastest, and the estimate, where every visit
-// reads the weights. What was measured beside estimates does not say which of two ways is faster.
-template <class Fitting>
-ResidentPlan<typename Fitting::Geometry> fastest_way(const Fitting& fitting, const Shape& s,
+ResidentPlan<typename Fitting::Geometry> fastest_way(const Fitting& fitting,
                                                      const DeviceLimits& device,
                                                      std::optional<Split> only) {
   ResidentPlan<typename Fitting::Geometry> best, of_split;
@@ -132,26 +128,31 @@ ResidentPlan<typename Fitting::Geometry> fastest_way(const Fitting& fitting, con
   const auto consider = [&](const Candidate& candidate) {
     const auto g = fitting.geometry(candidate);
     if (!g) return candidate.team;
-    const double needed = estimated(fitting, s, *g);
+    const double needed = fitting.seconds(*g);
     if (!of_split.geometry || needed < of_split.seconds)
       of_split = {g, needed,
                   g->cluster ? "clusters hold the samples" : "the whole grid holds samples"};
     return g->team;
   };
+  // Of the whole grid's teams, which leave fewer blocks without a team than clusters do.
+  const auto consider_grid = [&](int samples, int blocks, Split split) {
+    const int most = all * blocks;
+    int team = fitting.fewest_blocks(samples, blocks);
+    if (of_split.geometry) {  // the smallest, and those that are hardly larger
+      while (team < most && !fitting.geometry({false, team, samples, blocks, split})) ++team;
+      for (const int last = team + team / 4; team <= last; ++team)
+        consider({false, team, samples, blocks, split});
+      return;
+    }
+    // The largest teams of which so many run at once.
+    for (team = most; team > 0; team = most / (most / team + 1))
+      team = consider({false, team, samples, blocks, split});
+  };
   const auto consider_all = [&](int samples, Split split) {
     for (int blocks = 1; blocks <= 2; ++blocks)
       for (int size = 0; size < kClusterSizes; ++size)
         if (device.clusters[size]) consider({true, 1 << size, samples, blocks, split});
-    if (of_split.geometry && of_split.geometry->cluster) {
-      // Of the whole grid's teams the smallest alone: they leave fewer blocks without a team.
-      int team = fitting.fewest_blocks(samples);
-      while (team < all && !fitting.geometry({false, team, samples, 1, split})) ++team;
-      consider({false, team, samples, 1, split});
-      return;
-    }
-    // The largest teams of which so many run at once.
-    for (int team = all; team > 0; team = all / (all / team + 1))
-      team = consider({false, team, samples, 1, split});
+    for (int blocks = 1; blocks <= 2; ++blocks) consider_grid(samples, blocks, split);
   };
   for (const Split split : {Split::kChannels, Split::kPixels}) {
     if (only && only != split) continue;
@@ -168,28 +169,25 @@ ResidentPlan<typename Fitting::Geometry> fastest_way(const Fitting& fitting, con
 // The same way to hold a sample, for a batch of another size.
 template <class Fitting>
 ResidentPlan<typename Fitting::Geometry> for_batch(ResidentPlan<typename Fitting::Geometry> plan,
-                                                   const Fitting& fitting, const Shape& s) {
+                                                   const Fitting& fitting) {
   if (!plan.geometry) return plan;
   plan.geometry->teams = fitting.teams(*plan.geometry);
-  plan.seconds =
-      fitting.measured(Fitting::kMeasured, *plan.geometry, estimated(fitting, s, *plan.geometry));
+  plan.seconds = fitting.seconds(*plan.geometry);
   return plan;
 }
 
 // The geometry of that way, with the weights on the chip where it leaves them room and teams come
 // back for more samples. What else they would allow, or cost, is not measured.
 template <class Fitting>
-ResidentPlan<typename Fitting::Geometry> fastest(const Fitting& fitting, const Shape& s,
-                                                 const DeviceLimits& device,
+ResidentPlan<typename Fitting::Geometry> fastest(const Fitting& fitting, const DeviceLimits& device,
                                                  std::optional<Split> only) {
-  auto best = fastest_way(fitting, s, device, only);
+  auto best = fastest_way(fitting, device, only);
   if (!best.geometry) return best;
   auto held = *best.geometry;
   held.weight_bytes = fitting.weight_bytes();
-  if (ceil_div(s.samples, held.samples) > held.teams &&
-      fitting.shared_bytes(held) <= fitting.limit(held))
+  if (fitting.visits(held) > held.teams && fitting.shared_bytes(held) <= fitting.limit(held))
     best.geometry = held;
-  return for_batch(best, fitting, s);
+  return for_batch(best, fitting);
 }
 
 // The grid of a plan's launch.
