@@ -82,10 +82,10 @@ FORMS = {
         pixels,
         pixels | {"x": "stays"},
     ),
-    "x comes and goes, clusters of 16": (
-        {"team": 16},
-        {"team": 16},
-        {"split": "channels", "x": "is read twice", "copy": "bulk", "kind": "cluster", "team": 16},
+    "x comes and goes": (
+        pixels := {"split": "pixels"},
+        pixels,
+        {"split": "channels", "kind": "grid", "copy": "bulk", "x": "is read twice"},
     ),
     "pixels, x comes and goes": (
         pixels := {"split": "pixels", "copy": "bulk"},
@@ -95,7 +95,7 @@ FORMS = {
     "several boxes a block": (grid := {"kind": "grid", "several boxes": True}, grid, None),
     "backward on the whole grid": ({}, {}, {"kind": "grid", "team": 2, "split": "channels"}),
     "several samples of a visit, several visits": (
-        several := {"samples": 8, "rounds": 2, "team": 4, "holds_weights": True},
+        several := {"samples": 8, "rounds": 2},
         several,
         several | {"x": "stays", "access": "packed"},
     ),

@@ -56,15 +56,15 @@ def _form(name: str, shape: tuple[int, ...], hidden: int, dtype: torch.dtype, la
 
 # Ways of an H100 to hold samples on the chip that no smaller problem takes.
 FORMS = (
-    _form("maps in bands", (1, 72, 106, 106), 4, torch.float16),
+    _form("maps in bands", (1, 56, 118, 118), 4, torch.float16),
     _form("pixels of clusters of 16", (1, 64, 56, 56), 4, torch.float16, last=True),
     _form("pixels of the whole grid", (1, 96, 96, 96), 4, torch.float32),
-    _form("x comes and goes, clusters of 16", (1, 256, 42, 42), 16, torch.float32),
-    _form("pixels, x comes and goes", (1, 24, 126, 126), 1, torch.float32, last=True),
+    _form("x comes and goes", (1, 32, 112, 112), 16, torch.float32),
+    _form("pixels, x comes and goes", (1, 8, 194, 194), 1, torch.float32, last=True),
     _form("several boxes a block", (1, 4, 161, 53), 2, torch.float32),
     _form("backward on the whole grid", (1, 4, 82, 82), 2, torch.float16),
-    _form("several samples of a visit, several visits", (512, 32, 2, 2), 64, torch.float16),
-    _form("each block adds up some hidden units", (140, 128, 2, 2), 250, torch.float32),
+    _form("several samples of a visit, several visits", (1100, 16, 2, 2), 32, torch.float16),
+    _form("each block adds up some hidden units", (70, 512, 2, 2), 200, torch.float32),
     _form("several visits of a team", (133, 64, 2, 2), 64, torch.float16, last=True),
 )
 
