@@ -44,7 +44,9 @@ def plan(
             read x twice), "resident-channels" or "resident-pixels" (so that a block holds some
             channels of all pixels, or some pixels of all channels), or "auto" for the one that is
             predicted to be faster; where both take about as long, for what is faster in a typical
-            shape nearby.
+            shape nearby. For measurements a resident one may go on with ":cluster" or ":grid", and
+            numbers behind colons: blocks of a team, blocks on a multiprocessor, and samples of a
+            visit, as in "resident-channels:grid:8:2:1"; the plan chooses what is missing or 0.
         multiprocessors: plan for a part of the device that has so many; 0 for all of it.
 
     Returns:

@@ -105,7 +105,14 @@ IN_EITHER_DIRECTION = (
         "teams of one block", (5, 16, 6, 8), 2, multiprocessors=1, plan={"team": 1, "rounds": 3}
     ),
     Regime("two blocks on a multiprocessor", (40, 64, 28, 28), 4, plan={"threads": 256}),
-    Regime("little shared memory", (3, 128, 28, 28), 8, "RTX 5090", plan={"kind": "cluster"}),
+    Regime(
+        "little shared memory",
+        (3, 128, 28, 28),
+        8,
+        "RTX 5090",
+        plan={"kind": "cluster"},
+        strategy="resident:cluster",
+    ),
     Regime(
         "a block with fewer channels", (2, 30, 16, 16), 6, multiprocessors=16, plan={"uneven": True}
     ),
@@ -117,6 +124,7 @@ IN_EITHER_DIRECTION = (
         8,
         CHANNELS_LAST,
         plan={"uneven": True, "team": 4},
+        strategy="resident-channels:cluster:4",
     ),
     Regime(
         "three blocks of a grid, with unequal channels",
@@ -142,6 +150,7 @@ IN_EITHER_DIRECTION = (
         "A100",
         dtype=torch.float32,
         plan={"split": "pixels", "kind": "grid", "pixels": 116},
+        strategy="resident-pixels:grid:36",
     ),
     Regime(
         "each block adds up some hidden units, clusters",
@@ -149,6 +158,7 @@ IN_EITHER_DIRECTION = (
         250,
         dtype=torch.float32,
         plan={"shares_units": True, "kind": "cluster", "team": 16, "rounds": 2},
+        strategy="resident-channels:cluster:16:2",
     ),
     Regime(
         "each block adds up some hidden units, the whole grid",
@@ -156,9 +166,17 @@ IN_EITHER_DIRECTION = (
         250,
         "A100",
         plan={"shares_units": True, "kind": "grid", "rounds": 2},
+        strategy="resident-channels:grid:13",
     ),
     Regime("a sequence", (3, 32, 4096), 4, dtype=torch.bfloat16, plan={"kind": "cluster"}),
-    Regime("a volume", (2, 64, 8, 12, 16), 4, dtype=torch.float32, plan={"kind": "cluster"}),
+    Regime(
+        "a volume",
+        (2, 64, 8, 12, 16),
+        4,
+        dtype=torch.float32,
+        plan={"kind": "cluster"},
+        strategy="resident:cluster",
+    ),
 )
 
 # A team visits several samples, and its weights stay on the chip: in either direction.

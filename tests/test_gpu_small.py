@@ -31,8 +31,10 @@ def test_what_the_tools_watch_reaches_every_call(monkeypatch):
         patched.setattr(small, "train", watched_training)
         count = 2 * len(small.DTYPES) * 2 + 1
         assert small.run("cpu") == dict.fromkeys(strategies.STRATEGIES, f"{3 * count} calls")
-    for strategy in strategies.STRATEGIES:
-        assert (seen.count(strategy), trained.count(strategy)) == (3 * count, count)
+    for strategy, calls in (("streaming", count), ("resident", count - 1)):
+        assert (seen.count(strategy), trained.count(strategy)) == (3 * calls, calls)
+    form = small.FORMS[-1].resident
+    assert (seen.count(form), trained.count(form)) == (3, 1)
     assert {len(case.shape) for case in small.CASES} == {3, 4, 5}
 
 
@@ -83,9 +85,9 @@ FORMS = {
         pixels | {"x": "stays"},
     ),
     "x comes and goes": (
-        pixels := {"split": "pixels"},
-        pixels,
-        {"split": "channels", "kind": "grid", "copy": "bulk", "x": "is read twice"},
+        {"team": 16},
+        {"team": 16},
+        {"split": "channels", "x": "is read twice", "copy": "bulk", "kind": "cluster", "team": 16},
     ),
     "pixels, x comes and goes": (
         pixels := {"split": "pixels", "copy": "bulk"},
@@ -94,12 +96,12 @@ FORMS = {
     ),
     "several boxes a block": (grid := {"kind": "grid", "several boxes": True}, grid, None),
     "backward on the whole grid": ({}, {}, {"kind": "grid", "team": 2, "split": "channels"}),
-    "several samples of a visit, several visits": (
-        several := {"samples": 8, "rounds": 2},
+    "several samples, several visits": (
+        several := {"samples": 8, "rounds": 2, "team": 4, "holds_weights": True},
         several,
         several | {"x": "stays", "access": "packed"},
     ),
-    "each block adds up some hidden units": (
+    "shared hidden units": (
         units := {"shares_units": True, "kind": "cluster"},
         units,
         units,

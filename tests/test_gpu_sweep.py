@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_gpu_timings import ROWS, Ticks, cells_of, finished, one_row, plan_on_record
 
-from benchmarks.gpu import measure, problems, report, rows, strategies, sweep, tables
+from benchmarks.gpu import measure, problems, report, rows, strategies, sweep, tables, ways
 from benchmarks.outcome import Folder
 from benchmarks.problems import Problem
 from cbam_cuda import plan as planning
@@ -76,6 +76,31 @@ def test_the_other_split(direction):
     assert other(256, 256, 56, 56) in (("resident-pixels",), ("resident-channels",))
     assert other(256, 2048, 7, 7) == ()  # an image of no whole vectors
     assert other(1, 64, 4096, 4096) == ()  # no sample fits on the chip
+
+
+@pytest.mark.parametrize("direction", rows.ALONE)
+def test_ways_to_hold_samples(direction):
+    problem = Problem((64, 512, 28, 28), torch.float16, "contiguous")
+    found = ways.ways(problem, direction)
+    assert len(set(found)) == len(found) > 10
+    plans = [rows.planned(problem, direction, name) for name in found]
+    held = [plan["passes"]["resident"] for plan in plans]
+    assert len({str(geometry) for geometry in held}) == len(found)
+    assert {geometry["kind"] for geometry in held} == {"cluster", "grid"}
+    best = rows.planned(problem, direction, "resident")
+    assert best["passes"]["resident"] in held
+    longest = ways.LIMIT * best["predicted_seconds"]
+    assert all(plan["predicted_seconds"] <= longest for plan in plans)
+    assert ways.ways(Problem((1, 64, 4096, 4096), torch.float16, "contiguous"), direction) == []
+
+
+def test_cells_of_all_ways(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ways, "ways", lambda problem, direction: [f"{problem}, {direction}"])
+    monkeypatch.setattr(sweep, "time_strategies", lambda *given: asked.append(given))
+    ways.time_cell("a problem", 30.0)
+    more = {direction: [f"a problem, {direction}"] for direction in rows.ALONE}
+    assert asked == [("a problem", more)]
 
 
 @pytest.mark.parametrize("direction", rows.ALONE)

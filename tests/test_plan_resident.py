@@ -180,11 +180,12 @@ RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 
 
 @pytest.mark.parametrize(
-    ("device", "folder"), [("H100", "nvidia-h100-80gb-hbm3"), ("H200", "nvidia-h200")]
+    ("device", "folder"),
+    [("H100", "nvidia-h100-80gb-hbm3/2026-11-27"), ("H200", "nvidia-h200/acceptance")],
 )
 def test_the_choice_is_what_was_measured_to_be_faster(device, folder):
     """But for one cell in ten at most, where it takes a seventh longer or more."""
-    slow, rows = [], json.loads((RESULTS / folder / "acceptance/sweep.json").read_text())["rows"]
+    slow, rows = [], json.loads((RESULTS / folder / "sweep.json").read_text())["rows"]
     for row in rows:
         backward = row["direction"] == "backward"
         chosen = plan(row["shape"], row["dtype"], device, backward=backward)["strategy"]
@@ -234,10 +235,43 @@ def test_why_x_is_streamed(shape, options, reason):
 def test_a_strategy_that_is_not_possible():
     with pytest.raises(ValueError, match=r"expected one that is possible, got resident: float64"):
         plan([8, 64, 28, 28], "float64", strategy="resident")
-    with pytest.raises(
-        ValueError, match=r"expected auto, streaming, resident, resident-.*, got fast"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fast",
+        "resident-",
+        "resident:",
+        "resident:blocks",
+        "streaming:grid",
+        "resident:grid:x",
+        "resident:grid:-1",
+        "resident:grid:10000",
+        "resident:grid:8:3",
+        "resident:grid:8:8",
+        "resident:grid:8:1:9",
+        "resident:grid:8:1:1:1",
+    ],
+)
+def test_a_strategy_that_is_unknown(name):
+    with pytest.raises(ValueError, match=f"expected auto, streaming or resident, .*, got {name}$"):
+        plan([8, 64, 28, 28], strategy=name)
+
+
+def test_how_samples_are_held_can_be_asked_for():
+    shape = [64, *RESNET[1]]
+    for name, team, threads, samples in (
+        ("resident-channels:cluster:4:1:1", 4, 512, 1),
+        ("resident-channels:grid:8:2:1", 8, 256, 1),
+        ("resident-channels:grid:16:0:2", 16, 256, 2),
+        ("resident-pixels:cluster", 4, 512, 1),
     ):
-        plan([8, 64, 28, 28], strategy="fast")
+        held = plan(shape, "float16", strategy=name)["passes"]["resident"]
+        assert name.startswith(f"resident-{held['split']}:{held['kind']}")
+        assert (held["team"], held["threads"], held["samples"]) == (team, threads, samples)
+    with pytest.raises(ValueError, match="got resident: samples do not fit on the chip in this"):
+        plan(shape, "float16", strategy="resident:cluster:2")
 
 
 @pytest.mark.parametrize("backward", [False, True])

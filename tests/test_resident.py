@@ -91,7 +91,13 @@ REGIMES = (
         layout=CHANNELS_LAST,
         plan={"team": 1, "copy": "bulk"},
     ),
-    Regime("a cluster of 16", (2, 256, 56, 56), 16, plan={"team": 16}),
+    Regime(
+        "a cluster of 16",
+        (2, 256, 56, 56),
+        16,
+        plan={"team": 16},
+        strategy="resident-channels:cluster:16",
+    ),
     Regime(
         "several samples on the whole grid",
         (19, 512, 7, 7),
@@ -101,7 +107,14 @@ REGIMES = (
         plan={"kind": "grid", "samples": 8, "rounds": 2, "holds_weights": False},
     ),
     Regime("many visits of each team", (23, 32, 8, 8), 2, multiprocessors=4, plan={"rounds": 3}),
-    Regime("maps in bands", (1, 72, 98, 98), 16, multiprocessors=16, plan={"bands": 2}),
+    Regime(
+        "maps in bands",
+        (1, 48, 106, 106),
+        16,
+        multiprocessors=16,
+        plan={"bands": 2},
+        strategy="resident-channels:cluster:8",
+    ),
     Regime(
         "bands, channels last",
         (8, 128, 52, 52),
@@ -110,14 +123,15 @@ REGIMES = (
         8,
         CHANNELS_LAST,
         plan={"bands": 2, "rounds": 4, "copy": "async"},
-        strategy="resident-channels",
+        strategy="resident-channels:cluster:8",
     ),
     Regime(
         "a short last band",
-        (2, 128, 50, 50),
+        (2, 64, 74, 74),
         16,
         multiprocessors=8,
         plan={"bands": 2, "a short last band": True},
+        strategy="resident-channels:cluster:4",
     ),
     Regime(
         "a short last chunk",
@@ -125,7 +139,7 @@ REGIMES = (
         3,
         multiprocessors=2,
         layout=CHANNELS_LAST,
-        plan={"a short last chunk": True, "chunk": 46, "groups": 32},
+        plan={"a short last chunk": True, "chunk": 91, "groups": 32},
     ),
     Regime(
         "several samples of a visit",
@@ -133,6 +147,7 @@ REGIMES = (
         128,
         multiprocessors=8,
         plan={"samples": 8, "rounds": 3, "holds_weights": True},
+        strategy="resident-channels:cluster:4",
     ),
     Regime(
         "the same, channels last",
@@ -143,7 +158,15 @@ REGIMES = (
         CHANNELS_LAST,
         plan={"samples": 8, "rounds": 2},
     ),
-    Regime("several boxes a block", (1, 256, 56, 56), 16, "T4", 32, plan={"several boxes": True}),
+    Regime(
+        "several boxes a block",
+        (1, 256, 56, 56),
+        16,
+        "T4",
+        32,
+        plan={"several boxes": True},
+        strategy="resident-channels",
+    ),
     Regime(
         "asynchronous copies, the whole grid",
         (5, 128, 14, 14),
@@ -187,6 +210,7 @@ REGIMES = (
         CHANNELS_LAST,
         torch.float32,
         plan={"split": "pixels", "kind": "cluster", "copy": "bulk", "rounds": 3},
+        strategy="resident-pixels",
     ),
     Regime(
         "pixels of a cluster, in short pieces",
@@ -194,6 +218,7 @@ REGIMES = (
         8,
         multiprocessors=2,
         plan={"split": "pixels", "copy": "async", "threads": 256, "rounds": 2},
+        strategy="resident-pixels",
     ),
     Regime(
         "more blocks than channels",
@@ -209,6 +234,7 @@ REGIMES = (
         "T4",
         16,
         plan={"split": "pixels", "kind": "grid", "copy": "plain", "uneven": True, "rounds": 2},
+        strategy="resident-pixels",
     ),
     Regime(
         "unequal pixels of the whole grid, channels last",
@@ -237,6 +263,7 @@ REGIMES = (
         16,
         dtype=torch.float32,
         plan={"split": "pixels", "team": 8},
+        strategy="resident-pixels:cluster:8",
     ),
 )
 

@@ -48,24 +48,31 @@ class Watched(NamedTuple):
         return f"{self.case}, {str(self.dtype).removeprefix('torch.')}, {self.layout}"
 
 
-def _form(name: str, shape: tuple[int, ...], hidden: int, dtype: torch.dtype, last: bool = False):
-    resident = "resident-pixels" if name.startswith("pixels") else "resident"
+def _form(
+    name: str,
+    shape: tuple[int, ...],
+    hidden: int,
+    dtype: torch.dtype,
+    resident: str,
+    last: bool = False,
+) -> Watched:
     case = cases.Case(name, shape, hidden, (7, 7))
-    return Watched(case, dtype, cases.NATIVE_LAYOUTS[last], resident)
+    return Watched(case, dtype, cases.NATIVE_LAYOUTS[last], f"resident-{resident}")
 
 
-# Ways of an H100 to hold samples on the chip that no smaller problem takes.
+F16, F32 = torch.float16, torch.float32
+# Ways to hold samples on the chip that no smaller problem takes.
 FORMS = (
-    _form("maps in bands", (1, 56, 118, 118), 4, torch.float16),
-    _form("pixels of clusters of 16", (1, 64, 56, 56), 4, torch.float16, last=True),
-    _form("pixels of the whole grid", (1, 96, 96, 96), 4, torch.float32),
-    _form("x comes and goes", (1, 32, 112, 112), 16, torch.float32),
-    _form("pixels, x comes and goes", (1, 8, 194, 194), 1, torch.float32, last=True),
-    _form("several boxes a block", (1, 4, 161, 53), 2, torch.float32),
-    _form("backward on the whole grid", (1, 4, 82, 82), 2, torch.float16),
-    _form("several samples of a visit, several visits", (1100, 16, 2, 2), 32, torch.float16),
-    _form("each block adds up some hidden units", (70, 512, 2, 2), 200, torch.float32),
-    _form("several visits of a team", (133, 64, 2, 2), 64, torch.float16, last=True),
+    _form("maps in bands", (1, 40, 118, 118), 4, F16, "channels:cluster:16:1"),
+    _form("pixels of clusters of 16", (1, 64, 56, 56), 4, F16, "pixels:cluster:16:1", last=True),
+    _form("pixels of the whole grid", (1, 96, 96, 96), 4, F32, "pixels:grid"),
+    _form("x comes and goes", (1, 256, 40, 40), 16, F32, "channels:cluster:16:1"),
+    _form("pixels, x comes and goes", (1, 8, 194, 194), 1, F32, "pixels", last=True),
+    _form("several boxes a block", (1, 4, 161, 53), 2, F32, "channels:grid"),
+    _form("backward on the whole grid", (1, 4, 82, 82), 2, F16, "channels:grid:2"),
+    _form("several samples, several visits", (512, 16, 2, 2), 32, F16, "channels:cluster:4:0:8"),
+    _form("shared hidden units", (140, 128, 2, 2), 200, F32, "channels:cluster:8"),
+    _form("several visits of a team", (133, 64, 2, 2), 64, F16, "channels", last=True),
 )
 
 

@@ -10,7 +10,7 @@ Thresholds of the plan are set from its tables.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -69,10 +69,15 @@ def other_split(problem: Problem, direction: str) -> Sequence[str]:
 
 
 def time_cell(problem: Problem, left: float) -> list[Row]:
-    """A row a direction: each strategy, and the copy."""
+    """A row a direction: each strategy, the other split, and the copy."""
+    more = {direction: other_split(problem, direction) for direction in rows.ALONE}
+    return time_strategies(problem, more)
+
+
+def time_strategies(problem: Problem, more: Mapping[str, Sequence[str]]) -> list[Row]:
+    """A row a direction: each strategy, more of that direction, and the copy."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     count = buffers(problem, l2_bytes)
-    more = {direction: other_split(problem, direction) for direction in rows.ALONE}
     both, clock = Strategies(problem, count, more=more), Clock(l2_bytes)
     found = []
     for direction in rows.ALONE:

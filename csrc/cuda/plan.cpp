@@ -308,28 +308,7 @@ ForwardPlan plan_streaming(const ForwardProblem& p, const DeviceLimits& device,
 
 }  // namespace
 
-Strategy strategy_of(const std::string& name) {
-  if (name == "auto") return Strategy::kAuto;
-  if (name == "streaming") return Strategy::kStreaming;
-  if (name == "resident") return Strategy::kResident;
-  if (name == "resident-channels") return Strategy::kResidentChannels;
-  if (name == "resident-pixels") return Strategy::kResidentPixels;
-  throw std::invalid_argument(
-      "strategy: expected auto, streaming, resident, resident-channels or resident-pixels, got " +
-      name);
-}
-
-Strategy strategy_asked_for() {
-  const char* name = std::getenv("CBAM_CUDA_STRATEGY");
-  return name && *name ? strategy_of(name) : Strategy::kAuto;
-}
-
-std::invalid_argument not_possible(const char* reason) {
-  return std::invalid_argument(
-      std::string("strategy: expected one that is possible, got resident: ") + reason);
-}
-
-ForwardPlan plan(const ForwardProblem& p, const DeviceLimits& device, Strategy strategy) {
+ForwardPlan plan(const ForwardProblem& p, const DeviceLimits& device, const Strategy& strategy) {
   const auto held = held_plan<ForwardPlan>(p, device, strategy, streaming_seconds);
   return held.resident ? held : plan_streaming(p, device, held.reason);
 }

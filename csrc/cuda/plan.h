@@ -3,13 +3,13 @@
 #pragma once
 
 #include <optional>
-#include <stdexcept>
 #include <string>
 
 #include "../problem.h"
 #include "kernels/resident_backward.h"
 #include "kernels/resident_forward.h"
 #include "limits.h"
+#include "strategy.h"
 
 namespace cbam::cuda {
 
@@ -19,15 +19,6 @@ struct Group {
   int64_t samples;
   bool in_cache;  // x of one group stays in the L2 cache
 };
-
-// The last two are resident by what a block holds.
-enum class Strategy { kAuto, kStreaming, kResident, kResidentChannels, kResidentPixels };
-
-// By its name: "auto", "streaming", "resident", "resident-channels" or "resident-pixels"; else
-// throws std::invalid_argument.
-Strategy strategy_of(const std::string& name);
-// The one that the environment asks for, in CBAM_CUDA_STRATEGY.
-Strategy strategy_asked_for();
 
 // Streaming: x is read three times, out written once, in five launches for each group of samples,
 // or four where one takes both layers of the MLP. Resident, where `resident` is set: x is read
@@ -48,10 +39,7 @@ struct ForwardPlan {
 // Throws std::invalid_argument where no plan exists: a convolution so large that no box of pixels
 // fits into shared memory with its halo, or a resident strategy where no sample fits on the chip.
 ForwardPlan plan(const ForwardProblem& problem, const DeviceLimits& device,
-                 Strategy strategy = Strategy::kAuto);
-
-// What is thrown where a resident plan is asked for and there is none, for a reason.
-std::invalid_argument not_possible(const char* reason);
+                 const Strategy& strategy = {});
 
 // Bytes of shared memory of a block that holds samples, and where its arrays stand.
 int64_t resident_shared_bytes(const ForwardProblem& problem, const ResidentForwardGeometry& g,
@@ -99,13 +87,13 @@ struct BackwardPlan {
   int64_t conv_shares() const { return resident ? resident->conv_shares() : stencil.boxes(); }
 };
 BackwardPlan plan(const BackwardProblem& problem, const DeviceLimits& device,
-                  Strategy strategy = Strategy::kAuto);
+                  const Strategy& strategy = {});
 
 // plan_known.cpp: the same, kept from one call to the next.
 ForwardPlan known_plan(const ForwardProblem& problem, const DeviceLimits& device,
-                       Strategy strategy);
+                       const Strategy& strategy);
 BackwardPlan known_plan(const BackwardProblem& problem, const DeviceLimits& device,
-                        Strategy strategy);
+                        const Strategy& strategy);
 
 // The plan of the strategy that the environment asks for; why_not_run(plan) tells why the teams of
 // a resident one do not run on the device, as far as this process may use it, or null where they
@@ -116,8 +104,8 @@ auto plan_that_runs(const Problem& p, const DeviceLimits& device, WhyNotRun why_
   const auto found = known_plan(p, device, strategy);
   const char* reason = found.resident ? why_not_run(found) : nullptr;
   if (!reason) return found;
-  if (strategy != Strategy::kAuto) throw not_possible(reason);
-  return known_plan(p, device, Strategy::kStreaming);
+  if (strategy.kind != Strategy::kAuto) throw not_possible(reason);
+  return known_plan(p, device, {Strategy::kStreaming});
 }
 
 // Whether one launch goes through both layers of the MLP: nobody needs the first without dx.

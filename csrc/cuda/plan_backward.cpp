@@ -209,7 +209,7 @@ void plan_streaming(BackwardPlan& plan, const BackwardProblem& p, const DeviceLi
 
 }  // namespace
 
-BackwardPlan plan(const BackwardProblem& p, const DeviceLimits& device, Strategy strategy) {
+BackwardPlan plan(const BackwardProblem& p, const DeviceLimits& device, const Strategy& strategy) {
   BackwardPlan plan{};
   if (p.shape.samples == 0) return plan;
   plan = held_plan<BackwardPlan>(p, device, strategy, streaming_seconds);

@@ -23,13 +23,6 @@ int64_t typical_batch(int64_t samples);
 ForwardProblem typical(ForwardProblem p);
 BackwardProblem typical(BackwardProblem p);
 
-// What blocks are to hold, where a strategy says so.
-inline std::optional<Split> split_of(Strategy strategy) {
-  if (strategy == Strategy::kResidentChannels) return Split::kChannels;
-  if (strategy == Strategy::kResidentPixels) return Split::kPixels;
-  return std::nullopt;
-}
-
 // Why x is streamed, though `held` would hold its samples; null where it is not. `streaming` says
 // what streaming takes.
 template <class Geometry, class Problem, class Streaming>
@@ -46,15 +39,15 @@ const char* why_streamed(const ResidentPlan<Geometry>& held, const Problem& p,
 
 // The resident plan, where it is asked for or chosen. Else a plan that holds but the reason.
 template <class Plan, class Problem, class Streaming>
-Plan held_plan(const Problem& p, const DeviceLimits& device, Strategy strategy,
+Plan held_plan(const Problem& p, const DeviceLimits& device, const Strategy& strategy,
                Streaming streaming) {
   Plan plan{};
   plan.reason = "asked for";
-  if (strategy == Strategy::kStreaming) return plan;
-  const bool forced = strategy != Strategy::kAuto;
+  if (strategy.kind == Strategy::kStreaming) return plan;
+  const bool forced = strategy.kind != Strategy::kAuto;
   Problem of_batch = p;
   of_batch.shape.samples = typical_batch(p.shape.samples);
-  const auto held = plan_resident(of_batch, device, split_of(strategy));
+  const auto held = plan_resident(of_batch, device, strategy.way);
   if (forced && !held.geometry) throw not_possible(held.reason);
   if (!forced) plan.reason = held.reason;
   if (!held.geometry) return plan;

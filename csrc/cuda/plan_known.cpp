@@ -16,9 +16,10 @@ constexpr size_t kMostKnown = 1024;
 // from a multiple of 16 bytes. A struct that gets one more member does not compile here.
 class Key {
  public:
-  Key(const ForwardProblem& p, const DeviceLimits& device, Strategy strategy) {
+  Key(const ForwardProblem& p, const DeviceLimits& device, const Strategy& strategy) {
     const auto& [dtype, shape, strides, out_strides, x, out, weights, saved] = p;
-    numbers(dtype, strategy);
+    numbers(dtype);
+    of(strategy);
     of(shape);
     of(strides);
     of(out_strides);
@@ -27,7 +28,7 @@ class Key {
     of(saved);
     of(device);
   }
-  Key(const BackwardProblem& p, const DeviceLimits& device, Strategy strategy)
+  Key(const BackwardProblem& p, const DeviceLimits& device, const Strategy& strategy)
       : Key(static_cast<const ForwardProblem&>(p), device, strategy) {
     static_assert(sizeof p == sizeof(ForwardProblem) + 2 * sizeof(Strides) + 3 * sizeof(void*) +
                                   sizeof(Gradients),
@@ -70,6 +71,12 @@ class Key {
     const auto& [x, fc1, fc1_bias, fc2, fc2_bias, conv, conv_bias] = g;
     tensors(x, fc1, fc1_bias, fc2, fc2_bias, conv, conv_bias);
   }
+  void of(const Strategy& s) {
+    const auto& [kind, way] = s;
+    const auto& [split, cluster, team, blocks, samples] = way;
+    numbers(kind, split ? static_cast<int>(*split) : -1, cluster ? static_cast<int>(*cluster) : -1,
+            team, blocks, samples);
+  }
   void of(const DeviceLimits& d) {
     const auto& [name, capability, multiprocessors, threads, shared_per_block, shared, l2,
                  bandwidth, clusters] = d;
@@ -81,7 +88,7 @@ class Key {
 };
 
 template <class Plan, class Problem>
-Plan known(const Problem& p, const DeviceLimits& device, Strategy strategy) {
+Plan known(const Problem& p, const DeviceLimits& device, const Strategy& strategy) {
   static std::mutex mutex;
   static auto& plans = *new std::map<Key, Plan>;  // threads may still run when a process ends
   const Key key(p, device, strategy);
@@ -99,10 +106,12 @@ Plan known(const Problem& p, const DeviceLimits& device, Strategy strategy) {
 
 }  // namespace
 
-ForwardPlan known_plan(const ForwardProblem& p, const DeviceLimits& device, Strategy strategy) {
+ForwardPlan known_plan(const ForwardProblem& p, const DeviceLimits& device,
+                       const Strategy& strategy) {
   return known<ForwardPlan>(p, device, strategy);
 }
-BackwardPlan known_plan(const BackwardProblem& p, const DeviceLimits& device, Strategy strategy) {
+BackwardPlan known_plan(const BackwardProblem& p, const DeviceLimits& device,
+                        const Strategy& strategy) {
   return known<BackwardPlan>(p, device, strategy);
 }
 

@@ -144,13 +144,13 @@ struct ResidentPlan {
   const char* reason = "";
 };
 
-// plan_resident_forward.cpp, plan_resident_backward.cpp; `only` where blocks are to hold that.
+// plan_resident_forward.cpp, plan_resident_backward.cpp; held as `only` says.
 ResidentPlan<ResidentForwardGeometry> plan_resident(const ForwardProblem& p,
                                                     const DeviceLimits& device,
-                                                    std::optional<Split> only = {});
+                                                    const Way& only = {});
 ResidentPlan<ResidentBackwardGeometry> plan_resident(const BackwardProblem& p,
                                                      const DeviceLimits& device,
-                                                     std::optional<Split> only = {});
+                                                     const Way& only = {});
 // The same way to hold a sample, for a batch of another size.
 ResidentPlan<ResidentForwardGeometry> for_batch(const ResidentPlan<ResidentForwardGeometry>& plan,
                                                 const ForwardProblem& p,

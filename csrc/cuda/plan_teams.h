@@ -11,6 +11,11 @@ namespace cbam::cuda {
 // grid.
 constexpr double kClusterBarrier = 0.6e-6, kPartBarrier = 0.8e-6;
 
+// Sizes of clusters that share multiprocessors, up to 8 blocks. Two blocks of one cluster may stand
+// on one where it has 16: compute-sanitizer takes their barriers for one then, and they are faster
+// for few samples alone, which are streamed.
+constexpr int kClustersBeside = 4;
+
 // Blocks of a team, samples of a visit, blocks on a multiprocessor, and what they hold.
 struct Candidate {
   bool cluster;
@@ -102,7 +107,7 @@ class Teams {
   bool share_channels(ResidentGeometry& g) const;
   bool share_pixels(ResidentGeometry& g) const;
   Copy copy_of(const ResidentGeometry& g) const;
-  // Of a multiprocessor on which `teams` teams run.
+  // Of a multiprocessor on which `teams` teams run, as so many of which each runs alone.
   double blocks_at_once(const ResidentGeometry& g, double teams) const;
 
   // Of a multiprocessor.
@@ -120,8 +125,7 @@ bool in_whole_vectors(const ForwardProblem& p, const Strides& strides, const voi
 // The way to hold samples that is estimated to be the fastest, where every visit reads the weights.
 template <class Fitting>
 ResidentPlan<typename Fitting::Geometry> fastest_way(const Fitting& fitting,
-                                                     const DeviceLimits& device,
-                                                     std::optional<Split> only) {
+                                                     const DeviceLimits& device, const Way& only) {
   ResidentPlan<typename Fitting::Geometry> best, of_split;
   const int all = device.multiprocessors;
   // Returns how many blocks the candidate's team needs.
@@ -134,35 +138,47 @@ ResidentPlan<typename Fitting::Geometry> fastest_way(const Fitting& fitting,
                   g->cluster ? "clusters hold the samples" : "the whole grid holds samples"};
     return g->team;
   };
+  const auto consider_clusters = [&](int samples, int blocks, Split split) {
+    const int sizes = blocks == 1 || only.team ? kClusterSizes : kClustersBeside;
+    for (int size = 0; size < sizes; ++size)
+      if (device.clusters[size] && (!only.team || only.team == 1 << size))
+        consider({true, 1 << size, samples, blocks, split});
+  };
   // Of the whole grid's teams, which leave fewer blocks without a team than clusters do.
   const auto consider_grid = [&](int samples, int blocks, Split split) {
     const int most = all * blocks;
     int team = fitting.fewest_blocks(samples, blocks);
-    if (of_split.geometry) {  // the smallest, and those that are hardly larger
+    if (only.team) {
+      consider({false, only.team, samples, blocks, split});
+    } else if (of_split.geometry) {  // the smallest, and those that are hardly larger
       while (team < most && !fitting.geometry({false, team, samples, blocks, split})) ++team;
       for (const int last = team + team / 4; team <= last; ++team)
         consider({false, team, samples, blocks, split});
-      return;
+    } else {  // the largest teams of which so many run at once
+      for (team = most; team > 0; team = most / (most / team + 1))
+        team = consider({false, team, samples, blocks, split});
     }
-    // The largest teams of which so many run at once.
-    for (team = most; team > 0; team = most / (most / team + 1))
-      team = consider({false, team, samples, blocks, split});
   };
+  const int fewest = only.blocks ? only.blocks : 1, most = only.blocks ? only.blocks : 2;
   const auto consider_all = [&](int samples, Split split) {
-    for (int blocks = 1; blocks <= 2; ++blocks)
-      for (int size = 0; size < kClusterSizes; ++size)
-        if (device.clusters[size]) consider({true, 1 << size, samples, blocks, split});
-    for (int blocks = 1; blocks <= 2; ++blocks) consider_grid(samples, blocks, split);
+    for (int blocks = fewest; blocks <= most && only.cluster.value_or(true); ++blocks)
+      consider_clusters(samples, blocks, split);
+    for (int blocks = fewest; blocks <= most && !only.cluster.value_or(false); ++blocks)
+      consider_grid(samples, blocks, split);
   };
   for (const Split split : {Split::kChannels, Split::kPixels}) {
-    if (only && only != split) continue;
+    if (only.split && *only.split != split) continue;
     of_split = {};
-    const int samples = split == Split::kPixels ? 1 : fitting.samples_per_visit();
+    const int samples = only.samples              ? only.samples
+                        : split == Split::kPixels ? 1
+                                                  : fitting.samples_per_visit();
     consider_all(samples, split);
-    if (samples > 1) consider_all(1, split);
+    if (samples > 1 && !only.samples) consider_all(1, split);
     if (of_split.geometry && (!best.geometry || of_split.seconds < best.seconds)) best = of_split;
   }
-  if (!best.geometry) best.reason = "a sample does not fit on the chip";
+  if (!best.geometry)
+    best.reason = only.cluster ? "samples do not fit on the chip in this way"
+                               : "a sample does not fit on the chip";
   return best;
 }
 
@@ -180,7 +196,7 @@ ResidentPlan<typename Fitting::Geometry> for_batch(ResidentPlan<typename Fitting
 // back for more samples. What else they would allow, or cost, is not measured.
 template <class Fitting>
 ResidentPlan<typename Fitting::Geometry> fastest(const Fitting& fitting, const DeviceLimits& device,
-                                                 std::optional<Split> only) {
+                                                 const Way& only) {
   auto best = fastest_way(fitting, device, only);
   if (!best.geometry) return best;
   auto held = *best.geometry;
