@@ -36,12 +36,12 @@ class Team:
 
 
 TEAMS = (
-    # 8 blocks of a forward and 16 of a backward, of which a multiprocessor holds 4.
+    # 16 blocks, of which a multiprocessor holds 4.
     Team(
         "cluster",
         "H100",
         Case("a cluster", (2, 128, 28, 28), 8, (7, 7)),
-        {"forward": 2, "backward": 4},
+        {"forward": 4, "backward": 4},
     ),
     # 64 blocks, all of which must run at once.
     Team(
