@@ -126,9 +126,6 @@ REDUNDANT = {
     "of.wait(sample, row, (of.end) - 1);": WAITS_LONGER,
     "resident_sums.cuh: const int end = min(of.end, first + step); -> "
     "const int end = (of.end);": WAITS_LONGER,
-    "resident_tile.cuh: if (threadIdx.x >= 32) return; -> if (threadIdx.x > 32) return;": (
-        "pieces are of nearly 1 KB or more where there are several: a chunk has fewer than 32"
-    ),
     "gather_row.cuh: const int head = to_boundary < count ? to_boundary : count; -> "
     "const int head = to_boundary <= count ? to_boundary : count;": (
         "the smaller of two: equals are the same"

@@ -11,12 +11,7 @@ import pytest
 from conftest import why_not
 from mutate import REDUNDANT, chosen, parse
 from mutation.find import all_mutants, emulated, mutants_of, sources
-from mutation.run import (
-    RESIDENT_BACKWARD,
-    RESIDENT_BACKWARD_PIXELS,
-    RESIDENT_FORWARD,
-    RESIDENT_FORWARD_PIXELS,
-)
+from mutation.run import HELD
 
 from cbam_cuda.plan import plan
 
@@ -55,9 +50,8 @@ def test_what_is_listed_as_redundant_is_there_once():
     assert set(keys.values()) == {1}
 
 
-def held(problem, direction: str, strategy: str = "resident") -> list[dict]:
-    """How the blocks of its plans hold a sample."""
-    case, dtypes, layouts, devices = problem
+def held(direction: str, named: str = "", split: str = "") -> list[dict]:
+    """How the blocks of plans hold samples: of problems so named, by strategies that say so."""
     return [
         plan(
             case.shape,
@@ -71,6 +65,9 @@ def held(problem, direction: str, strategy: str = "resident") -> list[dict]:
             training=direction == "forward",
             backward=direction == "backward",
         )["passes"]["resident"]
+        for way, strategy, problems in HELD
+        for case, dtypes, layouts, devices in problems
+        if way == direction and split in strategy and named in case.name
         for dtype in dtypes
         for layout in layouts
         for device, multiprocessors in devices
@@ -79,43 +76,30 @@ def held(problem, direction: str, strategy: str = "resident") -> list[dict]:
 
 # Plans change: none of these would be noticed to be no more what it is called.
 def test_there_are_bands_to_break():
-    (problem,) = [p for p in RESIDENT_FORWARD if p[0].name == "a short last band"]
-    (found,) = held(problem, "forward")
+    (found,) = held("forward", "a short last band")
     assert found["pixels"] > found["band"]
     assert found["pixels"] % found["band"] > 0
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_there_are_units_that_blocks_share_to_break(direction):
-    problems = {"forward": RESIDENT_FORWARD, "backward": RESIDENT_BACKWARD}[direction]
-    (problem,) = [p for p in problems if p[0].name == "blocks that add up some units"]
-    assert all(g["shares_units"] for g in held(problem, direction))
+    (found,) = held(direction, "blocks that add up some units")
+    assert found["shares_units"]
 
 
 def test_there_is_x_that_comes_and_goes():
-    found = [
-        g
-        for problems, strategy in (
-            (RESIDENT_BACKWARD, "resident"),
-            (RESIDENT_BACKWARD_PIXELS, "resident-pixels"),
-        )
-        for p in problems
-        if "x comes" in p[0].name
-        for g in held(p, "backward", strategy)
-    ]
+    found = held("backward", "x comes")
     assert all(g["x"] == "is read twice" for g in found)
     assert {g["copy"] for g in found} == {"bulk", "async", "plain"}
 
 
-@pytest.mark.parametrize(
-    ("problems", "direction"),
-    [(RESIDENT_FORWARD_PIXELS, "forward"), (RESIDENT_BACKWARD_PIXELS, "backward")],
-    ids=["forward", "backward"],
-)
-def test_there_are_blocks_that_hold_pixels_to_break(problems, direction):
-    found = [g for problem in problems for g in held(problem, direction, "resident-pixels")]
-    assert {g["copy"] for g in found} == {"bulk", "async", "plain"}
-    assert {g["kind"] for g in found} == {"cluster", "grid"}
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_there_are_both_splits_to_break(direction):
+    pixels = held(direction, split="pixels")
+    assert {g["copy"] for g in pixels} == {"bulk", "async", "plain"}
+    found = held(direction)
+    for split in ("channels", "pixels"):
+        assert {g["kind"] for g in found if g["split"] == split} == {"cluster", "grid"}
 
 
 def test_what_only_nvcc_compiles_is_left_alone():

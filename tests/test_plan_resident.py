@@ -237,56 +237,6 @@ def test_a_strategy_that_is_not_possible():
         plan([8, 64, 28, 28], "float64", strategy="resident")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "fast",
-        "resident-",
-        "resident:",
-        "resident:blocks",
-        "streaming:grid",
-        "resident:grid:x",
-        "resident:grid:-1",
-        "resident:grid:10000",
-        "resident:grid:8:3",
-        "resident:grid:8:8",
-        "resident:grid:8:1:9",
-        "resident:grid:8:1:1:1",
-    ],
-)
-def test_a_strategy_that_is_unknown(name):
-    with pytest.raises(ValueError, match=f"expected auto, streaming or resident, .*, got {name}$"):
-        plan([8, 64, 28, 28], strategy=name)
-
-
-def test_how_samples_are_held_can_be_asked_for():
-    shape = [64, *RESNET[1]]
-    for name, team, threads, samples in (
-        ("resident-channels:cluster:4:1:1", 4, 512, 1),
-        ("resident-channels:grid:8:2:1", 8, 256, 1),
-        ("resident-channels:grid:16:0:2", 16, 256, 2),
-        ("resident-pixels:cluster", 4, 512, 1),
-    ):
-        held = plan(shape, "float16", strategy=name)["passes"]["resident"]
-        assert name.startswith(f"resident-{held['split']}:{held['kind']}")
-        assert (held["team"], held["threads"], held["samples"]) == (team, threads, samples)
-    with pytest.raises(ValueError, match="got resident: samples do not fit on the chip in this"):
-        plan(shape, "float16", strategy="resident:cluster:2")
-
-
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("shape", RESNET[:2], ids=str)
-def test_what_blocks_hold_can_be_asked_for(shape, backward):
-    found = {
-        split: plan([8, *shape], "float16", backward=backward, strategy=f"resident-{split}")
-        for split in ("channels", "pixels")
-    }
-    assert all(f["passes"]["resident"]["split"] == split for split, f in found.items())
-    best = plan([8, *shape], "float16", backward=backward, strategy="resident")
-    assert best in found.values()
-    assert best["predicted_seconds"] == min(f["predicted_seconds"] for f in found.values())
-
-
 def test_a_slice_of_a_device():
     whole, part = plan([64, 64, 28, 28]), plan([64, 64, 28, 28], multiprocessors=8)
     assert part["device"]["multiprocessors"] == 8

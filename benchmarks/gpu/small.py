@@ -67,7 +67,7 @@ FORMS = (
     _form("pixels of clusters of 16", (1, 64, 56, 56), 4, F16, "pixels:cluster:16:1", last=True),
     _form("pixels of the whole grid", (1, 96, 96, 96), 4, F32, "pixels:grid"),
     _form("x comes and goes", (1, 256, 40, 40), 16, F32, "channels:cluster:16:1"),
-    _form("pixels, x comes and goes", (1, 8, 194, 194), 1, F32, "pixels", last=True),
+    _form("pixels, x comes and goes", (1, 8, 194, 194), 1, F32, "pixels:cluster:16", last=True),
     _form("several boxes a block", (1, 4, 161, 53), 2, F32, "channels:grid"),
     _form("backward on the whole grid", (1, 4, 82, 82), 2, F16, "channels:grid:2"),
     _form("several samples, several visits", (512, 16, 2, 2), 32, F16, "channels:cluster:4:0:8"),

@@ -2,10 +2,7 @@
 
 #include <algorithm>
 #include <climits>
-#include <cstdlib>
 #include <numeric>
-#include <stdexcept>
-#include <string>
 
 #include "plan_choice.h"
 
@@ -31,7 +28,7 @@ constexpr double kCacheShare = 0.4;
 constexpr double kWithoutOverlap = 0.8e-6;
 // Fitted to 96 forwards of a ResNet-50's blocks on an H100, of 1 to 256 samples: to 11 % (the root
 // of the mean square, in logarithms).
-constexpr StreamedCosts kForwardCosts = {10.5e-6, 1.6e-6, 0.80, 33e-12};
+constexpr StreamedCosts kStreamedCosts = {10.5e-6, 1.6e-6, 0.80, 33e-12};
 // Short rows that are no whole number of vectors, taken as one piece of memory.
 bool are_packed(const View& view, int vector, DType dtype) {
   return view.vectors && view.row_stride == view.cols && view.cols % vector != 0 &&
@@ -136,11 +133,11 @@ ReductionGeometry down_columns(const ForwardProblem& p, int64_t samples, int mul
 int launches_of(const ForwardProblem& p) { return takes_layers_together(p) ? 4 : 5; }
 
 Group groups_of(const ForwardProblem& p, const DeviceLimits& device) {
-  return group_samples(kForwardCosts, p, device, 1, 2, launches_of(p));
+  return group_samples(kStreamedCosts, p, device, 1, 2, launches_of(p));
 }
 
 double streaming_seconds(const ForwardProblem& p, const DeviceLimits& device) {
-  return streamed_seconds(kForwardCosts, p, device, groups_of(p, device), 2, 2, launches_of(p));
+  return streamed_seconds(kStreamedCosts, p, device, groups_of(p, device), 2, 2, launches_of(p));
 }
 
 template <class A>

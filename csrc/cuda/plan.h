@@ -3,7 +3,6 @@
 #pragma once
 
 #include <optional>
-#include <string>
 
 #include "../problem.h"
 #include "kernels/resident_backward.h"

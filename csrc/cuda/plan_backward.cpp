@@ -23,8 +23,8 @@ constexpr int64_t kStencilShare = 5;
 // Products of up to so many outputs are cut into small tiles, up to four to a multiprocessor of the
 // two together; larger ones read too much that way.
 constexpr int64_t kSmallProduct = 1 << 16;
-// As those of forwards, to 96 backwards: to 10 %.
-constexpr StreamedCosts kBackwardCosts = {0, 4.2e-6, 0.70, 62e-12};
+// Fitted as those of forwards, to 96 backwards: to 10 %.
+constexpr StreamedCosts kStreamedCosts = {0, 4.2e-6, 0.70, 62e-12};
 
 void set_scalar(ColumnAccess& access, const View& view) {
   access.access = Access::kScalar;
@@ -171,12 +171,12 @@ BackwardGrids grids_of(const BackwardPlan& plan, const BackwardProblem& p, int64
 int launches_of(const BackwardProblem& p) { return takes_layers_together(p) ? 5 : 6; }
 
 Group groups_of(const BackwardProblem& p, const DeviceLimits& device) {
-  return group_samples(kBackwardCosts, p, device, 2, 2, launches_of(p));
+  return group_samples(kStreamedCosts, p, device, 2, 2, launches_of(p));
 }
 
 double streaming_seconds(const BackwardProblem& p, const DeviceLimits& device) {
   // With the two launches that sum over the batch, which a resident backward has as well.
-  return streamed_seconds(kBackwardCosts, p, device, groups_of(p, device), 3, 2,
+  return streamed_seconds(kStreamedCosts, p, device, groups_of(p, device), 3, 2,
                           launches_of(p) + 2);
 }
 

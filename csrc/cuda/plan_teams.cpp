@@ -18,6 +18,9 @@ constexpr int64_t kWantedChunks = 4;
 // What a multiprocessor can be sent, in shares of the memory's bandwidth: some blocks do not use
 // all of it.
 constexpr double kMostShare = 2.5;
+// A barrier of a cluster and of a part of a grid alone, on an H100; what waits for it is counted in
+// the costs of visits.
+constexpr double kClusterBarrier = 0.6e-6, kPartBarrier = 0.8e-6;
 // What a second block costs the first one on its multiprocessor: it uses some of what that waits.
 constexpr double kBeside = 0.9;
 

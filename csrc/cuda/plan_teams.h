@@ -7,13 +7,9 @@
 
 namespace cbam::cuda {
 
-// Whether blocks add up hidden units for each other: a barrier of a cluster and of a part of a
-// grid.
-constexpr double kClusterBarrier = 0.6e-6, kPartBarrier = 0.8e-6;
-
-// Sizes of clusters that share multiprocessors, up to 8 blocks. Two blocks of one cluster may stand
-// on one where it has 16: compute-sanitizer takes their barriers for one then, and they are faster
-// for few samples alone, which are streamed.
+// Sizes of clusters that share multiprocessors, up to 8 blocks. Of 16, two may stand on one: there
+// compute-sanitizer reports a missing wait at barriers that have just been set up, and they were
+// faster for few samples alone, which are streamed.
 constexpr int kClustersBeside = 4;
 
 // Blocks of a team, samples of a visit, blocks on a multiprocessor, and what they hold.
@@ -24,7 +20,7 @@ struct Candidate {
 };
 
 // What a launch takes on an H100, in seconds: `once`, and for every round of visits the rest, of
-// which what a block computes and moves counts once for each block on its multiprocessor.
+// which what a block computes and moves counts for all blocks on its multiprocessor.
 struct VisitCosts {
   double once, round;  // whatever is visited
   double memory;       // a part of what the tensors' bytes would take at the memory's bandwidth
@@ -122,65 +118,83 @@ const char* why_not_held(const ForwardProblem& p, const DeviceLimits& device);
 // Whether slices of a tensor of the problem are whole vectors.
 bool in_whole_vectors(const ForwardProblem& p, const Strides& strides, const void* data);
 
-// The way to hold samples that is estimated to be the fastest, where every visit reads the weights.
+// The same, with the weights on the chip where it leaves them room and teams come back for more
+// samples.
 template <class Fitting>
-ResidentPlan<typename Fitting::Geometry> fastest_way(const Fitting& fitting,
-                                                     const DeviceLimits& device, const Way& only) {
-  ResidentPlan<typename Fitting::Geometry> best, of_split;
-  const int all = device.multiprocessors;
-  // Returns how many blocks the candidate's team needs.
-  const auto consider = [&](const Candidate& candidate) {
-    const auto g = fitting.geometry(candidate);
-    if (!g) return candidate.team;
-    const double needed = fitting.seconds(*g);
-    if (!of_split.geometry || needed < of_split.seconds)
-      of_split = {g, needed,
-                  g->cluster ? "clusters hold the samples" : "the whole grid holds samples"};
-    return g->team;
-  };
-  const auto consider_clusters = [&](int samples, int blocks, Split split) {
-    const int sizes = blocks == 1 || only.team ? kClusterSizes : kClustersBeside;
-    for (int size = 0; size < sizes; ++size)
-      if (device.clusters[size] && (!only.team || only.team == 1 << size))
-        consider({true, 1 << size, samples, blocks, split});
-  };
-  // Of the whole grid's teams, which leave fewer blocks without a team than clusters do.
-  const auto consider_grid = [&](int samples, int blocks, Split split) {
-    const int most = all * blocks;
-    int team = fitting.fewest_blocks(samples, blocks);
-    if (only.team) {
-      consider({false, only.team, samples, blocks, split});
-    } else if (of_split.geometry) {  // the smallest, and those that are hardly larger
-      while (team < most && !fitting.geometry({false, team, samples, blocks, split})) ++team;
-      for (const int last = team + team / 4; team <= last; ++team)
-        consider({false, team, samples, blocks, split});
-    } else {  // the largest teams of which so many run at once
-      for (team = most; team > 0; team = most / (most / team + 1))
-        team = consider({false, team, samples, blocks, split});
-    }
-  };
-  const int fewest = only.blocks ? only.blocks : 1, most = only.blocks ? only.blocks : 2;
-  const auto consider_all = [&](int samples, Split split) {
-    for (int blocks = fewest; blocks <= most && only.cluster.value_or(true); ++blocks)
-      consider_clusters(samples, blocks, split);
-    for (int blocks = fewest; blocks <= most && !only.cluster.value_or(false); ++blocks)
-      consider_grid(samples, blocks, split);
-  };
-  for (const Split split : {Split::kChannels, Split::kPixels}) {
-    if (only.split && *only.split != split) continue;
-    of_split = {};
-    const int samples = only.samples              ? only.samples
-                        : split == Split::kPixels ? 1
-                                                  : fitting.samples_per_visit();
-    consider_all(samples, split);
-    if (samples > 1 && !only.samples) consider_all(1, split);
-    if (of_split.geometry && (!best.geometry || of_split.seconds < best.seconds)) best = of_split;
-  }
-  if (!best.geometry)
-    best.reason = only.cluster ? "samples do not fit on the chip in this way"
-                               : "a sample does not fit on the chip";
-  return best;
+typename Fitting::Geometry with_weights(const Fitting& fitting,
+                                        const typename Fitting::Geometry& g) {
+  auto held = g;
+  held.weight_bytes = fitting.weight_bytes();
+  const bool comes_back = fitting.visits(g) > g.teams;
+  return comes_back && fitting.shared_bytes(held) <= fitting.limit(held) ? held : g;
 }
+
+// The way to hold samples that is estimated to be the fastest of those that are asked for.
+template <class Fitting>
+class WaySearch {
+ public:
+  using Geometry = typename Fitting::Geometry;
+
+  WaySearch(const Fitting& fitting, const DeviceLimits& device, const Way& only)
+      : fitting_(fitting), device_(device), only_(only) {
+    for (const Split split : {Split::kChannels, Split::kPixels}) {
+      if (only.split && *only.split != split) continue;
+      const int several = split == Split::kPixels ? 1 : fitting.samples_per_visit();
+      consider_all(only.samples ? only.samples : several, split);
+      if (several > 1 && !only.samples) consider_all(1, split);
+    }
+    if (best_.geometry) return;
+    best_.reason = only.cluster ? "samples cannot be held in the way that is named"
+                                : "a sample does not fit on the chip";
+  }
+  const ResidentPlan<Geometry>& best() const { return best_; }
+
+ private:
+  void consider_all(int samples, Split split) {
+    const int fewest = only_.blocks ? only_.blocks : 1, most = only_.blocks ? only_.blocks : 2;
+    for (int blocks = fewest; blocks <= most; ++blocks) {
+      if (only_.cluster.value_or(true)) consider_clusters(samples, blocks, split);
+      if (!only_.cluster.value_or(false)) consider_grid(samples, blocks, split);
+    }
+  }
+  void consider_clusters(int samples, int blocks, Split split) {
+    const int sizes = blocks == 1 || only_.blocks ? kClusterSizes : kClustersBeside;
+    for (int size = 0; size < sizes; ++size)
+      if (device_.clusters[size] && (!only_.team || only_.team == 1 << size))
+        consider({true, 1 << size, samples, blocks, split});
+  }
+  // Of the whole grid's teams, which leave fewer blocks without a team than clusters do.
+  void consider_grid(int samples, int blocks, Split split) {
+    if (only_.team) {
+      consider({false, only_.team, samples, blocks, split});
+      return;
+    }
+    const int most = device_.multiprocessors * blocks;
+    int team = fitting_.fewest_blocks(samples, blocks);
+    // The smallest, and those that are hardly larger.
+    while (team < most && !fitting_.geometry({false, team, samples, blocks, split})) ++team;
+    for (const int last = team + team / 4; team <= last; ++team)
+      consider({false, team, samples, blocks, split});
+    // The largest of which so many run at once.
+    for (team = most; team > 0; team = most / (most / team + 1))
+      team = consider({false, team, samples, blocks, split});
+  }
+  // Returns how many blocks the candidate's team needs.
+  int consider(const Candidate& candidate) {
+    const auto fitted = fitting_.geometry(candidate);
+    if (!fitted) return candidate.team;
+    const auto g = with_weights(fitting_, *fitted);
+    const double needed = fitting_.seconds(g);
+    if (!best_.geometry || needed < best_.seconds)
+      best_ = {g, needed, g.cluster ? "clusters hold the samples" : "the whole grid holds samples"};
+    return g.team;
+  }
+
+  const Fitting& fitting_;
+  const DeviceLimits& device_;
+  const Way& only_;
+  ResidentPlan<Geometry> best_;
+};
 
 // The same way to hold a sample, for a batch of another size.
 template <class Fitting>
@@ -190,20 +204,6 @@ ResidentPlan<typename Fitting::Geometry> for_batch(ResidentPlan<typename Fitting
   plan.geometry->teams = fitting.teams(*plan.geometry);
   plan.seconds = fitting.seconds(*plan.geometry);
   return plan;
-}
-
-// The geometry of that way, with the weights on the chip where it leaves them room and teams come
-// back for more samples. What else they would allow, or cost, is not measured.
-template <class Fitting>
-ResidentPlan<typename Fitting::Geometry> fastest(const Fitting& fitting, const DeviceLimits& device,
-                                                 const Way& only) {
-  auto best = fastest_way(fitting, device, only);
-  if (!best.geometry) return best;
-  auto held = *best.geometry;
-  held.weight_bytes = fitting.weight_bytes();
-  if (fitting.visits(held) > held.teams && fitting.shared_bytes(held) <= fitting.limit(held))
-    best.geometry = held;
-  return for_batch(best, fitting);
 }
 
 // The grid of a plan's launch.

@@ -1,13 +1,24 @@
 #include "strategy.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
-#include <map>
 #include <sstream>
 #include <vector>
 
 namespace cbam::cuda {
 namespace {
+
+struct Named {
+  const char* name;
+  Strategy strategy;
+};
+constexpr std::array<Named, 5> kNamed = {
+    {{"auto", {Strategy::kAuto}},
+     {"streaming", {Strategy::kStreaming}},
+     {"resident", {Strategy::kResident}},
+     {"resident-channels", {Strategy::kResident, {Split::kChannels}}},
+     {"resident-pixels", {Strategy::kResident, {Split::kPixels}}}}};
 
 std::vector<std::string> pieces_of(const std::string& text) {
   std::vector<std::string> pieces;
@@ -20,9 +31,9 @@ std::vector<std::string> pieces_of(const std::string& text) {
 std::invalid_argument unknown(const std::string& name) {
   return std::invalid_argument(
       "strategy: expected auto, streaming or resident, which -channels or -pixels and :cluster or "
-      ":grid may follow, with numbers like :16:1:8 (blocks of a team; 1, 2 or 4 blocks on a "
-      "multiprocessor; up to " +
-      std::to_string(kMostVisited) + " samples of a visit; 0 for any), got " + name);
+      ":grid may follow, with numbers like :16:1:8 (blocks of a team; 1 or 2 blocks on a "
+      "multiprocessor; 1, 2, 4 or 8 samples of a visit; 0 for any), got " +
+      name);
 }
 
 // -1 for what is none of at most four digits.
@@ -35,16 +46,12 @@ int number_of(const std::string& piece) {
 }  // namespace
 
 Strategy strategy_of(const std::string& name) {
-  static const std::map<std::string, Strategy> kNamed = {
-      {"auto", {Strategy::kAuto}},
-      {"streaming", {Strategy::kStreaming}},
-      {"resident", {Strategy::kResident}},
-      {"resident-channels", {Strategy::kResident, {Split::kChannels}}},
-      {"resident-pixels", {Strategy::kResident, {Split::kPixels}}}};
   const auto pieces = pieces_of(name);
-  const auto named = kNamed.find(pieces.empty() ? name : pieces[0]);
+  const std::string& first = pieces.empty() ? name : pieces[0];
+  const auto* named = std::find_if(kNamed.begin(), kNamed.end(),
+                                   [&](const Named& known) { return first == known.name; });
   if (named == kNamed.end()) throw unknown(name);
-  Strategy strategy = named->second;
+  Strategy strategy = named->strategy;
   if (pieces.size() == 1) return strategy;
   const bool grid = pieces[1] == "grid";
   const std::array<int*, 3> numbers = {&strategy.way.team, &strategy.way.blocks,
@@ -57,8 +64,9 @@ Strategy strategy_of(const std::string& name) {
     *numbers[i - 2] = number_of(pieces[i]);
     if (*numbers[i - 2] < 0) throw unknown(name);
   }
-  const int blocks = strategy.way.blocks;
-  if (blocks == 3 || blocks > 4 || strategy.way.samples > kMostVisited) throw unknown(name);
+  const int samples = strategy.way.samples;
+  if (strategy.way.blocks > 2 || samples > kMostVisited || (samples & (samples - 1)) != 0)
+    throw unknown(name);
   return strategy;
 }
 

@@ -25,7 +25,7 @@ struct Strategy {
 
 // By its name: "auto", "streaming", or "resident", which "-channels" or "-pixels" may follow, of
 // which a block holds some, and ":cluster" or ":grid", and numbers behind colons: of blocks of a
-// team, blocks on a multiprocessor, samples of a visit. Else throws std::invalid_argument.
+// team, at most; blocks on a multiprocessor; samples of a visit. Else throws std::invalid_argument.
 Strategy strategy_of(const std::string& name);
 // The one that the environment asks for, in CBAM_CUDA_STRATEGY.
 Strategy strategy_asked_for();

@@ -48,11 +48,9 @@ FIRST, HALF, FULL = BOTH[:1], SHORT[1:], SHORT[:1]
 UNEVEN = Case("boxes that the image cuts", (3, 64, 9, 8), 3, (5, 5))
 UNITS = Case("blocks that add up some units", (69, 256, 2, 2), 250, (3, 3))
 RESIDENT_FORWARD = (
-    (UNITS, HALF, FIRST, (("A100", 0),)),
     (UNEVEN, HALF, BOTH, (("H100", 4),)),
     (Case("the same on the whole grid", (1, 128, 27, 28), 3, (5, 5)), HALF, FIRST, (("T4", 8),)),
     (Case("a short last chunk", (1, 16, 19, 19), 3, (5, 5)), HALF, BOTH[1:], (("H100", 2),)),
-    (Case("a short last band", (2, 128, 50, 50), 16, (7, 7)), HALF, FIRST, (("H100", 8),)),
     (Case("teams come back", (7, 32, 8, 8), 3, (5, 5)), SHORT, BOTH, (("H100", 2), ("T4", 2))),
     (Case("visits of several samples", (19, 512, 7, 7), 128, (3, 3)), HALF, BOTH, (("H100", 8),)),
     (
@@ -78,7 +76,6 @@ RESIDENT_FORWARD_PIXELS = (
     (Case("pixels of a volume", (2, 8, 4, 6, 8), 2, (3, 3, 3)), FULL, BOTH[1:], (("T4", 4),)),
 )
 RESIDENT_BACKWARD = (
-    (UNITS, HALF, FIRST, (("A100", 0),)),
     (UNEVEN, SHORT, BOTH, (("H100", 4),)),
     (Case("teams come back", (7, 32, 8, 8), 3, (5, 5)), SHORT, BOTH, (("H100", 2), ("T4", 2))),
     (Case("visits of several samples", (19, 512, 7, 7), 128, (3, 3)), HALF, BOTH, (("A100", 32),)),
@@ -88,7 +85,6 @@ RESIDENT_BACKWARD = (
     (Case("more units than threads", (2, 16, 6, 6), 530, (3, 3)), HALF, FIRST, (("H100", 4),)),
     (Case("one row at a time", (1, 34, 16, 16), 6, (7, 7)), SHORT, FIRST, (("H100", 16),)),
     (Case("x comes and goes", (3, 128, 28, 28), 8, (5, 5)), HALF, BOTH, (("A100", 2),)),
-    (Case("x comes and goes", (5, 64, 56, 56), 4, (7, 7)), HALF, BOTH, (("H100", 4),)),
     (
         Case("x comes and goes", (2, 164, 20, 20), 4, (7, 7)),
         FULL,
@@ -108,6 +104,20 @@ RESIDENT_BACKWARD_PIXELS = (
     (Case("less than a row", (1, 8, 4, 64), 2, (5, 5)), FULL, FIRST, (("A100", 16),)),
     (Case("more blocks than channels", (1, 4, 2000), 2, (9,)), FULL, BOTH, (("H100", 0),)),
     (Case("pixels of a volume", (2, 8, 4, 6, 8), 2, (3, 3, 3)), FULL, BOTH[1:], (("T4", 4),)),
+)
+BANDS = ((Case("a short last band", (2, 8, 54, 54), 4, (7, 7)), HALF, FIRST, (("RTX 5090", 4),)),)
+COMING = ((Case("x comes and goes", (5, 64, 56, 56), 4, (7, 7)), HALF, BOTH, (("H100", 4),)),)
+SHARED_UNITS = ((UNITS, HALF, FIRST, (("A100", 0),)),)
+# All that are resident, by direction and strategy.
+HELD = (
+    ("forward", "resident", RESIDENT_FORWARD),
+    ("forward", "resident-channels:cluster:4", BANDS),
+    ("forward", "resident-channels:grid:13", SHARED_UNITS),
+    ("forward", "resident-pixels", RESIDENT_FORWARD_PIXELS),
+    ("backward", "resident", RESIDENT_BACKWARD),
+    ("backward", "resident-channels:cluster:4", COMING),
+    ("backward", "resident-channels:grid:13", SHARED_UNITS),
+    ("backward", "resident-pixels", RESIDENT_BACKWARD_PIXELS),
 )
 SCHEDULES = ("ascending", "descending")
 
@@ -174,13 +184,7 @@ def make_runs() -> list[Run]:
     ]
     on_slices = [
         make_run(case, dtype, layout, device, direction, strategy)
-        for direction, strategy, cases in (
-            ("", "streaming", SLICED),
-            ("forward", "resident", RESIDENT_FORWARD),
-            ("forward", "resident-pixels", RESIDENT_FORWARD_PIXELS),
-            ("backward", "resident", RESIDENT_BACKWARD),
-            ("backward", "resident-pixels", RESIDENT_BACKWARD_PIXELS),
-        )
+        for direction, strategy, cases in (("", "streaming", SLICED), *HELD)
         for case, dtypes, layouts, devices in cases
         for dtype in dtypes
         for layout in layouts
