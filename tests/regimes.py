@@ -133,6 +133,7 @@ IN_EITHER_DIRECTION = (
         "A100",
         13,
         plan={"kind": "grid", "team": 3, "uneven": True},
+        strategy="resident-channels:grid:3",
     ),
     Regime(
         "three blocks of a grid, channels last",
@@ -142,6 +143,7 @@ IN_EITHER_DIRECTION = (
         13,
         CHANNELS_LAST,
         plan={"kind": "grid", "team": 3, "uneven": True, "rounds": 2},
+        strategy="resident-channels:grid:3",
     ),
     Regime(
         "less than a row of pixels",

@@ -262,10 +262,13 @@ NOT_LITTLE = {
     (3136, "backward", "streaming"): 0.12,  # 0.063
     (49, "inference", "grid"): 0.36,  # 0.284
     (49, "training", "grid"): 0.51,  # 0.284
+    (49, "backward", "grid"): 0.24,  # 0.132
     (196, "inference", "grid"): 0.13,  # 0.053
     (196, "training", "grid"): 0.19,  # 0.053
+    (196, "backward", "grid"): 0.13,  # 0.081
     (784, "inference", "grid"): 0.35,  # 0.154
     (784, "training", "grid"): 0.50,  # 0.154
+    (784, "backward", "grid"): 0.33,  # 0.212
     (3136, "inference", "grid"): 0.51,  # 0.318
     (3136, "training", "grid"): 0.74,  # 0.318
     (3136, "backward", "grid"): 0.14,  # 0.111

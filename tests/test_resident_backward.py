@@ -119,6 +119,7 @@ REGIMES = (
         4,
         CHANNELS_LAST,
         plan={"split": "pixels", "kind": "cluster", "x": "stays", "rounds": 5},
+        strategy="resident-pixels:cluster",
     ),
     Regime(
         "pixels, x comes and goes",
@@ -187,6 +188,7 @@ REGIMES = (
         4,
         CHANNELS_LAST,
         plan={"x": "is read twice", "rounds": 5},
+        strategy="resident-channels",
     ),
     Regime(
         "x comes and goes, packed rows",
@@ -263,6 +265,7 @@ REGIMES = (
         "A100",
         32,
         plan={"kind": "grid", "samples": 8},
+        strategy="resident:grid:0:0:8",
     ),
     Regime(
         "the whole grid, channels last",
