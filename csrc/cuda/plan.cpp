@@ -29,6 +29,7 @@ constexpr double kWithoutOverlap = 0.8e-6;
 // Fitted to 96 forwards of a ResNet-50's blocks on an H100, of 1 to 256 samples: to 11 % (the root
 // of the mean square, in logarithms).
 constexpr StreamedCosts kStreamedCosts = {10.5e-6, 1.6e-6, 0.80, 33e-12};
+
 // Short rows that are no whole number of vectors, taken as one piece of memory.
 bool are_packed(const View& view, int vector, DType dtype) {
   return view.vectors && view.row_stride == view.cols && view.cols % vector != 0 &&
