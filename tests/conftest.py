@@ -59,6 +59,8 @@ def emulator() -> ctypes.CDLL:
     """The emulator behind the backend "emulated"."""
     library = ctypes.CDLL(str(cbam_cuda.ops._emulator()))
     library.emulator_launches.restype = ctypes.c_ulonglong
+    library.emulator_prefetched.restype = ctypes.c_ulonglong
+    library.emulator_prefetched.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     return library
 
 

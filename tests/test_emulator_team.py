@@ -44,6 +44,7 @@ RESULTS = {
     "copy_and_store": in_first_block(TILES[0].flip(0)),
     "copy_back": in_first_block(TILES[0].flip(0)),
     "share": TILES[0].repeat(N // BLOCK),
+    "ask_ahead": REVERSED,
 }
 
 # As in test_emulator.py: a report in every schedule, or WRONG: in some schedule a wrong result or a
@@ -57,6 +58,7 @@ WAIT = r"mbarrier_wait at .*catalogue_copies.cu:\d+"
 STUCK = rf"deadlock:\n(.*\n)*? +\d+ threads? wait in {WAIT}"
 COPY = r"copy of 16 bytes at .*catalogue_copies.cu:\d+"
 BULK_COPY = r"bulk copy of \d+ bytes at .*catalogue_copies.cu:\d+"
+PREFETCH = r"prefetch of \d+ bytes at .*catalogue_copies.cu:\d+"
 COPY_HAZARD = (
     r"race: (read|write) after write of `tiles` \+ \d+ .*nothing orders it after the copy that "
     r"block \(0,0,0\) started at .*catalogue_copies.cu:\d+"
@@ -146,6 +148,12 @@ MISTAKES = {
         None,
     ),
     ("share", 1): (WRONG, COPY_HAZARD, None),
+    ("ask_ahead", 1): (rf"{PREFETCH}: addresses and size must be multiples of 16",) * 3,
+    ("ask_ahead", 2): (
+        None,
+        r"out of bounds: read of 2048 bytes at `in` \+ \d+, which has 4096 at",
+        rf"{PREFETCH} starts outside of what may be read|{HEAP}",
+    ),
 }
 
 

@@ -159,6 +159,10 @@ void bind_copy(const void* to, const void* from, size_t bytes, const CopyBarrier
   replace_moments(*find_span(write), write, before, moment);
 }
 
+void prefetch(const void* from, size_t bytes, const void* code) {
+  find_source(access_of(from, bytes, Access::kRead, code));
+}
+
 }  // namespace races
 
 }  // namespace emulator

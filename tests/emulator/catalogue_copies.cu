@@ -3,6 +3,7 @@
 #include "catalogue.h"
 #include "cuda/primitives/async_copy.cuh"
 #include "cuda/primitives/team.cuh"
+#include "cuda/primitives/vector_io.cuh"
 
 namespace {
 
@@ -180,6 +181,15 @@ __global__ void share(const int* in, int* out, int variant) {
   if (variant == 1 && blockIdx.x == 0) wait(s.full, 0);
 }
 
+// Each tile reversed, of which each thread has asked for some. 1: for a size that is no multiple of
+// 16. 2: for more than there is.
+__global__ void ask_ahead(const int* in, int* out, int variant) {
+  const int t = threadIdx.x, first = blockIdx.x * kThreads;
+  if (t % 4 == 0)
+    cbam::cuda::prefetch(in + first + t, variant == 1 ? 12 : variant == 2 ? 2 * kTileBytes : 16);
+  out[first + t] = in[first + kThreads - 1 - t];
+}
+
 constexpr size_t kSharedBytes = kStages * (kTileBytes + 2 * sizeof(CopyBarrier));
 
 }  // namespace
@@ -210,6 +220,11 @@ const char* catalogue_copy_and_store(int* in, int* out, int n, int variant) {
 const char* catalogue_copy_back(int* in, int* out, int n, int variant) {
   const Arrays arrays(in, out, n);
   return try_launch(copy_back, 1, kSharedBytes, in, out, variant);
+}
+
+const char* catalogue_ask_ahead(int* in, int* out, int n, int variant) {
+  const Arrays arrays(in, out, n);
+  return try_launch(ask_ahead, n / kThreads, 0, in, out, variant);
 }
 
 const char* catalogue_share(int* in, int* out, int n, int variant) {

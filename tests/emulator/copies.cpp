@@ -14,12 +14,15 @@
 namespace emulator {
 
 size_t copies_under_way = 0;
+std::vector<Prefetched> prefetched;
 
 namespace {
 
 constexpr uintptr_t kAlignment = 16;
+constexpr const char kMisaligned[] = ": addresses and size must be multiples of 16";
 constexpr const char kBulkCopy[] = "bulk copy";
 constexpr const char kCopyByThread[] = "copy";
+constexpr const char kPrefetch[] = "prefetch";
 constexpr const char kArrival[] = "arrival behind copies";
 
 // A copy under way, or with no bytes a thread's arrival behind its own copies.
@@ -54,16 +57,22 @@ bool readable([[maybe_unused]] const void* from, [[maybe_unused]] size_t bytes) 
 #endif
 }
 
+void check_source(const char* operation, const void* from, size_t bytes, Place place) {
+  if (!bytes || (reinterpret_cast<uintptr_t>(from) | bytes) % kAlignment)
+    fail({describe(operation, bytes, place) + kMisaligned});
+  if (!readable(from, bytes))
+    fail({describe(operation, bytes, place) + " starts outside of what may be read"});
+}
+
 // Claims the bytes that it writes.
 void check_copy(const char* operation, void* to, const void* from, size_t bytes, Place place) {
   const auto refuse = [&](const std::string& why) {
     fail({describe(operation, bytes, place) + why});
   };
-  const uintptr_t bits = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
-  if (!bytes || (bits | bytes) % kAlignment) refuse(": addresses and size must be multiples of 16");
+  check_source(operation, from, bytes, place);
+  if (reinterpret_cast<uintptr_t>(to) % kAlignment) refuse(kMisaligned);
   SharedArray* const array = find_array(*machine.block, to, bytes);
   if (!array) refuse(" does not end in one shared array of its own block");
-  if (!readable(from, bytes)) refuse(" starts outside of what may be read");
   if (!array->claim(to, bytes))
     refuse(std::string(" into `") + array->name +
            "`: another copy into the same bytes is under way, for no thread has waited for it");
@@ -179,6 +188,12 @@ __attribute__((noinline)) void async_copy(void* to, const void* from, unsigned b
   unbound[machine.current].push_back({to, from, bytes, 0});
   ++machine.block->copies.unbound;
   start({machine.current, nullptr, to, from, bytes, 0, place});
+}
+
+__attribute__((noinline)) void prefetch(const void* from, unsigned bytes, Place place) {
+  check_source(kPrefetch, from, bytes, place);
+  races::prefetch(from, bytes, __builtin_return_address(0));
+  prefetched.push_back({reinterpret_cast<uintptr_t>(from), bytes});
 }
 
 __attribute__((noinline)) void mbarrier_arrive_after_copies(uint64_t* b, Place place) {

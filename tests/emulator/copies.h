@@ -49,7 +49,14 @@ CopyBarrier& used_barrier(const char* operation, uint64_t* object, Place place, 
 void arrive(CopyBarrier& barrier, const char* operation, Place place);
 void end_bytes(CopyBarrier& barrier, int64_t bytes, const char* operation, Place place);
 
+// What the last launch brought to a cache.
+struct Prefetched {
+  uintptr_t begin;
+  size_t bytes;
+};
+
 // copies.cpp
+extern std::vector<Prefetched> prefetched;
 extern size_t copies_under_way;  // of the gang
 // Where the schedule wants it, lets a copy arrive before the next thread runs.
 void maybe_end_copy();

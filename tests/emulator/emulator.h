@@ -35,6 +35,9 @@ int emulator_set_schedule(const char* text);
 // One line "name read written" for each watched name, in bytes, since the last reset.
 const char* emulator_counts();
 unsigned long long emulator_launches();
+// Of these bytes, those that the last launch brought to a cache; what it brought twice counts
+// twice.
+unsigned long long emulator_prefetched(const void* begin, size_t bytes);
 void emulator_reset_counts();
 
 // Of the emulated device, 132 to begin with: 16 of them form a group, of at most 8, that a cluster

@@ -35,6 +35,7 @@ void wait(const CopyBarrier& barrier);
 void copy(const void* to, const void* from, size_t bytes, const CopyBarrier* barrier,
           const void* code);
 void bind_copy(const void* to, const void* from, size_t bytes, const CopyBarrier& barrier);
+void prefetch(const void* from, size_t bytes, const void* code);
 #else
 inline void start_launch(const Launch&) {}
 inline void start_gang(int, uint64_t) {}
@@ -53,6 +54,7 @@ inline void end_phase(const CopyBarrier&) {}
 inline void wait(const CopyBarrier&) {}
 inline void copy(const void*, const void*, size_t, const CopyBarrier*, const void*) {}
 inline void bind_copy(const void*, const void*, size_t, const CopyBarrier&) {}
+inline void prefetch(const void*, size_t, const void*) {}
 #endif
 
 }  // namespace emulator::races

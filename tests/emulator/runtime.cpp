@@ -77,6 +77,7 @@ cudaError_t run(const Launch& launch) {
   const BrokenLimit broken = limit_broken(launch);
   if (broken.status != cudaSuccess) return failure(broken.status, "cannot launch: " + broken.text);
   ++launches;
+  prefetched.clear();
   clear_findings();
   run_blocks(launch);
   if (!anything_found()) return cudaSuccess;
@@ -139,6 +140,14 @@ const char* emulator_counts() {
 }
 
 unsigned long long emulator_launches() { return emulator::launches; }
+
+unsigned long long emulator_prefetched(const void* begin, size_t bytes) {
+  unsigned long long found = 0;
+  const auto first = reinterpret_cast<uintptr_t>(begin);
+  for (const emulator::Prefetched& piece : emulator::prefetched)
+    if (first <= piece.begin && piece.begin + piece.bytes <= first + bytes) found += piece.bytes;
+  return found;
+}
 
 void emulator_reset_counts() {
   emulator::reset_counts();

@@ -44,8 +44,10 @@ __device__ __forceinline__ void prefetch_first(const SpatialGate& p, const Scale
   if constexpr (kAccess != Access::kScalar) {
     const int group = kAccess == Access::kPacked ? p.geometry.row_group : 1;
     const int pixel = block.pixel(p.space, 0, 0, 0);
-    // Of a channel the rows of the image that follow each other without a gap.
-    const int lines = block.width == p.space.width ? block.height : 1;
+    // Of a channel the rows of the image that follow each other without a gap: whole vectors, which
+    // the rows of one slice of a volume need not be.
+    const int slices = block.height == p.space.height ? block.depth : 1;
+    const int lines = block.width == p.space.width ? slices * block.height : 1;
     const int run = kChannelsFirst ? group * lines * block.width : block.channels;
     const T* first = static_cast<const T*>(p.x.data) + block.sample * p.x.sample_stride +
                      (kChannelsFirst ? block.first_channel : pixel) * p.x.row_stride +

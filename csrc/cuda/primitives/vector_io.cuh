@@ -7,6 +7,10 @@
 #include "../kernels/kernels.h"
 #include "numeric.cuh"
 
+#if defined(CBAM_EMULATED)
+#include "emulator_device.h"
+#endif
+
 namespace cbam::cuda {
 
 // Elements in a vector of T.
@@ -118,13 +122,20 @@ __device__ __forceinline__ void prefetch([[maybe_unused]] const void* p) {
 
 // The same for so many bytes, a multiple of 16 from a multiple of 16 on, from compute
 // capability 9.0 on.
+#if defined(CBAM_EMULATED)
+__device__ __forceinline__ void prefetch(const void* p, int bytes,
+                                         emulator::Place place = emulator::Place::here()) {
+  emulator::prefetch(p, static_cast<unsigned>(bytes), place);
+}
+#else
 __device__ __forceinline__ void prefetch([[maybe_unused]] const void* p,
                                          [[maybe_unused]] int bytes) {
-#if !defined(CBAM_EMULATED) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)),
                "r"(bytes));
 #endif
 }
+#endif
 
 // Marked as the first to leave the cache: nothing here reads what was written.
 template <class T, int kCount>

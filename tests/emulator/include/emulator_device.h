@@ -58,6 +58,8 @@ void mbarrier_wait(uint64_t* b, unsigned parity, Place place);
 // source is read when the bytes arrive, which is up to the schedule.
 void bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* b, Place place);
 void async_copy(void* to, const void* from, unsigned bytes, Place place);
+// Brings global memory to a cache: nothing but a check of what may be asked for.
+void prefetch(const void* from, unsigned bytes, Place place);
 
 // An atomic operation: what is there, and what it becomes.
 uint64_t begin_atomic(const void* p, size_t bytes, Place place);
