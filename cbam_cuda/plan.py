@@ -46,7 +46,9 @@ def plan(
             predicted to be faster; where both take about as long, for what is faster in a typical
             shape nearby. For measurements a resident one may go on with ":cluster" or ":grid", and
             numbers behind colons: blocks of a team, blocks on a multiprocessor, and samples of a
-            visit, as in "resident-channels:grid:8:2:1"; the plan chooses what is missing or 0.
+            visit, as in "resident-channels:grid:8:2:1"; the plan chooses what is missing or 0. With
+            ":ahead" behind all that, which the plan never chooses, teams bring their next visit to
+            the L2 cache early.
         multiprocessors: plan for a part of the device that has so many; 0 for all of it.
 
     Returns:

@@ -132,7 +132,8 @@ py::dict resident_dict(const cbam::cuda::ResidentGeometry& g) {
              "pixels"_a = g.pixels, "chunk"_a = g.chunk, "chunks"_a = g.chunks,
              "copy"_a = name_of(g.copy), "boxes_each"_a = g.boxes_each, "lanes"_a = g.lanes,
              "groups"_a = g.groups, "holds_weights"_a = g.weight_bytes > 0,
-             "shares_units"_a = g.shares_units, "exchange"_a = g.exchange);
+             "shares_units"_a = g.shares_units, "fetches_ahead"_a = g.fetches_ahead,
+             "exchange"_a = g.exchange);
   d.attr("update")(box_dict(g.boxes));
   return d;
 }

@@ -87,6 +87,9 @@ def test_ways_to_hold_samples(direction):
     held = [plan["passes"]["resident"] for plan in plans]
     assert len({str(geometry) for geometry in held}) == len(found)
     assert {geometry["kind"] for geometry in held} == {"cluster", "grid"}
+    for geometry in held:  # of teams that come back, both
+        other = geometry | {"fetches_ahead": not geometry["fetches_ahead"]}
+        assert (other in held) == (geometry["teams"] * geometry["samples"] < 64)
     best = rows.planned(problem, direction, "resident")
     assert best["passes"]["resident"] in held
     longest = ways.LIMIT * best["predicted_seconds"]

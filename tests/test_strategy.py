@@ -28,6 +28,9 @@ SHAPE = [64, *RESNET[1]]
         "resident:grid:8:1:3",
         "resident:grid:8:1:16",
         "resident:grid:8:1:1:1",
+        "resident:ahead",
+        "streaming:ahead",
+        "resident:grid:ahead:8",
     ],
 )
 def test_a_strategy_that_is_unknown(name):
@@ -42,10 +45,13 @@ def test_a_strategy_that_is_unknown(name):
         ("resident-channels:grid:8:2:1", 8, 256, 1),
         ("resident-channels:grid:16:0:2", 16, 256, 2),
         ("resident-pixels:cluster", 4, 512, 1),
+        ("resident-pixels:cluster:ahead", 4, 512, 1),
+        ("resident-channels:grid:8:2:1:ahead", 8, 256, 1),
     ],
 )
 def test_how_samples_are_held_can_be_asked_for(name, team, threads, samples):
     held = plan(SHAPE, "float16", strategy=name)["passes"]["resident"]
+    assert held["fetches_ahead"] == name.endswith("ahead")
     assert name.startswith(f"resident-{held['split']}:{held['kind']}")
     assert (held["team"], held["threads"], held["samples"]) == (team, threads, samples)
 
@@ -56,6 +62,7 @@ def test_how_samples_are_held_can_be_asked_for(name, team, threads, samples):
         ("resident:cluster:2", "H100"),  # too few blocks
         ("resident:cluster:3", "H100"),
         ("resident:cluster", "A100"),
+        ("resident:grid:ahead", "A100"),  # which cannot
         ("resident-pixels:grid:0:0:8", "H100"),
     ],
 )

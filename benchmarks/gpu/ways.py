@@ -33,8 +33,11 @@ def named() -> Iterator[str]:
 
 
 def ways(problem: Problem, direction: str) -> list[str]:
-    """Those that a problem has, once each, unless they are expected to be slow."""
-    found: dict[str, str] = {}
+    """Those that a problem has, once each, unless they are expected to be slow.
+
+    Where teams come back for more samples, also with the next visit brought to the cache ahead.
+    """
+    found: dict[str, tuple[str, ...]] = {}
     try:
         longest = LIMIT * rows.planned(problem, direction, "resident")["predicted_seconds"]
     except (RuntimeError, ValueError):
@@ -45,8 +48,10 @@ def ways(problem: Problem, direction: str) -> list[str]:
         except (RuntimeError, ValueError):
             continue
         if plan["predicted_seconds"] <= longest:
-            found.setdefault(str(plan["passes"]["resident"]), name)
-    return list(found.values())
+            held = plan["passes"]["resident"]
+            comes_back = held["teams"] * held["samples"] < problem.shape[0]
+            found.setdefault(str(held), (name, f"{name}:ahead") if comes_back else (name,))
+    return list(itertools.chain(*found.values()))
 
 
 def time_cell(problem: Problem, left: float) -> list[Row]:

@@ -73,9 +73,9 @@ class Key {
   }
   void of(const Strategy& s) {
     const auto& [kind, way] = s;
-    const auto& [split, cluster, team, blocks, samples] = way;
+    const auto& [split, cluster, team, blocks, samples, ahead] = way;
     numbers(kind, split ? static_cast<int>(*split) : -1, cluster ? static_cast<int>(*cluster) : -1,
-            team, blocks, samples);
+            team, blocks, samples, ahead);
   }
   void of(const DeviceLimits& d) {
     const auto& [name, capability, multiprocessors, threads, shared_per_block, shared, l2,

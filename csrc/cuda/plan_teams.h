@@ -138,6 +138,7 @@ class WaySearch {
   WaySearch(const Fitting& fitting, const DeviceLimits& device, const Way& only)
       : fitting_(fitting), device_(device), only_(only) {
     for (const Split split : {Split::kChannels, Split::kPixels}) {
+      if (only.ahead && device.capability < kClusterCapability) break;
       if (only.split && *only.split != split) continue;
       const int several = split == Split::kPixels ? 1 : fitting.samples_per_visit();
       consider_all(only.samples ? only.samples : several, split);
@@ -183,7 +184,8 @@ class WaySearch {
   int consider(const Candidate& candidate) {
     const auto fitted = fitting_.geometry(candidate);
     if (!fitted) return candidate.team;
-    const auto g = with_weights(fitting_, *fitted);
+    auto g = with_weights(fitting_, *fitted);
+    g.fetches_ahead = only_.ahead;
     const double needed = fitting_.seconds(g);
     if (!best_.geometry || needed < best_.seconds)
       best_ = {g, needed, g.cluster ? "clusters hold the samples" : "the whole grid holds samples"};

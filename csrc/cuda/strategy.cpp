@@ -32,7 +32,7 @@ std::invalid_argument unknown(const std::string& name) {
   return std::invalid_argument(
       "strategy: expected auto, streaming or resident, which -channels or -pixels and :cluster or "
       ":grid may follow, with numbers like :16:1:8 (blocks of a team; 1 or 2 blocks on a "
-      "multiprocessor; 1, 2, 4 or 8 samples of a visit; 0 for any), got " +
+      "multiprocessor; 1, 2, 4 or 8 samples of a visit; 0 for any) and :ahead, got " +
       name);
 }
 
@@ -46,7 +46,7 @@ int number_of(const std::string& piece) {
 }  // namespace
 
 Strategy strategy_of(const std::string& name) {
-  const auto pieces = pieces_of(name);
+  auto pieces = pieces_of(name);
   const std::string& first = pieces.empty() ? name : pieces[0];
   const auto* named = std::find_if(kNamed.begin(), kNamed.end(),
                                    [&](const Named& known) { return first == known.name; });
@@ -54,12 +54,14 @@ Strategy strategy_of(const std::string& name) {
   Strategy strategy = named->strategy;
   if (pieces.size() == 1) return strategy;
   const bool grid = pieces[1] == "grid";
-  const std::array<int*, 3> numbers = {&strategy.way.team, &strategy.way.blocks,
-                                       &strategy.way.samples};
-  if (strategy.kind != Strategy::kResident || (!grid && pieces[1] != "cluster") ||
-      pieces.size() > 2 + numbers.size())
+  if (strategy.kind != Strategy::kResident || (!grid && pieces[1] != "cluster"))
     throw unknown(name);
   strategy.way.cluster = !grid;
+  strategy.way.ahead = pieces.back() == "ahead";
+  if (strategy.way.ahead) pieces.pop_back();
+  const std::array<int*, 3> numbers = {&strategy.way.team, &strategy.way.blocks,
+                                       &strategy.way.samples};
+  if (pieces.size() > 2 + numbers.size()) throw unknown(name);
   for (size_t i = 2; i < pieces.size(); ++i) {
     *numbers[i - 2] = number_of(pieces[i]);
     if (*numbers[i - 2] < 0) throw unknown(name);

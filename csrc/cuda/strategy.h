@@ -13,9 +13,10 @@ namespace cbam::cuda {
 struct Way {
   std::optional<Split> split;
   std::optional<bool> cluster;
-  int team = 0;     // blocks that hold them together
-  int blocks = 0;   // on a multiprocessor
-  int samples = 0;  // of a visit
+  int team = 0;        // blocks that hold them together
+  int blocks = 0;      // on a multiprocessor
+  int samples = 0;     // of a visit
+  bool ahead = false;  // brings the next visit to the cache; only where it is asked for
 };
 
 struct Strategy {
@@ -24,8 +25,9 @@ struct Strategy {
 };
 
 // By its name: "auto", "streaming", or "resident", which "-channels" or "-pixels" may follow, of
-// which a block holds some, and ":cluster" or ":grid", and numbers behind colons: of blocks of a
-// team, at most; blocks on a multiprocessor; samples of a visit. Else throws std::invalid_argument.
+// which a block holds some, and ":cluster" or ":grid", then numbers behind colons (of blocks of a
+// team, at most; blocks on a multiprocessor; samples of a visit) and ":ahead". Else throws
+// std::invalid_argument.
 Strategy strategy_of(const std::string& name);
 // The one that the environment asks for, in CBAM_CUDA_STRATEGY.
 Strategy strategy_asked_for();

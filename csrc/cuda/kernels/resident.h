@@ -45,13 +45,15 @@ struct ResidentGeometry {
   int lanes;          // threads that share a row where sums run along rows
   int groups;         // and a column where they run down columns
   Copy copy;
-  BoxGeometry boxes;  // what the convolution is computed in; boxes go round the blocks of the team
-  int boxes_each;     // boxes of a visit that a block takes, at most
-  int weight_bytes;   // of a weight of the MLP, where those of a block's channels stay on the chip
-                      // for all visits; else 0
-  bool shares_units;  // a block adds up the team's sums of some hidden units for all blocks; else
-                      // of all units for itself
-  int64_t exchange;   // bytes that a block puts out for the others in global memory; 0 in a cluster
+  BoxGeometry boxes;   // what the convolution is computed in; boxes go round the blocks of the team
+  int boxes_each;      // boxes of a visit that a block takes, at most
+  int weight_bytes;    // of a weight of the MLP, where those of a block's channels stay on the chip
+                       // for all visits; else 0
+  bool shares_units;   // a block adds up the team's sums of some hidden units for all blocks; else
+                       // of all units for itself
+  bool fetches_ahead;  // brings the next visit's tensors to the second-level cache, once its own
+                       // are all there
+  int64_t exchange;  // bytes that a block puts out for the others in global memory; 0 in a cluster
 
   // The samples that the MLP's sums are made for; what belongs to absent ones is zero.
   CBAM_INLINE_MEMBER int mlp_samples() const { return samples == 1 ? 1 : kMostVisited; }

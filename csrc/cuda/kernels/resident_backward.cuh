@@ -131,6 +131,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   for (block.start(0); block.samples > 0; block.start(block.round + 1)) {
     stage_channels(p, block, m);
     put_out_spatial<kAccess == Access::kVector>(p, loads, m);
+    if (g.fetches_ahead) {
+      if (g.holds_x()) fetch_ahead(g, block, p.x);
+      fetch_ahead(g, block, p.dout);
+    }
     block.team.barrier();
     stage_pixels(p, block, m);
     sum_over_pixels<kAccess == Access::kVector>(p, loads, m);

@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   for (block.start(0); block.samples > 0; block.start(block.round + 1)) {
     __syncthreads();
     pool<kTraining>(p, block, m);
+    if (g.fetches_ahead) fetch_ahead(g, block, p.x);
     gate_all_channels<kTraining>(p, block, m);
     gate_all_pixels<kTraining>(p, block, m);
     const int following = block.samples_in(block.round + 1);
