@@ -29,12 +29,16 @@ def test_what_the_tools_watch_reaches_every_call(monkeypatch):
         patched.setattr(small, "FORMS", small.FORMS[-1:])
         patched.setattr(small.cbam_cuda, "cbam", watched)
         patched.setattr(small, "train", watched_training)
-        count = 2 * len(small.DTYPES) * 2 + 1
-        assert small.run("cpu") == dict.fromkeys(strategies.STRATEGIES, f"{3 * count} calls")
-    for strategy, calls in (("streaming", count), ("resident", count - 1)):
-        assert (seen.count(strategy), trained.count(strategy)) == (3 * calls, calls)
-    form = small.FORMS[-1].resident
-    assert (seen.count(form), trained.count(form)) == (3, 1)
+        count = 2 * len(small.DTYPES) * 2
+        assert small.run("cpu") == {
+            "streaming": f"{3 * count} calls",
+            "resident": f"{3 * count + 2} calls",
+        }
+    for strategy in strategies.STRATEGIES:
+        assert (seen.count(strategy), trained.count(strategy)) == (3 * count, count)
+    form = small.FORMS[-1]
+    assert form.calls == ("inference", "training")
+    assert (seen.count(form.resident), trained.count(form.resident)) == (2, 1)
     assert {len(case.shape) for case in small.CASES} == {3, 4, 5}
 
 
@@ -118,7 +122,11 @@ DIRECTIONS = ({}, {"training": True}, {"backward": True})
 @pytest.mark.parametrize("form", small.FORMS, ids=lambda form: form.case.name)
 def test_each_way_to_hold_samples_is_watched(form):
     """By the plan of an H100, of which the larger shapes are made; None where it has none."""
-    case, dtype, layout, strategy = form
+    case, dtype, layout, strategy, calls = form
+    forward, _, backward = FORMS[case.name]
+    assert (calls != small.BACKWARD) or backward
+    assert (calls == small.FORWARD) == (backward is None)
+    assert forward is not None
     for what, expected in zip(DIRECTIONS, FORMS[case.name], strict=True):
         as_regime = Regime(
             case.name,

@@ -13,7 +13,7 @@ from .small import FINISHED, WATCHED
 
 # In so many processes, which share the problems, and in which dtypes: racecheck takes many times as
 # long as the others, and kernels of 16 and 32 bits differ in conversions and in a vector's length.
-TOOLS = {"memcheck": 1, "racecheck": 8, "initcheck": 1, "synccheck": 1}
+TOOLS = {"memcheck": 1, "racecheck": 26, "initcheck": 1, "synccheck": 1}
 DTYPES = {"racecheck": ["float16"]}
 OPTIONS = (
     "--target-processes",

@@ -15,7 +15,7 @@ import torch
 import cbam_cuda
 from cbam_cuda.arguments import Weights
 
-from .inputs import cases, train
+from .inputs import cases, operator_backward, saved_by_forward, train
 from .strategies import STRATEGIES, Tally, forced
 
 FINISHED = "small: reached the end"
@@ -36,6 +36,9 @@ CASES = tuple(
 )
 
 
+ALL_CALLS = ("inference", "attention", "training")
+
+
 class Watched(NamedTuple):
     """What is called."""
 
@@ -43,9 +46,20 @@ class Watched(NamedTuple):
     dtype: torch.dtype
     layout: str
     resident: str = "resident"  # the strategy by which it is that
+    calls: Sequence[str] = ALL_CALLS
 
     def __str__(self) -> str:
         return f"{self.case}, {str(self.dtype).removeprefix('torch.')}, {self.layout}"
+
+    def ways(self) -> dict[str, str]:
+        """By strategy, how to ask for it. What is there for a way is large, and streamed slowly."""
+        asked = {"resident": self.resident}
+        return asked if self in FORMS else {"streaming": "streaming"} | asked
+
+
+# What is held in a way of its own in both directions, or in one: racecheck takes minutes for a
+# block whose shared memory is full.
+BOTH, FORWARD, BACKWARD = ("inference", "training"), ("inference", "attention"), ("backward",)
 
 
 def _form(
@@ -55,21 +69,30 @@ def _form(
     dtype: torch.dtype,
     resident: str,
     last: bool = False,
+    calls: Sequence[str] = BOTH,
 ) -> Watched:
     case = cases.Case(name, shape, hidden, (7, 7))
-    return Watched(case, dtype, cases.NATIVE_LAYOUTS[last], f"resident-{resident}")
+    return Watched(case, dtype, cases.NATIVE_LAYOUTS[last], f"resident-{resident}", calls)
 
 
 F16, F32 = torch.float16, torch.float32
 # Ways to hold samples on the chip that no smaller problem takes.
 FORMS = (
-    _form("maps in bands", (1, 40, 118, 118), 4, F16, "channels:cluster:16:1"),
-    _form("pixels of clusters of 16", (1, 64, 56, 56), 4, F16, "pixels:cluster:16:1", last=True),
+    _form("maps in bands", (1, 40, 118, 118), 4, F16, "channels:cluster:16:1", calls=FORWARD),
+    _form("pixels of clusters of 16", (1, 64, 18, 18), 4, F16, "pixels:cluster:16:1", last=True),
     _form("pixels of the whole grid", (1, 96, 96, 96), 4, F32, "pixels:grid"),
-    _form("x comes and goes", (1, 256, 40, 40), 16, F32, "channels:cluster:16:1"),
-    _form("pixels, x comes and goes", (1, 8, 194, 194), 1, F32, "pixels:cluster:16", last=True),
-    _form("several boxes a block", (1, 4, 161, 53), 2, F32, "channels:grid"),
-    _form("backward on the whole grid", (1, 4, 82, 82), 2, F16, "channels:grid:2"),
+    _form("x comes and goes", (1, 256, 40, 40), 16, F32, "channels:cluster:16:1", calls=BACKWARD),
+    _form(
+        "pixels, x comes and goes",
+        (1, 8, 194, 194),
+        1,
+        F32,
+        "pixels:cluster:16",
+        last=True,
+        calls=BACKWARD,
+    ),
+    _form("several boxes a block", (1, 4, 161, 53), 2, F32, "channels:grid", calls=FORWARD),
+    _form("backward on the whole grid", (1, 4, 82, 82), 2, F16, "channels:grid:2", calls=BACKWARD),
     _form("several samples, several visits", (512, 16, 2, 2), 32, F16, "channels:cluster:4:0:8"),
     _form("shared hidden units", (140, 128, 2, 2), 200, F32, "channels:cluster:8"),
     _form("several visits of a team", (133, 64, 2, 2), 64, F16, "channels", last=True),
@@ -104,7 +127,7 @@ def run(
 
 
 def _make_calls(problem: Watched, device: str, tallies: Mapping[str, Tally]) -> None:
-    case, dtype, layout, resident = problem
+    case, dtype, layout, *_ = problem
     x = cases.LAYOUTS[layout](cases.make_x(case, dtype)).to(device)
     weights = Weights(*(w.to(device) for w in cases.make_weights(case, dtype)))
     grad = cases.LAYOUTS[layout](cases.make_x(case, dtype, seed=2)).to(device)
@@ -118,13 +141,13 @@ def _make_calls(problem: Watched, device: str, tallies: Mapping[str, Tally]) -> 
         "inference": lambda: forward(False),
         "attention": lambda: forward(True),
         "training": lambda: train(x, weights, grad),
+        "backward": lambda: operator_backward(x, weights, saved_by_forward(x, weights), grad),
     }
-    for strategy, tally in tallies.items():
-        for name, call in calls.items():
-            way = resident if strategy == "resident" else strategy
-            with tally.problem(f"{problem}, {name}"), forced(way):
+    for strategy, way in problem.ways().items():
+        for name in problem.calls:
+            with tallies[strategy].problem(f"{problem}, {name}"), forced(way):
                 # The copies wait for the kernels, and an error of theirs is raised here.
-                finite = [torch.isfinite(tensor.cpu()).all().item() for tensor in call()]
+                finite = [torch.isfinite(tensor.cpu()).all().item() for tensor in calls[name]()]
                 assert all(finite), f"{problem}, {name}, {strategy}: not finite"
 
 
