@@ -145,34 +145,6 @@ __device__ __forceinline__ bool copies(const ResidentGeometry& g, int n) {
   return g.copy != Copy::kBulk || static_cast<int>(threadIdx.x) / 32 == (n & (g.threads / 32 - 1));
 }
 
-// Where a chunk of sample `within` of a round's visit stands in a tensor: in pieces of so many
-// elements each. None where the slice has no such chunk.
-template <class T>
-struct ChunkPieces {
-  const T* data;
-  int64_t stride;
-  int pieces = 0, length;
-
-  template <bool kChannelsFirst, Split kSplit>
-  __device__ __forceinline__ ChunkPieces(const ResidentGeometry& g,
-                                         const ResidentBlock<T, kChannelsFirst, kSplit>& block,
-                                         const Matrix& from, int round, int within, int number)
-      : stride(from.row_stride) {
-    const Chunk chunk(g, block.rows(), number);
-    if (chunk.count <= 0) return;
-    const int64_t row = block.first_row() + chunk.first;
-    const int64_t sample = (block.number() + round * g.teams) * g.samples + within;
-    data = static_cast<const T*>(from.data) + sample * from.sample_stride + row * from.row_stride +
-           block.first_col();
-    // Rows without a gap between them are one piece.
-    const bool whole =
-        block.kHoldsPixels ? !kChannelsFirst && from.row_stride == block.cols() : kChannelsFirst;
-    pieces = whole ? 1 : chunk.count;
-    length = whole ? chunk.count * block.cols() : block.cols();
-  }
-  __device__ __forceinline__ int bytes() const { return length * static_cast<int>(sizeof(T)); }
-};
-
 // Starts to load a chunk of sample `within` of a round's visit to `to`, with all threads that take
 // part. Nothing may still read what was there before.
 template <bool kChannelsFirst, Split kSplit, class T>
@@ -181,19 +153,28 @@ __device__ __forceinline__ void load_chunk(const ResidentGeometry& g,
                                            const Matrix& from, int round, int within, int number,
                                            T* to, CopyBarrier* landed) {
   constexpr int kCount = kVector<T>;
-  const ChunkPieces<T> chunk(g, block, from, round, within, number);
-  if (chunk.pieces == 0) return;
+  const Chunk chunk(g, block.rows(), number);
+  if (chunk.count <= 0) return;
+  const int64_t row = block.first_row() + chunk.first;
+  const int64_t sample = (block.number() + round * g.teams) * g.samples + within;
+  const T* data = static_cast<const T*>(from.data) + sample * from.sample_stride +
+                  row * from.row_stride + block.first_col();
+  // Rows without a gap between them are one piece.
+  const bool whole =
+      block.kHoldsPixels ? !kChannelsFirst && from.row_stride == block.cols() : kChannelsFirst;
+  const int pieces = whole ? 1 : chunk.count;
+  const int length = whole ? chunk.count * block.cols() : block.cols();
   if (g.copy == Copy::kBulk) {
-    const int lane = threadIdx.x % 32;
-    if (lane == 0) arrive_expecting(landed, chunk.pieces * chunk.bytes());
-    for (int i = lane; i < chunk.pieces; i += 32)
-      bulk_copy(to + i * g.pitch, chunk.data + i * chunk.stride, chunk.bytes(), landed);
+    const int bytes = length * static_cast<int>(sizeof(T)), lane = threadIdx.x % 32;
+    if (lane == 0) arrive_expecting(landed, pieces * bytes);
+    for (int i = lane; i < pieces; i += 32)
+      bulk_copy(to + i * g.pitch, data + i * from.row_stride, bytes, landed);
     return;
   }
-  const int vectors = chunk.length / kCount;
-  for (int i = threadIdx.x; i < chunk.pieces * vectors; i += g.threads) {
+  const int vectors = length / kCount;
+  for (int i = threadIdx.x; i < pieces * vectors; i += g.threads) {
     const int piece = i / vectors, at = i % vectors * kCount;
-    const T* source = chunk.data + piece * chunk.stride + at;
+    const T* source = data + piece * from.row_stride + at;
     T* target = to + piece * g.pitch + at;
     if (g.copy == Copy::kAsync)
       copy_16_bytes(target, source);
@@ -203,18 +184,22 @@ __device__ __forceinline__ void load_chunk(const ResidentGeometry& g,
   if (g.copy == Copy::kAsync) arrive_after_copies(landed);
 }
 
-// Brings what the block holds of the next visit to the second-level cache, while memory has nothing
-// else to do: each chunk by one warp.
+// Brings what the block holds of the next visit to the second-level cache, as few rows at a time as
+// are whole vectors, while memory has little else to do.
 template <bool kChannelsFirst, Split kSplit, class T>
 __device__ __forceinline__ void fetch_ahead(const ResidentGeometry& g,
                                             const ResidentBlock<T, kChannelsFirst, kSplit>& block,
                                             const Matrix& from) {
-  const int samples = block.samples_in(block.round + 1);
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = threadIdx.x % 32;
-  for (int n = warp; n < samples * g.chunks; n += g.threads / 32) {
-    const ChunkPieces<T> chunk(g, block, from, block.round + 1, n / g.chunks, n % g.chunks);
-    for (int i = lane; i < chunk.pieces; i += 32)
-      prefetch(chunk.data + i * chunk.stride, chunk.bytes());
+  const int round = block.round + 1;
+  const int step = kChannelsFirst && !block.kHoldsPixels ? g.channel_group : 1;
+  const int bytes = step * block.cols() * static_cast<int>(sizeof(T));
+  for (int sample = 0; sample < block.samples_in(round); ++sample) {
+    const T* slice =
+        static_cast<const T*>(from.data) +
+        ((block.number() + round * g.teams) * g.samples + sample) * from.sample_stride +
+        block.first_col();
+    for (int row = step * threadIdx.x; row < block.rows(); row += step * g.threads)
+      prefetch(slice + (block.first_row() + row) * from.row_stride, bytes);
   }
 }
 
