@@ -60,6 +60,7 @@ def emulator() -> ctypes.CDLL:
     library = ctypes.CDLL(str(cbam_cuda.ops._emulator()))
     library.emulator_launches.restype = ctypes.c_ulonglong
     library.emulator_prefetched.restype = ctypes.c_ulonglong
+    library.emulator_prefetched_bytes.restype = ctypes.c_ulonglong
     library.emulator_prefetched.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     return library
 

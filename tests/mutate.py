@@ -33,7 +33,7 @@ from mutation.tree import Tree
 
 # Mutants that change nothing that anybody could see, by Mutant.key, and why.
 NO_CHUNK = "a chunk of no rows is neither loaded nor walked"
-HINT = "a prefetch is a hint, and may point anywhere"
+HINT = "the prefetch of a line is a hint, and may point anywhere"
 GUARDED = "what it would do more is guarded inside"
 WAITS_LONGER = "it waits for every row before the first, and sums in the same order"
 LAST_CHUNK = "one more chunk, of nothing, where chunks end with the work: loops in it are empty"
@@ -71,16 +71,6 @@ REDUNDANT = {
         "rows are padded inside an image only where boxes are 1 or 2 pixels wide, and what is "
         "staged there reaches gates that are not written"
     ),
-    "blocks.cuh: if (row < rows && row * bytes < kBytesAhead) "
-    "prefetch(first + row * stride, bytes); -> "
-    "if (row <= rows && row * bytes < kBytesAhead) prefetch(first + row * stride, bytes);": HINT,
-    "blocks.cuh: if (row < rows && row * bytes < kBytesAhead) "
-    "prefetch(first + row * stride, bytes); -> "
-    "if (row < rows && row * bytes <= kBytesAhead) prefetch(first + row * stride, bytes);": HINT,
-    "reduce_columns.cu: const int vectors = min(g.tile, g.period - block.tile * g.tile); -> "
-    "const int vectors = (g.tile);": HINT,
-    "reduce_columns.cu: const int vectors = min(g.tile, g.period - block.tile * g.tile); -> "
-    "const int vectors = (g.period - block.tile * g.tile);": HINT,
     "reduce_rows.cu: if (g.lanes <= 32) -> if (g.lanes <= 1 + 32)": "lanes are powers of two",
     "resident_backward.cuh: for (int number = 0; number < g.chunks; ++number) { -> "
     "for (int number = 0; number <= g.chunks; ++number) {": NO_CHUNK,

@@ -351,3 +351,10 @@ def test_without_the_compiled_module(monkeypatch):
     monkeypatch.setattr(ops, "_C", None)
     with pytest.raises(RuntimeError, match="did not load"):
         plan([1, 8, 4])
+
+
+@pytest.mark.parametrize(("batch", "lanes"), [(1, 256), (4, 256), (5, 32), (8, 32), (256, 8)])
+def test_threads_of_a_row_of_the_pool(batch, lanes):
+    """A block for each of few rows, a warp for some thousand, eight threads for more."""
+    found = plan([batch, 256, 56, 56], "float16", "H100", strategy="streaming")
+    assert found["passes"]["pool"]["lanes"] == lanes

@@ -2,54 +2,58 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from cases import LAYOUTS, NATIVE_LAYOUTS, Case, make_weights, make_x, operators
 from conftest import why_not
-from regimes import SPLITS, device
+from emulated_run import Device
+from emulated_run import run as run_apart
+from regimes import device
 
 from cbam_cuda.plan import plan
 
 pytestmark = pytest.mark.skipif(why_not("emulated") is not None, reason="make emulator builds it")
 
-# Blocks of a team have unequal shares of it, and a sample's last chunk has fewer rows.
-CASE = Case("ahead", (5, 72, 20, 20), 4, (7, 7))
 MULTIPROCESSORS = 8
-WAYS = [f"{split}:{team}" for split in SPLITS for team in ("cluster:4:1", "grid:3:1")]
+UNEVEN = Case("blocks with unequal shares", (5, 72, 20, 20), 4, (7, 7))
+SEVERAL = Case("visits of several samples", (11, 64, 7, 7), 8, (7, 7))
+TWICE = Case("x of a backward is read twice", (3, 64, 56, 56), 4, (7, 7))
+WAYS = [
+    (UNEVEN, "resident-channels:cluster:4:1:1"),
+    (UNEVEN, "resident-channels:grid:5:1:1"),
+    (UNEVEN, "resident-pixels:cluster:4:1:1"),
+    (UNEVEN, "resident-pixels:grid:3:1:1"),
+    (SEVERAL, "resident-channels:cluster:4:1:2"),
+    (SEVERAL, "resident-channels:grid:3:1:2"),
+    (TWICE, "resident-channels:cluster:4:1:1"),
+]
 
 
-def held(layout: str, backward: bool, way: str) -> dict:
+def held(case: Case, layout: str, backward: bool, way: str) -> dict:
     found = plan(
-        CASE.shape,
+        case.shape,
         "float16",
-        hidden=CASE.hidden,
+        hidden=case.hidden,
         channels_last=layout == "channels_last",
         backward=backward,
-        strategy=way,
+        strategy=f"{way}:ahead",
         multiprocessors=MULTIPROCESSORS,
     )
     return found["passes"]["resident"]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("case", "way"), WAYS, ids=str)
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
-def test_what_comes_next_is_brought_ahead(layout, way, emulator, strategy):
-    x, grad = (LAYOUTS[layout](make_x(CASE, torch.float16, seed=seed)) for seed in (0, 2))
-    weights = make_weights(CASE, torch.float16)
+def test_what_comes_next_is_brought_ahead(layout, case, way, emulator, strategy):
+    x, grad = (LAYOUTS[layout](make_x(case, torch.float16, seed=seed)) for seed in (0, 2))
+    weights = make_weights(case, torch.float16)
     run = operators("emulated")
-
-    def brought(tensor: torch.Tensor, visited: int) -> list[int]:
-        """Bytes of the first samples, and of those behind them."""
-        return [
-            emulator.emulator_prefetched(part.data_ptr(), part.nbytes)
-            for part in (tensor[:visited], tensor[visited:])
-        ]
-
-    def expected(tensor: torch.Tensor, visited: int) -> list[int]:
-        return [0, tensor[visited:].nbytes]
 
     def call(backward: bool, name: str, saved=()):
         strategy(name)
+        emulator.emulator_reset_counts()
         with device(emulator, "H100", MULTIPROCESSORS):
             if backward:
                 # The gradient of x alone: no launch follows.
@@ -59,12 +63,37 @@ def test_what_comes_next_is_brought_ahead(layout, way, emulator, strategy):
     _, *saved = call(False, way)
     for backward in (False, True):
         plain = call(backward, way, saved)
-        assert brought(x, 0) == brought(grad, 0) == [0, 0]
+        assert emulator.emulator_prefetched_bytes() == 0
         ahead = call(backward, f"{way}:ahead", saved)
         assert all(torch.equal(*both) for both in zip(plain, ahead, strict=True))
-        plan_of = held(layout, backward, f"{way}:ahead")
-        visited = plan_of["teams"] * plan_of["samples"]
+        geometry = held(case, layout, backward, way)
+        visited = geometry["teams"] * geometry["samples"]
         assert visited < len(x)
-        stays = not backward or plan_of["x"] == "stays"
-        assert brought(x, visited) == (expected(x, visited) if stays else [0, 0])
-        assert brought(grad, visited) == (expected(grad, visited) if backward else [0, 0])
+        stays = not backward or geometry["x"] == "stays"
+        assert stays != (case is TWICE and backward)
+        expected = [x[visited:]] * stays + [grad[visited:]] * backward
+        for part in expected:
+            assert emulator.emulator_prefetched(part.data_ptr(), part.nbytes) == part.nbytes
+        assert emulator.emulator_prefetched_bytes() == sum(part.nbytes for part in expected)
+
+
+def test_nothing_beyond_the_tensors_is_asked_for():
+    """By the race build, which knows where they end, and counts the same bytes as without."""
+    problems = [
+        {
+            "shape": case.shape,
+            "hidden": case.hidden,
+            "dtype": "float16",
+            "layout": layout,
+            "direction": direction,
+            "strategy": f"resident-channels:cluster:4:1:{samples}{ahead}",
+        }
+        for case, samples in ((UNEVEN, 1), (SEVERAL, 2))
+        for layout in NATIVE_LAYOUTS
+        for direction in ("inference", "backward")
+        for ahead in ("", ":ahead")
+    ]
+    counted = run_apart(
+        "race", "bytes", json.dumps(problems), device=Device("H100", MULTIPROCESSORS)
+    )
+    assert counted[::2] == counted[1::2]

@@ -7,14 +7,18 @@ import re
 import sys
 from typing import Any
 
+import torch
+
 from ..outcome import FAILED, PASSED, SKIPPED, Folder, Outcome
 from .commands import Finished, find_tool, run_all, tail
-from .small import FINISHED, WATCHED
+from .small import FINISHED, WATCHED, problems
 
 # In so many processes, which share the problems, and in which dtypes: racecheck takes many times as
 # long as the others, and kernels of 16 and 32 bits differ in conversions and in a vector's length.
-TOOLS = {"memcheck": 1, "racecheck": 26, "initcheck": 1, "synccheck": 1}
+# It has a process for each problem, and comes last, as these wait for each other.
 DTYPES = {"racecheck": ["float16"]}
+RACECHECKS = len(list(problems([torch.float16])))
+TOOLS = {"memcheck": 1, "initcheck": 1, "synccheck": 1, "racecheck": RACECHECKS}
 OPTIONS = (
     "--target-processes",
     "all",

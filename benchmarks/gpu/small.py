@@ -57,8 +57,7 @@ class Watched(NamedTuple):
         return asked if self in FORMS else {"streaming": "streaming"} | asked
 
 
-# What is held in a way of its own in both directions, or in one: racecheck takes minutes for a
-# block whose shared memory is full.
+# What is held in a way of its own in both directions, or in one: racecheck takes minutes for some.
 BOTH, FORWARD, BACKWARD = ("inference", "training"), ("inference", "attention"), ("backward",)
 
 

@@ -11,6 +11,8 @@ namespace cbam::cuda {
 // compute-sanitizer reports a missing wait at barriers that have just been set up, and they were
 // faster for few samples alone, which are streamed.
 constexpr int kClustersBeside = 4;
+// The first compute capability that brings long pieces to the cache by one instruction.
+constexpr int kPrefetchCapability = 90;
 
 // Blocks of a team, samples of a visit, blocks on a multiprocessor, and what they hold.
 struct Candidate {
@@ -137,9 +139,9 @@ class WaySearch {
 
   WaySearch(const Fitting& fitting, const DeviceLimits& device, const Way& only)
       : fitting_(fitting), device_(device), only_(only) {
+    const bool can = !only.ahead || device.capability >= kPrefetchCapability;
     for (const Split split : {Split::kChannels, Split::kPixels}) {
-      if (only.ahead && device.capability < kClusterCapability) break;
-      if (only.split && *only.split != split) continue;
+      if (!can || (only.split && *only.split != split)) continue;
       const int several = split == Split::kPixels ? 1 : fitting.samples_per_visit();
       consider_all(only.samples ? only.samples : several, split);
       if (several > 1 && !only.samples) consider_all(1, split);

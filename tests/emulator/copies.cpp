@@ -15,6 +15,7 @@ namespace emulator {
 
 size_t copies_under_way = 0;
 std::vector<Prefetched> prefetched;
+unsigned long long prefetched_bytes = 0;
 
 namespace {
 
@@ -194,6 +195,7 @@ __attribute__((noinline)) void prefetch(const void* from, unsigned bytes, Place 
   check_source(kPrefetch, from, bytes, place);
   races::prefetch(from, bytes, __builtin_return_address(0));
   prefetched.push_back({reinterpret_cast<uintptr_t>(from), bytes});
+  prefetched_bytes += bytes;
 }
 
 __attribute__((noinline)) void mbarrier_arrive_after_copies(uint64_t* b, Place place) {

@@ -57,7 +57,8 @@ struct Prefetched {
 
 // copies.cpp
 extern std::vector<Prefetched> prefetched;
-extern size_t copies_under_way;  // of the gang
+extern unsigned long long prefetched_bytes;  // of all launches since the last reset
+extern size_t copies_under_way;              // of the gang
 // Where the schedule wants it, lets a copy arrive before the next thread runs.
 void maybe_end_copy();
 // Lets the copy arrive that has waited longest; false where there is none.

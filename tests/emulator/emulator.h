@@ -35,9 +35,10 @@ int emulator_set_schedule(const char* text);
 // One line "name read written" for each watched name, in bytes, since the last reset.
 const char* emulator_counts();
 unsigned long long emulator_launches();
-// Of these bytes, those that the last launch brought to a cache; what it brought twice counts
-// twice.
+// How many of these bytes the last launch brought to a cache; and the bytes of all that launches
+// since the last reset have asked for, whatever they asked for twice.
 unsigned long long emulator_prefetched(const void* begin, size_t bytes);
+unsigned long long emulator_prefetched_bytes();
 void emulator_reset_counts();
 
 // Of the emulated device, 132 to begin with: 16 of them form a group, of at most 8, that a cluster

@@ -1,4 +1,5 @@
 // The host's side: the CUDA runtime's functions, and the ones that tests call.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -142,16 +143,28 @@ const char* emulator_counts() {
 unsigned long long emulator_launches() { return emulator::launches; }
 
 unsigned long long emulator_prefetched(const void* begin, size_t bytes) {
+  std::vector<emulator::Prefetched> pieces = emulator::prefetched;
+  std::sort(pieces.begin(), pieces.end(),
+            [](const auto& a, const auto& b) { return a.begin < b.begin; });
+  auto next = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t end = next + bytes;
   unsigned long long found = 0;
-  const auto first = reinterpret_cast<uintptr_t>(begin);
-  for (const emulator::Prefetched& piece : emulator::prefetched)
-    if (first <= piece.begin && piece.begin + piece.bytes <= first + bytes) found += piece.bytes;
+  for (const emulator::Prefetched& piece : pieces) {
+    const uintptr_t from = std::max(piece.begin, next);
+    const uintptr_t to = std::min(piece.begin + piece.bytes, end);
+    if (from >= to) continue;
+    found += to - from;
+    next = to;
+  }
   return found;
 }
+
+unsigned long long emulator_prefetched_bytes() { return emulator::prefetched_bytes; }
 
 void emulator_reset_counts() {
   emulator::reset_counts();
   emulator::launches = 0;
+  emulator::prefetched_bytes = 0;
 }
 
 const char* emulator_kind() {

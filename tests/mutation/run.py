@@ -107,6 +107,10 @@ RESIDENT_BACKWARD_PIXELS = (
 )
 BANDS = ((Case("a short last band", (2, 8, 54, 54), 4, (7, 7)), HALF, FIRST, (("RTX 5090", 4),)),)
 COMING = ((Case("x comes and goes", (5, 64, 56, 56), 4, (7, 7)), HALF, BOTH, (("H100", 4),)),)
+AHEAD = (
+    (Case("short last visits", (11, 64, 7, 7), 16, (3, 3)), HALF, BOTH, (("H100", 4),)),
+    (Case("clusters come back", (5, 72, 20, 20), 4, (5, 5)), HALF, BOTH, (("H100", 4),)),
+)
 SHARED_UNITS = ((UNITS, HALF, FIRST, (("A100", 0),)),)
 # All that are resident, by direction and strategy.
 HELD = (
@@ -114,10 +118,12 @@ HELD = (
     ("forward", "resident-channels:cluster:4", BANDS),
     ("forward", "resident-channels:grid:13", SHARED_UNITS),
     ("forward", "resident-pixels", RESIDENT_FORWARD_PIXELS),
+    ("forward", "resident:cluster:ahead", AHEAD),
     ("backward", "resident", RESIDENT_BACKWARD),
     ("backward", "resident-channels:cluster:4", COMING),
     ("backward", "resident-channels:grid:13", SHARED_UNITS),
     ("backward", "resident-pixels", RESIDENT_BACKWARD_PIXELS),
+    ("backward", "resident:cluster:ahead", AHEAD),
 )
 SCHEDULES = ("ascending", "descending")
 
@@ -151,7 +157,7 @@ class Run:
         return (*saved, *backend.backward(grad, *saved[1:3], x, *self.weights, *saved[1:], mask))
 
     def digest(self, emulator: ctypes.CDLL) -> str:
-        """Of all that comes out, and of the bytes that were moved."""
+        """Of all that comes out, and of the bytes that were moved or asked for ahead."""
         name, multiprocessors = self.device
         nothing = ctypes.c_longlong(0)
         emulator.emulated_device(name.encode(), nothing, nothing, multiprocessors)
@@ -160,6 +166,7 @@ class Run:
         # In the order in which names were first used, by whatever ran before.
         counts = emulator.emulator_counts().splitlines()
         digest = hashlib.sha256(b"\n".join(sorted(counts)))
+        digest.update(str(emulator.emulator_prefetched_bytes()).encode())
         for t in results:
             digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -197,6 +204,7 @@ def load(path: Path) -> ctypes.CDLL:
     torch.ops.load_library(str(path))
     emulator = ctypes.CDLL(str(path))
     emulator.emulator_counts.restype = ctypes.c_char_p
+    emulator.emulator_prefetched_bytes.restype = ctypes.c_ulonglong
     return emulator
 
 

@@ -51,8 +51,8 @@ struct ResidentGeometry {
                        // for all visits; else 0
   bool shares_units;   // a block adds up the team's sums of some hidden units for all blocks; else
                        // of all units for itself
-  bool fetches_ahead;  // brings the next visit's tensors to the second-level cache, once its own
-                       // are all there
+  bool fetches_ahead;  // brings the next visit's tensors, but for an x that is read twice, to the
+                       // second-level cache once its own are pooled or have been walked through
   int64_t exchange;  // bytes that a block puts out for the others in global memory; 0 in a cluster
 
   // The samples that the MLP's sums are made for; what belongs to absent ones is zero.
