@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,7 @@ OLDEST_TORCH = (2, 11)
 TORCH_TARGET_VERSION = "0x020b000000000000"
 # Machine code for 8.0 also runs on 8.6, 8.7 and 8.9, and nothing here uses what only those have.
 DEFAULT_ARCHITECTURES = "7.5;8.0;9.0;10.0+PTX;12.0"
+ARCHITECTURE = re.compile(r"\d+\.\d[af]?(\+PTX)?")
 
 # The CPU kernels are compiled once for each of these; csrc/cpu/target.cpp chooses at run time.
 CPU_TARGETS = {"baseline": ""}
@@ -90,6 +93,12 @@ def compiler() -> str:
     fail("no C++ compiler was found: install g++ >= 11 or set CXX to one")
 
 
+def host_compiler() -> str:
+    """nvcc's flag for the compiler that CXX names, which has to be a single program."""
+    wanted = os.environ.get("CXX", "").split()
+    return f"-ccbin {quoted(wanted[0])} " if len(wanted) == 1 else ""
+
+
 def cuda_home() -> Path | None:
     """The CUDA toolkit to build with, or None for a build without CUDA."""
     mode = os.environ.get("CBAM_CUDA_BUILD", "auto")
@@ -110,17 +119,38 @@ def cuda_home() -> Path | None:
     return None
 
 
-def architectures() -> str:
-    """The CUDA architectures to compile for, as in TORCH_CUDA_ARCH_LIST."""
+def number_of(arch: str) -> str:
+    """``90`` for ``9.0+PTX``."""
+    return arch.removesuffix("+PTX").replace(".", "")
+
+
+def architectures(home: Path) -> str:
+    """The CUDA architectures to compile for, as in TORCH_CUDA_ARCH_LIST.
+
+    By default those that the toolkit knows; where it is too old for some, the newest of the others
+    also as PTX, which drivers translate for what came later.
+    """
     given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").replace(",", ";")
-    return given or DEFAULT_ARCHITECTURES
+    if names := [arch for arch in given.split(";") if arch]:
+        for arch in names:
+            if not ARCHITECTURE.fullmatch(arch):
+                fail(f"TORCH_CUDA_ARCH_LIST: expected numbers as in '8.0;9.0+PTX', got {arch!r}")
+        return ";".join(names)
+    wanted = DEFAULT_ARCHITECTURES.split(";")
+    known = output_of(home, "--list-gpu-arch").split()
+    kept = [arch for arch in wanted if f"compute_{number_of(arch)}" in known]
+    if not kept:
+        fail(f"{home}: its nvcc compiles for none of {DEFAULT_ARCHITECTURES}; CUDA 12.0 does")
+    if kept != wanted:
+        kept[-1] = kept[-1].removesuffix("+PTX") + "+PTX"
+    return ";".join(kept)
 
 
 def gencode(archs: str) -> str:
     """nvcc's flags for a list like ``8.0;9.0+PTX``."""
     flags = []
-    for arch in filter(None, archs.split(";")):
-        number = arch.removesuffix("+PTX").replace(".", "")
+    for arch in archs.split(";"):
+        number = number_of(arch)
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
@@ -129,10 +159,23 @@ def gencode(archs: str) -> str:
 
 def nvcc_version(home: Path) -> str:
     """The toolkit's version, like ``13.0``."""
-    text = subprocess.run(
-        [str(home / "bin/nvcc"), "--version"], capture_output=True, text=True, check=True
-    ).stdout
-    return text.split("release ")[1].split(",")[0]
+    return output_of(home, "--version").split("release ")[1].split(",")[0]
+
+
+def output_of(home: Path, option: str) -> str:
+    """What the toolkit's nvcc prints."""
+    command = [str(home / "bin/nvcc"), option]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def quoted(text: object) -> str:
+    """A word of a command in a ninja file."""
+    return shlex.quote(str(text)).replace("$", "$$")
+
+
+def escaped(path: object) -> str:
+    """A path where a ninja file lists paths."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 class NinjaFile:
@@ -141,7 +184,7 @@ class NinjaFile:
     def __init__(self, folder: Path, output: Path, version: str) -> None:
         self.folder = folder
         self.objects: list[str] = []
-        self.lines = [f"builddir = {folder}"]
+        self.lines = [f"builddir = {str(folder).replace('$', '$$')}"]
         cuda = cuda_home()
         kernels = list((CSRC / "cuda").rglob("*.cu")) if cuda else []
         self.write_rules(cuda, version)
@@ -154,7 +197,8 @@ class NinjaFile:
         for name, flags in CPU_TARGETS.items():
             for source in PER_TARGET_SOURCES:
                 self.compile("cxx", CSRC / source, name, f"-O3 -DCBAM_CPU_TARGET={name} {flags}")
-        self.lines.append(f"build {output}: link {' '.join(self.objects)}")
+        objects = " ".join(map(escaped, self.objects))
+        self.lines.append(f"build {escaped(output)}: link {objects}")
 
     def write_rules(self, cuda: Path | None, version: str) -> None:
         """Compilers, flags and libraries."""
@@ -166,24 +210,26 @@ class NinjaFile:
             "-std=c++17 -O2 -g0 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra -Wno-psabi",
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
             f"-DCBAM_VERSION='\"{version}\"'",
-            f"-I{CSRC}",
-            *(f"-isystem {folder}" for folder in reversed(system)),
+            f"-I{quoted(CSRC)}",
+            *(f"-isystem {quoted(folder)}" for folder in reversed(system)),
         ]
         if X86:
             flags.append("-DCBAM_X86_TARGETS")
-        link = [*(f"-L{folder}" for folder in libraries), "-ltorch_cpu -lc10"]
+        link = [*(f"-L{quoted(folder)}" for folder in libraries), "-ltorch_cpu -lc10"]
         if cuda:
+            archs = architectures(cuda)
             defines = [
                 "-DCBAM_WITH_CUDA",
                 f"-DCBAM_CUDA_VERSION='\"{nvcc_version(cuda)}\"'",
-                f"-DCBAM_CUDA_ARCHITECTURES='\"{architectures()}\"'",
+                f"-DCBAM_CUDA_ARCHITECTURES='\"{archs}\"'",
             ]
             flags += defines
-            link.append(f"-L{cuda}/lib64 -lcudart_static -ldl -lrt -lpthread")
+            link.append(f"-L{quoted(cuda)}/lib64 -lcudart_static -ldl -lrt -lpthread")
             self.rule(
                 "nvcc",
-                f"{cuda}/bin/nvcc -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall "
-                f"-I{CSRC} {' '.join(defines)} {gencode(architectures())} "
+                f"{quoted(cuda)}/bin/nvcc {host_compiler()}-std=c++17 -O3 "
+                "-Xcompiler -fPIC,-fvisibility=hidden,-Wall "
+                f"-I{quoted(CSRC)} {' '.join(defines)} {gencode(archs)} "
                 "-MD -MF $out.d -c $in -o $out",
             )
         self.rule("cxx", f"{compiler()} {' '.join(flags)} $extra -MMD -MF $out.d -c $in -o $out")
@@ -200,7 +246,8 @@ class NinjaFile:
         """One object; `label` tells apart those of the same source."""
         name = source.relative_to(CSRC).as_posix() + (f".{label}" if label else "") + ".o"
         self.objects.append(str(self.folder / name))
-        self.lines += [f"build {self.objects[-1]}: {rule} {source}", f"  extra = {extra}"]
+        edge = f"build {escaped(self.objects[-1])}: {rule} {escaped(source)}"
+        self.lines += [edge, f"  extra = {extra}"]
 
     def run(self) -> None:
         """Write build.ninja and run it."""
@@ -211,7 +258,7 @@ class NinjaFile:
         if subprocess.run([ninja_path(), "-f", str(path), *jobs]).returncode:
             fail(
                 "compilation failed, see the first error above; CBAM_CUDA_BUILD=cpu builds "
-                "without CUDA, CXX names another C++ compiler"
+                "without CUDA, CXX names another C++ compiler, also for nvcc"
             )
 
 

@@ -34,8 +34,15 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_sizes(in_channels: object, ratio: object, kernel_size: object, dim: object) -> int:
-    """The hidden channels of a module with these sizes; raise if there can be no such module."""
+class Sizes(NamedTuple):
+    """Of a module."""
+
+    hidden: int  # channels
+    kernel: tuple[int, ...]  # a size for each dimension of space
+
+
+def check_sizes(in_channels: object, ratio: object, kernel_size: object, dim: object) -> Sizes:
+    """The sizes of a module's layers; raise if there can be no such module."""
     channels = _positive("in_channels", in_channels)
     hidden = channels // _positive("ratio", ratio)
     if hidden == 0:
@@ -43,11 +50,21 @@ def check_sizes(in_channels: object, ratio: object, kernel_size: object, dim: ob
             f"ratio: expected at most in_channels ({channels}), got {ratio}, "
             "which leaves no hidden channel"
         )
-    if _positive("kernel_size", kernel_size) % 2 == 0:
-        raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
-    if _positive("dim", dim) > 3:
+    dimensions = _positive("dim", dim)
+    if dimensions > 3:
         raise ValueError(f"dim: expected 1, 2 or 3, got {dim}")
-    return hidden
+    given: Sequence[object] = (kernel_size,) * dimensions
+    if isinstance(kernel_size, Sequence) and not isinstance(kernel_size, str):
+        given = kernel_size
+    if len(given) != dimensions:
+        raise ValueError(
+            f"kernel_size: expected an int, or one for each of {dimensions} dimensions of space, "
+            f"got {kernel_size}"
+        )
+    kernel = tuple(_positive("kernel_size", size) for size in given)
+    if any(size % 2 == 0 for size in kernel):
+        raise ValueError(f"kernel_size: expected odd numbers, got {kernel_size}")
+    return Sizes(hidden, kernel)
 
 
 def _positive(name: str, value: object) -> int:
@@ -102,7 +119,8 @@ def check_call(x: Tensor, weights: Weights) -> None:
         raise ValueError(
             f"x: expected at least one channel and one position in space, got shape {list(x.shape)}"
         )
-    if x.shape[2:].numel() >= MOST_POSITIONS:
+    # A graph for any sizes has no such limit to show: its operators have.
+    if not torch.compiler.is_compiling() and x.shape[2:].numel() >= MOST_POSITIONS:
         raise ValueError(
             f"x: expected fewer than {MOST_POSITIONS} positions in space, got shape {list(x.shape)}"
         )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,8 +17,48 @@ from .arguments import Weights, check_call, check_tensors
 
 BACKENDS = ("auto", "cuda", "cpu", "emulated", "reference")
 _VARIABLE = "CBAM_CUDA_BACKEND"
+_AUTOCAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@overload
+def cbam(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    *,
+    return_attention: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def cbam(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    *,
+    return_attention: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def cbam(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    *,
+    return_attention: bool,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
 def cbam(
     x: Tensor,
     fc1_weight: Tensor,
@@ -66,6 +109,7 @@ def cbam(
         RuntimeError: the backend that was asked for is not part of this installation, or the call
             is under forward-mode differentiation or a torch.func transform, where only "auto" and
             "reference" work, both in plain PyTorch.
+        torch.OutOfMemoryError: the GPU has no memory left (RuntimeError where the CPU has none).
     """
     weights = Weights(fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
     return run(x, weights, return_attention, backend)
@@ -78,12 +122,14 @@ def run(
     if torch.compiler.is_compiling():
         check_tensors(x, weights)
         return _run(x, weights, return_attention, backend, ops.forward_train)
+    # What torch.jit traces are operators.
+    forward_train = ops.forward_train if torch._C._is_tracing() else training.forward_train
     # Checks in Python take longer than small blocks do, and the operators refuse whatever these
     # refuse: they only say it better.
     try:
-        return _run(x, weights, return_attention, backend, training.forward_train)
-    except Exception:
-        explained = _reason_to_refuse(x, weights)
+        return _run(x, weights, return_attention, backend, forward_train)
+    except Exception as error:
+        explained = _reason_to_refuse(x, weights) or ops.memory_error(error)
         if explained is None:
             raise
         raise explained from None
@@ -131,9 +177,9 @@ def _cast_as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
     """Under autocast, x in the dtype in which the plain form leaves it, and weights of one dtype.
 
     There the gates come out of convolutions in autocast's dtype and multiply x. float64 is left
-    alone by autocast.
+    alone by autocast, and what is no floating point is refused as it is without.
     """
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type) or x.dtype not in _AUTOCAST_DTYPES:
         return x, weights
     x = x.to(torch.promote_types(x.dtype, torch.get_autocast_dtype(x.device.type)))
     if all(w is None or w.dtype == x.dtype for w in weights):
@@ -143,13 +189,10 @@ def _cast_as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
 
 def _choose(backend: str, device: torch.device) -> str | None:
     """The library of operators for tensors on `device`, or None for the plain form."""
-    name, source = backend, "backend"
-    if backend == "auto" and (named := os.environ.get(_VARIABLE)):
-        name, source = named, _VARIABLE
-    check_backend(source, name)
+    name, source = _named(backend)
     if name == "reference":
         return None
-    if not torch.compiler.is_compiling() and _is_transformed():
+    if _is_transformed():
         if name == "auto":
             return None
         raise RuntimeError(
@@ -157,19 +200,37 @@ def _choose(backend: str, device: torch.device) -> str | None:
             "transform, which pass only through PyTorch's own operators: use 'auto' or 'reference'"
         )
     if name == "auto":
-        why = ops.missing(device.type)
+        why = ops.missing(device.type, device.index)
         if why is None:
             return ops.FUSED
-        _warn_of_fallback(device.type, why)
+        _warn_of_fallback(f"on {device.type}: {why}")
         return None
     expected = "cpu" if name == "emulated" else name
     # Meta tensors have no data: any backend's operators describe what they would return.
     if device.type not in (expected, "meta"):
         raise ValueError(f"{source}: {name!r} expects tensors on {expected}, got x on {device}")
     library = ops.EMULATED if name == "emulated" else ops.FUSED
-    if (why := ops.missing(device.type, library)) is not None:
+    if (why := ops.missing(device.type, device.index, library)) is not None:
         raise RuntimeError(f"{source}: {name!r} cannot be used: {why}")
     return library
+
+
+def take_plain_form(backend: str, why: str) -> None:
+    """Warn once that a call takes the plain form, or raise where it was to take a fused one."""
+    name, source = _named(backend)
+    if name not in ("auto", "reference"):
+        raise RuntimeError(f"{source}: {name!r} cannot be used: {why}")
+    if name == "auto":
+        _warn_of_fallback(f"as {why}")
+
+
+def _named(backend: str) -> tuple[str, str]:
+    """The backend that is asked for, and who asks for it."""
+    name, source = backend, "backend"
+    if backend == "auto" and (named := os.environ.get(_VARIABLE)):
+        name, source = named, _VARIABLE
+    check_backend(source, name)
+    return name, source
 
 
 def _is_transformed() -> bool:
@@ -185,14 +246,22 @@ def check_backend(source: str, name: str) -> None:
 
 
 _warned: set[str] = set()
+# Between whoever calls a module and what warns: this package, and torch, which calls modules.
+_CALLEES = tuple(str(Path(module.__file__ or "").parent) for module in (ops, torch))
 
 
-def _warn_of_fallback(device_type: str, why: str) -> None:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn_of_fallback(where: str) -> None:
     """Say once for each reason that the slow path is taken."""
-    if why in _warned or torch.compiler.is_compiling():
+    if where in _warned:
         return
-    _warned.add(why)
-    warnings.warn(
-        f"cbam_cuda runs its plain PyTorch form on {device_type}: {why}",
-        stacklevel=4,
-    )
+    _warned.add(where)
+    warnings.warn(f"cbam_cuda runs its plain PyTorch form {where}", stacklevel=_frames_of_callees())
+
+
+def _frames_of_callees() -> int:
+    """The `stacklevel` of whoever called this package, from the caller's point of view."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_code.co_filename.startswith(_CALLEES):
+        level, frame = level + 1, frame.f_back
+    return level

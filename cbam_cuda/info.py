@@ -24,7 +24,7 @@ def info() -> dict[str, Any]:
         "torch": torch.__version__,
         "backends": {
             **{d: ops.missing(d) or _unusable(d) or "available" for d in ("cpu", "cuda")},
-            "emulated": ops.missing("cpu", ops.EMULATED) or "available",
+            "emulated": ops.missing("cpu", name=ops.EMULATED) or "available",
         },
         "build": ops.build_info(),
     }

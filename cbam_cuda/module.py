@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor
 
 from . import reference
 from .arguments import check_spatial_dimensions
-from .functional import check_backend, run
+from .functional import check_backend, run, take_plain_form
+
+# Each is one node of a graph that torch.fx traces.
+torch.fx.wrap("check_spatial_dimensions")
+torch.fx.wrap("run")
+torch.fx.wrap("take_plain_form")
 
 
 class CBAM(reference.CBAM):
@@ -22,7 +29,8 @@ class CBAM(reference.CBAM):
     Args:
         in_channels: C, the channels of x.
         ratio: in_channels // ratio hidden channels.
-        kernel_size: of the convolution over the maps; odd, the same in each dimension.
+        kernel_size: of the convolution over the maps, odd: the same in each dimension of space, or
+            one for each.
         dim: 1, 2 or 3 spatial dimensions.
         bias: whether the MLP has biases.
         conv_bias: whether the convolution has one.
@@ -36,15 +44,20 @@ class CBAM(reference.CBAM):
 
     Raises:
         TypeError: a size is not an int.
-        ValueError: a size is less than 1, kernel_size is even, dim is not 1, 2 or 3, or ratio
-            leaves no hidden channel; `backend` is unknown.
+        ValueError: a size is less than 1, a kernel_size is even or they are not as many as there
+            are dimensions, dim is not 1, 2 or 3, or ratio leaves no hidden channel; `backend` is
+            unknown.
+
+    A layer that has hooks (`register_forward_hook`, pruning), or was replaced by one that computes
+    something else than its weights say (adapters, fake quantization), is called, which makes the
+    block run in plain PyTorch: once with a warning, and not where a fused backend is named.
     """
 
     def __init__(
         self,
         in_channels: int,
         ratio: int = 16,
-        kernel_size: int = 7,
+        kernel_size: int | Sequence[int] = 7,
         *,
         dim: int = 2,
         bias: bool = True,
@@ -71,6 +84,12 @@ class CBAM(reference.CBAM):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """CBAM of x; see the class and `cbam_cuda.cbam`."""
         check_spatial_dimensions(x, self.dim)
+        if (name := self.layer_to_call()) is not None:
+            take_plain_form(
+                self.backend,
+                f"{name} has hooks or a forward of its own, which only a call of it respects",
+            )
+            return super().forward(x, return_attention)
         return run(x, self.weights(), return_attention, self.backend)
 
     def extra_repr(self) -> str:
@@ -81,26 +100,39 @@ class CBAM(reference.CBAM):
 class CBAM1d(CBAM):
     """`CBAM` for x [N, C, L]."""
 
-    def __init__(self, in_channels: int, ratio: int = 16, kernel_size: int = 7, **kwargs: Any):
+    def __init__(
+        self, in_channels: int, ratio: int = 16, kernel_size: int | Sequence[int] = 7, **kwargs: Any
+    ):
         super().__init__(in_channels, ratio, kernel_size, dim=1, **kwargs)
 
 
 class CBAM2d(CBAM):
     """`CBAM` for x [N, C, H, W]."""
 
-    def __init__(self, in_channels: int, ratio: int = 16, kernel_size: int = 7, **kwargs: Any):
+    def __init__(
+        self, in_channels: int, ratio: int = 16, kernel_size: int | Sequence[int] = 7, **kwargs: Any
+    ):
         super().__init__(in_channels, ratio, kernel_size, dim=2, **kwargs)
 
 
 class CBAM3d(CBAM):
     """`CBAM` for x [N, C, D, H, W]."""
 
-    def __init__(self, in_channels: int, ratio: int = 16, kernel_size: int = 7, **kwargs: Any):
+    def __init__(
+        self, in_channels: int, ratio: int = 16, kernel_size: int | Sequence[int] = 7, **kwargs: Any
+    ):
         super().__init__(in_channels, ratio, kernel_size, dim=3, **kwargs)
 
 
 class CBAM_Module(CBAM):
     """`CBAM` by the constructor of the module that it replaces: change the import, nothing else."""
 
-    def __init__(self, dim: int, in_channels: int, ratio: int, kernel_size: int, **kwargs: Any):
+    def __init__(
+        self,
+        dim: int,
+        in_channels: int,
+        ratio: int,
+        kernel_size: int | Sequence[int],
+        **kwargs: Any,
+    ):
         super().__init__(in_channels, ratio, kernel_size, dim=dim, **kwargs)

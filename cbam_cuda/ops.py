@@ -12,6 +12,7 @@ float64 for float64, else float32:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -37,8 +38,11 @@ except ImportError as error:
     load_error = error
 
 
-def missing(device_type: str, name: str = FUSED) -> str | None:
-    """Why a library has no kernels for tensors on this kind of device; None if it has."""
+def missing(device_type: str, index: int | None = None, name: str = FUSED) -> str | None:
+    """Why a library has no kernels for tensors on such a device; None if it has.
+
+    Without an index, why there are none for any device of this type.
+    """
     if name == FUSED and _C is None:
         return (
             f"the compiled module did not load ({load_error}); "
@@ -50,15 +54,20 @@ def missing(device_type: str, name: str = FUSED) -> str | None:
         load_emulated()
     if device_type not in _KERNELS[name]:
         return f"this build has no fused kernels for {device_type}"
-    if device_type == "cuda" and not torch.compiler.is_compiling():
-        return _cuda_problem() or None
+    if device_type == "cuda":
+        return _cuda_problem(-1 if index is None else index) or None
     return None
 
 
-@functools.cache
-def _cuda_problem() -> str:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cuda_problem(index: int) -> str:
     # Not when the package is imported: asking starts CUDA, after which a process must not fork.
-    return str(_C.cuda_problem())
+    if index not in _cuda_problems:
+        _cuda_problems[index] = str(_C.cuda_problem(index))
+    return _cuda_problems[index]
+
+
+_cuda_problems: dict[int, str] = {}
 
 
 def load_emulated() -> None:
@@ -99,6 +108,12 @@ def forward_train(x: Tensor, weights: Weights, name: str = FUSED) -> tuple[Tenso
     return outputs
 
 
+def memory_error(error: Exception) -> torch.OutOfMemoryError | None:
+    """What torch raises where a GPU has no memory left, if that is why an operator failed."""
+    text = str(error)
+    return torch.OutOfMemoryError(text) if "CUDA out of memory." in text else None
+
+
 _WEIGHTS = len(Weights._fields)
 
 
@@ -134,10 +149,16 @@ def _fake_backward(
     weights, output_mask = rest[:_WEIGHTS], rest[-1]
     dx = torch.empty_like(x) if output_mask[0] else x.new_empty(0)
     gradients = [
-        w.new_empty(w.shape) if wanted else x.new_empty(0)
+        _like_weight(w) if wanted else x.new_empty(0)
         for w, wanted in zip(weights, output_mask[1:], strict=True)
     ]
     return (dx, *gradients)
+
+
+def _like_weight(w: Tensor) -> Tensor:
+    """Contiguous, or as channels_last has the convolution's weights."""
+    as_it_is = w.dim() > 2 and w.movedim(1, -1).is_contiguous()
+    return torch.empty_like(w) if as_it_is else w.new_empty(w.shape)
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -185,8 +206,9 @@ def _backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
     """
     needed = ctx.needs_input_grad[: 4 + _WEIGHTS]
     x = ctx.saved_tensors[3]
-    # Also around what derives the convolutions: on CUDA, autocast casts those as well.
-    with torch.autocast(x.device.type, enabled=False):
+    # Also around what derives the convolutions: on CUDA, autocast casts those as well. There is none
+    # for meta tensors.
+    with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         with torch.enable_grad():
             inputs = [_in_graph(t) for t in ctx.saved_tensors]
             incoming, variables = inputs[:3], inputs[3:]

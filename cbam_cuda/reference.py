@@ -5,18 +5,23 @@ S. Woo, J. Park, J.-Y. Lee, I. S. Kweon, "CBAM: Convolutional Block Attention Mo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import Weights, check_sizes
 
-_CONV_MODULE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONV_MODULE: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _MEAN = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 _MAX = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
+_LAYERS = ("fc1", "fc2", "conv")
+
+torch.fx.wrap("cbam")  # a call of it is one node of a traced graph
 
 
 def cbam(
@@ -34,37 +39,37 @@ def cbam(
 
     Weights of another dtype than x's work in their own dtype; what they give is rounded to x's.
     """
-    weights = Weights(fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
-    channel_gate = _channel_gate(x, weights)
+    dim = x.dim() - 2
+    convolve, ones = _CONV[dim], (1,) * dim
+    fc1 = fc1_weight.reshape(*fc1_weight.shape[:2], *ones)
+    fc2 = fc2_weight.reshape(*fc2_weight.shape[:2], *ones)
+    padding = [size // 2 for size in conv_weight.shape[2:]]
+    return _attend(
+        dim,
+        x,
+        lambda pooled: convolve(pooled.to(fc1.dtype), fc1, fc1_bias),
+        lambda hidden: convolve(hidden, fc2, fc2_bias),
+        lambda maps: convolve(maps.to(conv_weight.dtype), conv_weight, conv_bias, padding=padding),
+        return_attention,
+    )
+
+
+_Layer = Callable[[Tensor], Tensor]
+
+
+def _attend(
+    dim: int, x: Tensor, fc1: _Layer, fc2: _Layer, conv: _Layer, return_attention: bool
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def mlp(pooled: Tensor) -> Tensor:
+        return fc2(F.relu(fc1(pooled)))
+
+    logits = mlp(_MEAN[dim](x, 1)) + mlp(_MAX[dim](x, 1))  # [N, C, 1, ...]
+    channel_gate = torch.sigmoid(logits).to(x.dtype)
     y = x * channel_gate
-    spatial_gate = _spatial_gate(y, weights)
+    maps = torch.cat([y.mean(dim=1, keepdim=True), y.max(dim=1, keepdim=True).values], dim=1)
+    spatial_gate = torch.sigmoid(conv(maps)).to(y.dtype)  # [N, 1, *space]
     out = y * spatial_gate
     return (out, channel_gate, spatial_gate) if return_attention else out
-
-
-def _channel_gate(x: Tensor, w: Weights) -> Tensor:
-    """sigmoid(MLP(mean over space) + MLP(max over space)), [N, C, 1, ...]."""
-    dim = x.dim() - 2
-    conv, ones = _CONV[dim], (1,) * dim
-    fc1 = w.fc1_weight.reshape(*w.fc1_weight.shape[:2], *ones)
-    fc2 = w.fc2_weight.reshape(*w.fc2_weight.shape[:2], *ones)
-
-    def mlp(pooled: Tensor) -> Tensor:
-        hidden = F.relu(conv(pooled.to(fc1.dtype), fc1, w.fc1_bias))
-        return conv(hidden, fc2, w.fc2_bias)
-
-    logits = mlp(_MEAN[dim](x, 1)) + mlp(_MAX[dim](x, 1))
-    return torch.sigmoid(logits).to(x.dtype)
-
-
-def _spatial_gate(y: Tensor, w: Weights) -> Tensor:
-    """sigmoid(conv([mean over channels; max over channels])), [N, 1, *space]."""
-    maps = torch.cat([y.mean(dim=1, keepdim=True), y.max(dim=1, keepdim=True).values], dim=1)
-    padding = [size // 2 for size in w.conv_weight.shape[2:]]
-    logits = _CONV[y.dim() - 2](
-        maps.to(w.conv_weight.dtype), w.conv_weight, w.conv_bias, padding=padding
-    )
-    return torch.sigmoid(logits).to(y.dtype)
 
 
 class CBAM(nn.Module):
@@ -77,7 +82,7 @@ class CBAM(nn.Module):
         self,
         in_channels: int,
         ratio: int = 16,
-        kernel_size: int = 7,
+        kernel_size: int | Sequence[int] = 7,
         *,
         dim: int = 2,
         bias: bool = True,
@@ -86,33 +91,62 @@ class CBAM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden = check_sizes(in_channels, ratio, kernel_size, dim)
+        hidden, kernel = check_sizes(in_channels, ratio, kernel_size, dim)
         conv = _CONV_MODULE[dim]
         self.dim = dim
         self.fc1 = conv(in_channels, hidden, 1, bias=bias, device=device, dtype=dtype)
         self.fc2 = conv(hidden, in_channels, 1, bias=bias, device=device, dtype=dtype)
-        self.conv = conv(
-            2, 1, kernel_size, padding=kernel_size // 2, bias=conv_bias, device=device, dtype=dtype
-        )
+        padding = tuple(size // 2 for size in kernel)
+        self.conv = conv(2, 1, kernel, padding=padding, bias=conv_bias, device=device, dtype=dtype)
 
     def weights(self) -> Weights:
         """The tensors that the function takes after x."""
         # Looked up where modules keep them: as attributes that takes longer than small blocks do.
         # Weights that are computed, as by a parametrization, are attributes alone.
         found: list[Any] = []
-        for name in ("fc1", "fc2", "conv"):
-            layer = self._modules[name]
+        for name in _LAYERS:
+            layer: Any = self._modules[name]
             for kind in ("weight", "bias"):
-                own = layer._parameters  # type: ignore[union-attr]
+                own = layer._parameters
                 found.append(own[kind] if kind in own else getattr(layer, kind))
         return Weights(*found)
+
+    def layer_to_call(self) -> str | None:
+        """The name of a layer that is more than its weights, so that it must be called.
+
+        It has hooks, as pruning gives it, or another ``forward`` than a convolution's, as an
+        adapter or a quantized layer has.
+        """
+        forward = _CONV_MODULE[self.dim].forward
+        for name in _LAYERS:
+            layer: Any = self._modules[name]
+            own = layer.__dict__
+            if (
+                type(layer).forward is not forward
+                or "forward" in own
+                or own["_forward_pre_hooks"]
+                or own["_forward_hooks"]
+                or own["_backward_pre_hooks"]
+                or own["_backward_hooks"]
+            ):
+                return name
+        return None
 
     def forward(
         self, x: Tensor, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """CBAM of x."""
-        return cbam(x, *self.weights(), return_attention=return_attention)
+        if self.layer_to_call() is None:
+            return cbam(x, *self.weights(), return_attention=return_attention)
+        fc1, fc2, conv = (_in_its_dtype(self._modules[name]) for name in _LAYERS)
+        return _attend(self.dim, x, fc1, fc2, conv, return_attention)
 
     def extra_repr(self) -> str:
         """What `print` shows beside the layers."""
         return f"dim={self.dim}"
+
+
+def _in_its_dtype(layer: Any) -> _Layer:
+    """Calls a layer with what it takes, which may be float32 beside 16 bits."""
+    weight = next(layer.parameters(), None)
+    return layer if weight is None else lambda v: layer(v.to(weight.dtype))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Weights
-from .ops import FUSED, forward_gradients
+from .ops import FUSED, forward_gradients, memory_error
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
@@ -35,8 +35,11 @@ class _Train(torch.autograd.Function):
         given = ctx.operator, ctx.saved_tensors, list(ctx.needs_input_grad[1:]), *grads
         if torch.is_grad_enabled():  # a second derivative is wanted
             return (None, *forward_gradients(*given))
-        with _below_autograd():
-            return (None, *forward_gradients(*given))
+        try:
+            with _below_autograd():
+                return (None, *forward_gradients(*given))
+        except RuntimeError as error:
+            raise memory_error(error) or error from None
 
 
 def forward_train(x: Tensor, weights: Weights, name: str = FUSED) -> tuple[Tensor, ...]:

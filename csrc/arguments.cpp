@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <exception>
 #include <initializer_list>
 #include <string>
 
@@ -85,6 +86,14 @@ int32_t code_of(ScalarType dtype) {
   }
 }
 
+// In the words that programs look for which then try again with less. torch's own type of error
+// cannot be raised from here: cbam_cuda/ops.py sees to that.
+[[noreturn]] void no_memory(const Tensor& like, Sizes sizes) {
+  const char* what =
+      like.is_cpu() ? "DefaultCPUAllocator: can't allocate memory" : "CUDA out of memory.";
+  STD_TORCH_CHECK(false, what, " Tried to make a tensor of shape ", text(sizes));
+}
+
 Tensor empty_strided(const Tensor& like, Sizes sizes, const int64_t* strides, ScalarType dtype) {
   int32_t device_type, device_index;
   AtenTensorHandle made;
@@ -93,14 +102,27 @@ Tensor empty_strided(const Tensor& like, Sizes sizes, const int64_t* strides, Sc
                     aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                              strides, code_of(dtype), device_type, device_index,
                                              &made) == AOTI_TORCH_SUCCESS;
-  STD_TORCH_CHECK(done, "no memory for a tensor of shape ", text(sizes));
+  if (!done) no_memory(like, sizes);
   return Tensor(made);
 }
 
 // As torch's elementwise operators lay out their results; past the dispatcher where that is plain.
 Tensor empty_as(const Tensor& x) {
-  if (!x.is_contiguous()) return torch::stable::empty_like(x);
-  return empty_strided(x, x.sizes(), x.strides().data(), x.scalar_type());
+  if (x.is_contiguous()) return empty_strided(x, x.sizes(), x.strides().data(), x.scalar_type());
+  try {
+    return torch::stable::empty_like(x);
+  } catch (const std::exception&) {
+    no_memory(x, x.sizes());
+  }
+}
+
+// Whether the weights of the convolution are as channels_last has them.
+bool maps_last(const Tensor& conv_weight) {
+  if (conv_weight.is_contiguous() || conv_weight.stride(1) != 1) return false;
+  int64_t stride = 2;
+  for (int64_t i = conv_weight.dim(); --i > 1; stride *= conv_weight.size(i))
+    if (conv_weight.size(i) > 1 && conv_weight.stride(i) != stride) return false;
+  return true;
 }
 
 // Allocators give large tensors back to the system and map them anew. Faulting that in by pages of
@@ -121,6 +143,11 @@ void ask_for_large_pages(const Tensor& t) {
 }  // namespace
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+Tensor empty_as_weight(const Tensor& weight) {
+  if (!maps_last(weight)) return empty(weight, weight.sizes(), weight.scalar_type());
+  return empty_strided(weight, weight.sizes(), weight.strides().data(), weight.scalar_type());
+}
 
 Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
   constexpr size_t kMostDimensions = 5;
@@ -199,8 +226,10 @@ DenseWeights::DenseWeights(const WeightArguments& w) {
     return owned.back().const_data_ptr();
   };
   const auto data_or_null = [&](const std::optional<Tensor>& t) { return t ? data(*t) : nullptr; };
+  const bool as_it_is = maps_last(w.conv_weight);
+  const ConvWeight conv{as_it_is ? w.conv_weight.const_data_ptr() : data(w.conv_weight), as_it_is};
   view = {dtype_of(w.fc1_weight),   data(w.fc1_weight),       data_or_null(w.fc1_bias),
-          data(w.fc2_weight),       data_or_null(w.fc2_bias), data(w.conv_weight),
+          data(w.fc2_weight),       data_or_null(w.fc2_bias), conv,
           data_or_null(w.conv_bias)};
 }
 
@@ -276,7 +305,7 @@ std::optional<Strides> native_strides(const Tensor& x) {
 
 Tensor in_layout_of(const Tensor& like, const Tensor& t) {
   if (same_kind(native_strides(like), native_strides(t))) return t;
-  Tensor copy = torch::stable::empty_like(like);
+  Tensor copy = empty_as(like);
   torch::stable::copy_(copy, t);
   return copy;
 }

@@ -35,9 +35,9 @@ py::dict build_info() {
   return info;
 }
 
-std::string cuda_problem() {
+std::string cuda_problem([[maybe_unused]] int index) {
 #if defined(CBAM_WITH_CUDA)
-  return cbam::cuda::problem();
+  return cbam::cuda::problem(index);
 #else
   return "built without CUDA";
 #endif
@@ -226,8 +226,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "Version, compiler, CPU targets that run here and the one in use, and of the CUDA part its "
         "toolkit version, architectures and visible devices (empty where it was not built).");
-  m.def("cuda_problem", &cuda_problem,
-        "Why the CUDA part cannot run on the devices of this machine; empty if it can.");
+  m.def(
+      "cuda_problem", &cuda_problem, "index"_a,
+      "Why the CUDA part cannot run on a device of this machine; empty if it can. With a negative "
+      "index, why it runs on none.");
   m.def("known_devices", &known_devices, "Limits of the GPUs that plans can be made for.");
   m.def("plan", &plan, "shape"_a, "hidden"_a, "kernel"_a, "dtype"_a, "device"_a, py::kw_only(),
         "channels_last"_a = false, "training"_a = false, "backward"_a = false, "aligned"_a = true,

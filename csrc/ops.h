@@ -71,7 +71,7 @@ TrainOutputs forward_train(const Tensor& x, const Tensor& fc1_weight,
 
 // The gradient of a weight, for a kernel to write; empty where nobody asked for it.
 inline Tensor weight_gradient(const Tensor& x, const OptionalTensor& weight, bool wanted) {
-  return wanted ? empty(x, weight->sizes(), weight->scalar_type()) : empty(x, {0}, x.scalar_type());
+  return wanted ? empty_as_weight(*weight) : empty(x, {0}, x.scalar_type());
 }
 
 inline OptionalTensor dense(const OptionalTensor& t) {

@@ -38,15 +38,27 @@ struct Strides {
   CBAM_INLINE_MEMBER bool channels_first() const { return pixel == 1; }
 };
 
+// Those of the convolution: [2, kernel_depth, kernel_height, kernel_width], or as channels_last has
+// them, with the two maps' side by side.
+struct ConvWeight {
+  const void* data;
+  bool maps_last;
+
+  // Where number i of [2, taps] stands.
+  CBAM_INLINE_MEMBER int64_t place(int64_t i, int64_t taps) const {
+    return maps_last ? i % taps * 2 + i / taps : i;
+  }
+};
+
 // `acc` below is double where x is double, else float.
 struct Weights {
-  DType dtype;              // acc or x's; of all of them
-  const void* fc1_weight;   // [hidden, channels]
-  const void* fc1_bias;     // [hidden] or null
-  const void* fc2_weight;   // [channels, hidden]
-  const void* fc2_bias;     // [channels] or null
-  const void* conv_weight;  // [2, kernel_depth, kernel_height, kernel_width]
-  const void* conv_bias;    // [1] or null
+  DType dtype;             // acc or x's; of all of them
+  const void* fc1_weight;  // [hidden, channels]
+  const void* fc1_bias;    // [hidden] or null
+  const void* fc2_weight;  // [channels, hidden]
+  const void* fc2_bias;    // [channels] or null
+  ConvWeight conv_weight;
+  const void* conv_bias;  // [1] or null
 };
 
 // Written by the forward. The first three always, the others only when backward will follow.
@@ -76,7 +88,7 @@ struct ForwardProblem {
 // Each gradient is null where it was not asked for.
 struct Gradients {
   void* x;           // x's dtype, dx_strides
-  void* fc1_weight;  // dtype and shape of the weight; so are the following
+  void* fc1_weight;  // dtype, shape and order of the weight; so are the following
   void* fc1_bias;
   void* fc2_weight;
   void* fc2_bias;

@@ -7,7 +7,7 @@ import torch
 from cases import Case, device_of, make_weights, make_x
 from conftest import FUSED, why_not
 
-from cbam_cuda import CBAM, CBAM3d, CBAM_Module, cbam, reference
+from cbam_cuda import CBAM, CBAM3d, CBAM_Module, cbam, ops, reference, training
 
 CASE = Case("", (2, 8, 6, 5), 2, (3, 3))
 SEQUENCE = Case("", (2, 8, 6), 2, (3,))
@@ -187,7 +187,15 @@ WRONG_MODULES = {
     "ratio is a float": ({"ratio": 16.0}, TypeError, r"ratio: expected an int, got float"),
     "no channels": ({"in_channels": 0}, ValueError, r"in_channels: expected at least 1, got 0"),
     "channels are a bool": ({"in_channels": True}, TypeError, r"in_channels: .* got bool"),
-    "even kernel": ({"kernel_size": 4}, ValueError, r"kernel_size: expected an odd number, got 4"),
+    "even kernel": ({"kernel_size": 4}, ValueError, r"kernel_size: expected odd numbers, got 4"),
+    "one of two is even": ({"kernel_size": (3, 4)}, ValueError, r"odd numbers, got \(3, 4\)"),
+    "three of two": (
+        {"kernel_size": [3] * 3},
+        ValueError,
+        r"for each of 2 dimensions .* \[3, 3, 3\]",
+    ),
+    "kernel of letters": ({"kernel_size": "33"}, TypeError, r"kernel_size: .* got str"),
+    "kernel of a float": ({"kernel_size": (3, 3.0)}, TypeError, r"kernel_size: .* got float"),
     "kernel of no taps": ({"kernel_size": -1}, ValueError, r"kernel_size: .* got -1"),
     "dim 4": ({"dim": 4}, ValueError, r"dim: expected 1, 2 or 3, got 4"),
     "dim 0": ({"dim": 0}, ValueError, r"dim: expected at least 1, got 0"),
@@ -281,3 +289,55 @@ def test_a_call_that_passed_hides_no_wrong_one(call, replaced):
     with pytest.raises((TypeError, ValueError), match="expected"):
         call(**replaced)
     call()
+
+
+def test_integers_are_refused_under_autocast_too():
+    x, weights = make_x(CASE, torch.float32).int(), make_weights(CASE, torch.float32)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(TypeError, match="x: expected float32, float64, float16 or bfloat16, got"),
+    ):
+        cbam(x, *weights)
+
+
+# Of 32 TB.
+HUGE = torch.zeros(1, 8, 1, 1).expand(2**20, 8, 2**15, 2**5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("x", [HUGE, HUGE.transpose(2, 3)], ids=["rows", "columns"])
+def test_no_memory_is_said_in_the_words_that_programs_look_for(x, training):
+    weights = make_weights(CASE, torch.float32)
+    weights.fc1_weight.requires_grad_(training)
+    with pytest.raises(
+        RuntimeError, match=r"DefaultCPUAllocator: can't allocate memory.*\[1048576, "
+    ):
+        cbam(x, *weights, backend="cpu")
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_no_memory_on_a_gpu_is_torchs_own_error(monkeypatch, direction):
+    def fail(*_):
+        raise RuntimeError("empty_strided, arguments.cpp:95, CUDA out of memory. Tried to make")
+
+    x, weights = make_x(CASE, torch.float32).requires_grad_(), make_weights(CASE, torch.float32)
+    if direction == "forward":
+        monkeypatch.setattr(ops, "forward", fail)
+        with torch.no_grad(), pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            cbam(x, *weights)
+        return
+    out = cbam(x, *weights)
+    monkeypatch.setattr(training, "forward_gradients", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        out.sum().backward()
+
+
+def test_another_error_in_the_backward_stays_what_it_is(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("an illegal memory access")
+
+    x, weights = make_x(CASE, torch.float32).requires_grad_(), make_weights(CASE, torch.float32)
+    out = cbam(x, *weights)
+    monkeypatch.setattr(training, "forward_gradients", fail)
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        out.sum().backward()

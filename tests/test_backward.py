@@ -226,6 +226,31 @@ def test_a_large_batch_is_its_samples_to_the_bit(case, dtype, layout):
         assert torch.equal(dx[n : n + 1], alone[1])
 
 
+ORDERS = {
+    "maps last": lambda w: w.movedim(1, -1).contiguous().movedim(-1, 1),
+    "of more": lambda w: w.repeat_interleave(2, -1)[..., ::2],
+    "space reversed in memory": lambda w: w.mT.contiguous().mT if w.dim() > 3 else w,
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if "dimension" in c.name or c in FEW_CASES], ids=str
+)
+def test_weights_of_the_convolution_in_any_order(backend, case, dtype, order):
+    """Those of channels_last are read, and their gradient written, as they are."""
+    x, grad = (make_x(case, dtype, backend, seed=seed) for seed in (0, 2))
+    weights = make_weights(case, dtype, backend)
+    expected = gradients(backend, leaves(x, weights), grad)
+    conv = ORDERS[order](weights.conv_weight)
+    assert torch.equal(conv, weights.conv_weight)
+    got = gradients(backend, leaves(x, weights._replace(conv_weight=conv)), grad)
+    assert all(map(torch.equal, expected, got))
+    if order == "maps last":
+        assert got[6].stride() == conv.stride()
+
+
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=str)
 def test_operators_ask_torch_for_memory_alone(backend, weight_dtype, layout):
@@ -233,6 +258,10 @@ def test_operators_ask_torch_for_memory_alone(backend, weight_dtype, layout):
     case = FEW_CASES[0]
     x = LAYOUTS[layout](make_x(case, torch.float16, backend))
     weights, run = make_weights(case, weight_dtype, backend), operators(backend)
+    if layout == "channels_last":  # as those of a network in that layout are
+        last = weights.conv_weight.to(memory_format=torch.channels_last)
+        weights = weights._replace(conv_weight=last)
+        assert not weights.conv_weight.is_contiguous()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run.forward(x, *weights)
         out, *saved = run.forward_train(x, *weights)

@@ -36,13 +36,18 @@ def build(monkeypatch):
 
 @pytest.fixture
 def toolkit(tmp_path, monkeypatch):
-    """A folder that looks like a CUDA toolkit; its nvcc knows its version and nothing else."""
+    """A folder that looks like a CUDA toolkit; its nvcc knows what it is and nothing else."""
     home = tmp_path / "toolkit"
     (home / "bin").mkdir(parents=True)
     (home / "include").mkdir()
     (home / "include/cuda_runtime.h").touch()
     nvcc = home / "bin/nvcc"
-    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.41'\n")
+    nvcc.write_text(
+        "#!/bin/sh\ncase $1 in\n"
+        "--version) echo 'Cuda compilation tools, release 12.9, V12.9.41' ;;\n"
+        "--list-gpu-arch) echo compute_75 compute_80 compute_90 compute_100 compute_120 ;;\n"
+        "esac\n"
+    )
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(home))
     return home
@@ -115,13 +120,50 @@ def test_compiler_that_fails(build, tmp_path, monkeypatch):
     assert "CXX names another C++ compiler" in message
 
 
-def test_architectures(build, monkeypatch):
-    assert build.architectures() == build.DEFAULT_ARCHITECTURES
+def test_architectures(build, toolkit, monkeypatch):
+    assert build.architectures(toolkit) == build.DEFAULT_ARCHITECTURES
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX")
-    assert build.gencode(build.architectures()) == (
+    assert build.gencode(build.architectures(toolkit)) == (
         "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90 "
         "-gencode=arch=compute_90,code=compute_90"
     )
+
+
+def test_architectures_that_an_older_toolkit_knows(build, toolkit):
+    nvcc = toolkit / "bin/nvcc"
+    nvcc.write_text(nvcc.read_text().replace("compute_100 compute_120", ""))
+    assert build.architectures(toolkit) == "7.5;8.0;9.0+PTX"
+    nvcc.write_text("#!/bin/sh\necho compute_52\n")
+    assert "CUDA 12.0 does" in failure(build.architectures, toolkit)
+
+
+def test_architectures_by_another_name(build, toolkit, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Hopper")
+    assert "expected numbers as in '8.0;9.0+PTX', got 'Hopper'" in failure(
+        build.architectures, toolkit
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "flag"),
+    [("g++-13", "-ccbin g++-13 -std"), ("ccache g++", "nvcc -std"), ("", "nvcc -std")],
+)
+def test_nvcc_takes_the_compiler_too(build, toolkit, tmp_path, monkeypatch, given, flag):
+    monkeypatch.setattr(build, "compiler", lambda: "c++")
+    monkeypatch.setenv("CXX", given)
+    text = "\n".join(build.NinjaFile(tmp_path, tmp_path / "_C.so", "0").lines)
+    assert flag in text
+
+
+def test_paths_may_have_any_characters(build, tmp_path, monkeypatch):
+    monkeypatch.setenv("CBAM_CUDA_BUILD", "cpu")
+    folder = tmp_path / "a b:c$d"
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    monkeypatch.setattr(build, "CSRC", folder / "csrc")
+    ninja_file = build.NinjaFile(folder / "build", folder / "_C.so", "0")
+    ninja_file.lines.append("default " + build.escaped(folder / "build/cpu/target.cpp.o"))
+    ninja_file.run()
+    assert (folder / "build/cpu/target.cpp.o").exists()
 
 
 def test_cuda_sources_are_compiled_by_nvcc_and_linked_statically(build, toolkit, tmp_path):
@@ -245,6 +287,7 @@ def test_sdist_has_every_source(sdist):
             if path.suffix in (".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".typed"):
                 assert path.relative_to(ROOT).as_posix() in packed
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= packed
+    assert not [name for name in packed if name.startswith("tests")]  # nobody could run them
 
 
 @pytest.fixture

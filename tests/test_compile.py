@@ -8,7 +8,7 @@ import torch._dynamo.testing
 from cases import FEW_CASES, LAYOUTS, Case, device_of, leaves, make_weights, make_x, operators
 from torch import library
 
-from cbam_cuda import CBAM, cbam
+from cbam_cuda import CBAM, cbam, ops, reference
 
 CASE = Case("", (3, 32, 9, 7), 4, (7, 7))
 
@@ -27,6 +27,65 @@ def test_one_graph_for_every_batch_size(backend, training):
             dx = torch.autograd.grad(out.sum(), x)[0]
             assert torch.equal(dx, torch.autograd.grad(module(x).sum(), x)[0])
     assert counter.frame_count == 1
+
+
+def test_one_graph_for_every_size(backend):
+    torch.compiler.reset()
+    module = CBAM(32, 4, device=device_of(backend))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    for shape in ((2, 32, 9, 7), (3, 32, 12, 8), (5, 32, 6, 14)):
+        x = torch.randn(shape, device=device_of(backend))
+        assert torch.equal(compiled(x), module(x))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_transforms_inside_are_those_of_the_plain_form(frozen):
+    """Nothing may be lost silently: the operator has no derivative that they would see."""
+    torch.compiler.reset()
+    module, plain = CBAM(32, 4).requires_grad_(not frozen), reference.CBAM(32, 4)
+    plain.load_state_dict(module.state_dict())
+    x, t = torch.randn(2, 32, 9, 7), torch.randn(2, 32, 9, 7)
+
+    def jvp(block):
+        return lambda v, w: torch.func.jvp(block, (v,), (w,))[1]
+
+    def grad(block):
+        return torch.func.grad(lambda v: block(v).square().sum())
+
+    compiled = torch.compile(jvp(module), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, t), jvp(plain)(x, t))
+    compiled = torch.compile(grad(module), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), grad(plain)(x))
+
+
+def test_transforms_outside_are_those_of_the_plain_form():
+    torch.compiler.reset()
+    module, plain = CBAM(32, 4).requires_grad_(False), reference.CBAM(32, 4)
+    plain.load_state_dict(module.state_dict())
+    x, t = torch.randn(2, 32, 9, 7), torch.randn(2, 32, 9, 7)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    compiled(x)  # a graph without them is there already
+    forward_mode = torch.autograd.forward_ad
+    with forward_mode.dual_level():
+        tangent = forward_mode.unpack_dual(compiled(forward_mode.make_dual(x, t))).tangent
+    torch.testing.assert_close(tangent, torch.func.jvp(plain, (x,), (t,))[1])
+
+
+def test_what_a_gpu_lacks_is_a_constant_of_the_graph(monkeypatch):
+    """It is asked for while tracing, of the device that x is on."""
+    torch.compiler.reset()
+    monkeypatch.setattr(ops._C, "cuda_problem", lambda index: f"device {index} is too old")
+    monkeypatch.setattr(ops, "_cuda_problems", {})
+    monkeypatch.setattr(ops, "_KERNELS", {ops.FUSED: frozenset(("cuda",))})
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def block(x):
+        return x + (ops.missing("cuda", 1) == "device 1 is too old")
+
+    assert block(torch.zeros(1)) == 1
+    assert ops.missing("cuda") == "device -1 is too old"
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -68,9 +127,9 @@ def test_exports(backend):
     module = CBAM(32, 4, device=device_of(backend)).eval()
     x = torch.randn(3, 32, 9, 7, device=device_of(backend))
     with torch.no_grad():
-        batch = torch.export.Dim("batch", min=1, max=64)
-        program = torch.export.export(module, (x,), dynamic_shapes=({0: batch},))
-        more = torch.randn(5, 32, 9, 7, device=device_of(backend))
+        sizes = {0: torch.export.Dim("batch", min=1, max=64), 2: torch.export.Dim("height")}
+        program = torch.export.export(module, (x,), dynamic_shapes=(sizes,))
+        more = torch.randn(5, 32, 11, 7, device=device_of(backend))
         assert torch.equal(program.module()(more), module(more))
 
 

@@ -13,6 +13,7 @@ import pytest
 from cuda_code import (
     ARCHITECTURES,
     DISASSEMBLED,
+    FENCE_OF_COPIES,
     START_NEXT,
     TABLE,
     TEMPLATES,
@@ -238,13 +239,25 @@ def test_samples_come_to_the_chip_by_copies(sass, kind, architecture):
     )
 
 
+@each_disassembled
+@pytest.mark.parametrize("kind", RESIDENT)
+def test_rows_are_handed_over_to_bulk_copies(sass, kind, architecture):
+    """By a fence before the barrier: they write past what orders other accesses."""
+    missing = {
+        kernel: "no fence"
+        for kernel, code in kernels_of(sass, architecture, kind).items()
+        if bool(matching(code.opcodes, FENCE_OF_COPIES)) != (float(architecture) >= 9)
+    }
+    none_of(missing)
+
+
 # What reads the operator's weights, or asks for x or its gradient, while the launch before runs.
 READS_AHEAD = ("hidden_layer", "gate_layer", "both_layers", "spatial_gate", "stencil")
 PREFETCHES_AHEAD = ("reduce_columns", "spatial_gate", "map_terms", "input_gradient")
 
 
 def waits(architecture: str, kind: str) -> bool:
-    return architecture == "9.0" and kind not in RESIDENT
+    return float(architecture) >= 9 and kind not in RESIDENT
 
 
 @each_disassembled

@@ -64,6 +64,10 @@ COPY_HAZARD = (
     r"block \(0,0,0\) started at .*catalogue_copies.cu:\d+"
 )
 TWICE = r"into `tiles`: another copy into the same bytes is under way"
+PROXY = (
+    r"proxy: bulk copy into `tiles` \+ \d+ at .*catalogue_copies.cu:\d+ in fetch; no "
+    r"hand_over_to_bulk_copies stands behind the access of block \(0,0,0\) thread"
+)
 MISTAKES = {
     ("rotate", 1): (WRONG, f"{HAZARD}|{UNWRITTEN}", None),
     ("rotate", 2): (
@@ -133,6 +137,8 @@ MISTAKES = {
     ("stream", 14): (rf"{BULK_COPY} {TWICE}",) * 3,
     ("stream", 15): (r"something overwrote the mbarrier",) * 3,
     ("stream", 16): (WRONG, r"read after write of `full` \+ \d+|was initialised there", None),
+    ("stream", 17): (None, PROXY, None),
+    ("stream", 18): (None, PROXY, None),
     ("stream_without_syncthreads", 1): (WRONG, f"{COPY_HAZARD}|{HAZARD}|deadlock", None),
     ("stream_without_syncthreads", 2): (None, "race: write after read of `tiles`", None),
     ("stream_by_threads", 1): (WRONG, f"{COPY_HAZARD}|{HAZARD}|{UNWRITTEN}", None),

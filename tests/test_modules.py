@@ -128,6 +128,15 @@ def test_training_on_meta_describes_gradients():
     assert all(p.grad.shape == p.shape for p in module.parameters())
 
 
+def test_second_derivatives_on_meta_are_described():
+    module = CBAM(32, 4, device="meta")
+    x = torch.empty(SHAPES[2], device="meta", requires_grad=True)
+    (dx,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
+    dx.sum().backward()
+    assert x.grad.shape == x.shape
+    assert module.conv.weight.grad.shape == module.conv.weight.shape
+
+
 def test_functional_call(backend):
     module = CBAM(32, 4, device=device_of(backend), dtype=torch.float64)
     x = torch.randn(SHAPES[2], device=device_of(backend), dtype=torch.float64)

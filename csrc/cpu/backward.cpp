@@ -106,7 +106,7 @@ class Backward {
   // A transposed convolution is a correlation with the taps in reverse order.
   void flip_weights() {
     const int64_t taps = shape_.taps();
-    widen_weights<T>(p_.weights.dtype, p_.weights.conv_weight, 2 * taps, flipped_);
+    widen_taps<T>(p_, flipped_);
     for (int64_t m = 0; m < 2; ++m)
       for (A *a = flipped_ + m * taps, *b = a + taps - 1; a < b; ++a, --b) {
         const A first = *a;

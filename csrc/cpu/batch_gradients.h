@@ -68,11 +68,15 @@ class BatchGradients {
 
   template <class W>
   void convolution() const {
-    const int64_t taps = 2 * shape_.taps();
-    sum_vectors(shape_.samples, taps, taps + 1, d_conv_, A(1),
-                static_cast<W*>(p_.gradients.conv_weight));
-    sum_vectors(shape_.samples, 1, taps + 1, d_conv_ + taps, A(1),
+    const int64_t count = 2 * shape_.taps();
+    sum_vectors(shape_.samples, 1, count + 1, d_conv_ + count, A(1),
                 static_cast<W*>(p_.gradients.conv_bias));
+    W* out = static_cast<W*>(p_.gradients.conv_weight);
+    if (!p_.weights.conv_weight.maps_last)
+      return sum_vectors(shape_.samples, count, count + 1, d_conv_, A(1), out);
+    for (int64_t i = 0; out && i < count; ++i)
+      sum_vectors(shape_.samples, 1, count + 1, d_conv_ + i, A(1),
+                  out + p_.weights.conv_weight.place(i, shape_.taps()));
   }
 
   // out[r][j] = sum over i of d(i)[r] * vectors[i][j], in the order of i; nothing where out is

@@ -42,8 +42,11 @@ class Forward {
       spatial = carver.array<A>(p.shape.pixels());
       taps = carver.array<A>(2 * p.shape.taps());
       if (!planes) return;
-      widen_weights<T>(p.weights.dtype, p.weights.conv_weight, 2 * p.shape.taps(), taps);
-      widen_weights<T>(p.weights.dtype, p.weights.conv_bias, 1, &bias);
+      widen_taps<T>(p, taps);
+      if (const void* given = p.weights.conv_bias)
+        for_weight_type<T>(p.weights.dtype, [&](auto type) {
+          bias = load_one(static_cast<const typename decltype(type)::type*>(given));
+        });
       std::memset(planes, 0, 2 * planes_of.size() * sizeof(A));
     }
   };

@@ -101,13 +101,14 @@ CBAM_INLINE void for_weight_type(DType dtype, Body body) {
   body(Type<acc_t<T>>{});
 }
 
-// Weights for the walks over x, where they are read again and again: none if `from` is null.
+// The convolution's weights, [2, taps], for the walks over x, where they are read again and again.
 template <class T>
-void widen_weights(DType dtype, const void* from, int64_t n, acc_t<T>* to) {
-  if (!from) return;
-  for_weight_type<T>(dtype, [&](auto type) {
-    const auto* weights = static_cast<const typename decltype(type)::type*>(from);
-    for (int64_t i = 0; i < n; ++i) to[i] = load_one(weights + i);
+void widen_taps(const ForwardProblem& p, acc_t<T>* to) {
+  const ConvWeight& weight = p.weights.conv_weight;
+  for_weight_type<T>(p.weights.dtype, [&](auto type) {
+    const auto* from = static_cast<const typename decltype(type)::type*>(weight.data);
+    const int64_t taps = p.shape.taps();
+    for (int64_t i = 0; i < 2 * taps; ++i) to[i] = load_one(from + weight.place(i, taps));
   });
 }
 

@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "backward.h"
 #include "samples.h"
@@ -113,9 +115,13 @@ OuterSum outer_sum(Vectors a, Vectors b, void* out) {
   if (!out) a.length = b.length = 0;
   return {a, b, out};
 }
-VectorSum vector_sum(Vectors a, double scale, void* out) {
+VectorSum vector_sum(Vectors a, double scale, void* out, const ConvWeight& of = {}) {
   if (!out) a.length = 0;
-  return {a, scale, out};
+  if (out && a.count > kMostSummed)
+    throw std::runtime_error("cbam_cuda: sums over the batch: expected at most " +
+                             std::to_string(kMostSummed) + " values to add, got " +
+                             std::to_string(a.count));
+  return {a, scale, out, of};
 }
 
 // The batch's sums, once every group has been. Of an empty batch they are 0.
@@ -144,7 +150,8 @@ void weight_gradients(const BackwardProblem& p, const BackwardPlan& plan, const 
     vector_sums(p.weights.dtype,
                 {{vector_sum(d_hidden, 1.0, g.fc1_bias),
                   vector_sum(dm, 2.0, g.fc2_bias),  // once for each of the two pooled vectors
-                  vector_sum(conv, 1.0, g.conv_weight), vector_sum(conv_bias, 1.0, g.conv_bias)}},
+                  vector_sum(conv, 1.0, g.conv_weight, p.weights.conv_weight),
+                  vector_sum(conv_bias, 1.0, g.conv_bias)}},
                 grid.sums, stream);
 }
 

@@ -64,7 +64,7 @@ ForwardProblem describe(const Description& d) {
                somewhere<void>(d.bias),
                somewhere<void>(),
                somewhere<void>(d.bias),
-               somewhere<void>(),
+               {somewhere<void>(), false},
                somewhere<void>(d.bias)};
   p.saved = {somewhere<void>(),
              somewhere<void>(),

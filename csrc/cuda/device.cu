@@ -52,19 +52,26 @@ std::vector<Device> visible_devices() {
   return devices;
 }
 
-std::string problem() {
+std::string problem(int index) {
+  const auto say = [](const std::string& where, cudaError_t status) {
+    cudaGetLastError();
+    return where + ": " + cudaGetErrorString(status);
+  };
   int count = 0;
-  cudaError_t status = cudaGetDeviceCount(&count);
-  std::string where = "CUDA " CBAM_CUDA_VERSION;
-  for (int i = 0; i < count && status == cudaSuccess; ++i) {
+  if (const cudaError_t status = cudaGetDeviceCount(&count); status != cudaSuccess)
+    return say("CUDA " CBAM_CUDA_VERSION, status);
+  std::string first;
+  for (int i = index < 0 ? 0 : index; i < (index < 0 ? count : index + 1); ++i) {
     const CurrentDevice current(i);
     cudaFuncAttributes attributes;
-    status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&probe));
-    where = "built for " CBAM_CUDA_ARCHITECTURES ", on cuda:" + std::to_string(i);
+    const cudaError_t status =
+        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&probe));
+    if (status == cudaSuccess) return "";
+    const std::string why =
+        say("built for " CBAM_CUDA_ARCHITECTURES ", on cuda:" + std::to_string(i), status);
+    if (first.empty()) first = why;
   }
-  if (status == cudaSuccess) return "";
-  cudaGetLastError();
-  return where + ": " + cudaGetErrorString(status);
+  return first;
 }
 
 const DeviceLimits& limits_of_device(int index) {

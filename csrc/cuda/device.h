@@ -17,8 +17,9 @@ struct Device {
 // Never throws: a machine without a GPU or a driver has no devices.
 std::vector<Device> visible_devices();
 
-// Why this build cannot run on the devices of this machine, in a few words; empty if it can.
-std::string problem();
+// Why this build cannot run on a device of this machine, in a few words; empty if it can. Of all
+// devices, where the index is negative: of the first, unless it can run on another one.
+std::string problem(int index);
 
 // The limits of a device of this machine; asked for once and kept.
 const DeviceLimits& limits_of_device(int index);

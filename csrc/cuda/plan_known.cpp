@@ -61,7 +61,7 @@ class Key {
   void of(const Weights& w) {
     const auto& [dtype, fc1, fc1_bias, fc2, fc2_bias, conv, conv_bias] = w;
     numbers(dtype);
-    tensors(fc1, fc1_bias, fc2, fc2_bias, conv, conv_bias);
+    tensors(fc1, fc1_bias, fc2, fc2_bias, conv.data, conv_bias);
   }
   void of(const Saved& s) {
     const auto& [channel, pooled, hidden, spatial, maps, pixel_argmax, channel_argmax] = s;

@@ -118,6 +118,7 @@ void block_barrier() { block_barrier_clocks(); }
 void team_barrier(int first_slot, int blocks) { team_barrier_clocks(first_slot, blocks); }
 void warp_barrier(int warp, unsigned lanes) { warp_barrier_clocks(warp, lanes); }
 void fence() { fence_clocks(); }
+void hand_over() { hand_over_clocks(); }
 
 void atomic(const void* p, size_t bytes, const void* code) {
   atomic_clocks(p);
@@ -147,6 +148,7 @@ void copy(const void* to, const void* from, size_t bytes, const CopyBarrier* bar
   check_races(*source, read);
   replace_moments(*source, read, {current_serial(), current_epoch(), 0, 0}, moment);
   Span* const target = find_span(write);
+  if (barrier) check_proxies(*target, write);
   check_races(*target, write);
   replace_moments(*target, write, {current_serial(), current_epoch(), 0, 0}, moment);
 }

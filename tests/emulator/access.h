@@ -19,6 +19,8 @@ struct Access {
 
 // races.cpp
 void check_races(Span& span, const Access& access);
+// Nothing that threads did there may be left to another proxy than a bulk copy's.
+void check_proxies(const Span& span, const Access& access);
 // A block's exit must come after all that others read of this array of it.
 void check_exit(const Span& span);
 // The last access to these bytes becomes that of another thread and epoch, where it was `before`'s.

@@ -12,6 +12,7 @@ using cbam::cuda::arrive_expecting;
 using cbam::cuda::bulk_copy;
 using cbam::cuda::copy_16_bytes;
 using cbam::cuda::CopyBarrier;
+using cbam::cuda::hand_over_to_bulk_copies;
 using cbam::cuda::init;
 using cbam::cuda::publish_inits;
 using cbam::cuda::wait;
@@ -51,7 +52,7 @@ __device__ void fetch(const Stages& s, const int* in, int k, int variant) {
 // which is right. 9: the last copy reads past the end. 10: the last copy is not waited for. 11:
 // mbarriers not initialised. 12: initialised twice. 13: arrives twice. 14: two copies into
 // the same bytes. 15: an mbarrier overwritten. 16: other threads do not wait for the mbarriers'
-// initialisation.
+// initialisation. 17: hands nothing over to the copies. 18: only after the barrier.
 __global__ void stream(const int* in, int* out, int tiles, int variant) {
   SharedCarver carver(dynamic_shared_memory());
   const Stages s(carver);
@@ -68,8 +69,10 @@ __global__ void stream(const int* in, int* out, int tiles, int variant) {
   for (int k = 0; k < (variant == 10 ? tiles - 1 : tiles); ++k) {
     if (variant != 1) wait(s.full_of(k), variant == 2 ? 1 - parity(k) : parity(k));
     out[k * kThreads + t] = s.tile(k)[kThreads - 1 - t];
+    if (variant < 17) hand_over_to_bulk_copies();
     if (variant != 3) __syncthreads();
     if (t == 0 && k + kStages < tiles) fetch(s, in, k + kStages, variant);
+    if (variant == 18) hand_over_to_bulk_copies();
   }
 }
 
@@ -91,6 +94,7 @@ __global__ void stream_without_syncthreads(const int* in, int* out, int tiles, i
       wait(s.full_of(read), parity(read));
       if (variant == 2) arrive_expecting(s.empty_of(read), 0);
       out[read * kThreads + t] = s.tile(read)[kThreads - 1 - t];
+      hand_over_to_bulk_copies();
       if (variant != 2) arrive_expecting(s.empty_of(read), 0);
     }
     if (t || k >= tiles) continue;

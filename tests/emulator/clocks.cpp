@@ -45,6 +45,7 @@ std::vector<std::unique_ptr<BlockClocks>> slots;
 BlockClocks* mine = nullptr;                              // of the current block
 std::unordered_map<const void*, ClockPointer> passed_on;  // by atomics, per address
 std::unordered_map<const CopyBarrier*, Arrivals> arrivals_at;
+std::unordered_map<uint32_t, uint32_t> handed_over_at;  // epochs of threads, by serial number
 uint32_t launch_floor = 0, next_launch_floor = 0;
 uint32_t serials_per_block;
 
@@ -149,6 +150,7 @@ uint32_t start_gang_clocks(int blocks, uint64_t position) {
   while (slots.size() < count) slots.push_back(std::make_unique<BlockClocks>());
   for (size_t slot = 0; slot < count; ++slot) start_block_clocks(*slots[slot], position + slot);
   arrivals_at.clear();
+  handed_over_at.clear();
   enter_block_clocks(0);
   return slots[0]->first_thread - 1;
 }
@@ -263,6 +265,16 @@ void end_phase_clocks(const CopyBarrier& barrier) {
 void wait_clocks(const CopyBarrier& barrier) {
   const auto found = arrivals_at.find(&barrier);
   if (found != arrivals_at.end()) learn(clocks_of_current(), found->second.passed_on);
+}
+
+void hand_over_clocks() {
+  next_step(machine.current->number);
+  handed_over_at[current_serial()] = current_epoch();
+}
+
+bool handed_over(const Moment& moment) {
+  const auto found = handed_over_at.find(moment.thread);
+  return found != handed_over_at.end() && moment.epoch < found->second;
 }
 
 Moment moment_of_copy(const CopyBarrier* barrier, uint32_t code) {

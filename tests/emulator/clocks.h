@@ -63,6 +63,10 @@ void atomic_clocks(const void* p);
 void arrive_clocks(const CopyBarrier& barrier);
 void end_phase_clocks(const CopyBarrier& barrier);
 void wait_clocks(const CopyBarrier& barrier);
+// What the current thread did so far may be followed by accesses of bulk copies.
+void hand_over_clocks();
+// Whether the thread of this moment handed over behind it.
+bool handed_over(const Moment& moment);
 // Of a copy's accesses. Null: of one that no mbarrier waits for yet.
 Moment moment_of_copy(const CopyBarrier* barrier, uint32_t code);
 

@@ -100,7 +100,26 @@ void check_write(Span& span, Cell& cell, const Access& access, const Moment& now
   cell.write = now;
 }
 
+void check_proxy(const Span& span, const Cell& cell, const Access& access, const Moment& other) {
+  const Moment now{current_serial(), current_epoch(), 0, 0};
+  const bool of_thread = other.thread > span.floor && is_thread(other.thread);
+  if (!of_thread || !happened_before(other, now) || handed_over(other)) return;
+  if (!first_report(access.code, other.code)) return;
+  report({"proxy: bulk copy into " + describe(span, cell, access), code_address(access.code),
+          "no hand_over_to_bulk_copies stands behind the access of " + describe_actor(other),
+          code_address(other.code)});
+}
+
 }  // namespace
+
+void check_proxies(const Span& span, const Access& access) {
+  const uintptr_t offset = access.address - span.origin();
+  const Cell* cell = span.cells + (offset >> span.granule_shift);
+  const Cell* const last = span.cells + ((offset + access.bytes - 1) >> span.granule_shift);
+  for (; cell <= last; ++cell)
+    for (const Moment& other : {cell->reads[0], cell->reads[1], cell->write})
+      check_proxy(span, *cell, access, other);
+}
 
 void forget_reported_races() { reported.clear(); }
 

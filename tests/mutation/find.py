@@ -25,6 +25,8 @@ BARRIERS = (
     "loads.wait",
     "of.wait",
     "publish_inits",
+    "hand_over_rows",
+    "hand_over_to_bulk_copies",
     "arrive_expecting",
     "arrive_after_copies",
 )

@@ -113,9 +113,9 @@ struct Stencil {
   const void* spatial_gate;    // acc [samples, pixels]
   const void* maps;            // x's dtype [samples, 2, pixels]
   DType weight_dtype;
-  const void* conv_weight;  // [2, taps]
-  void* d_maps;             // acc [samples, 2, pixels]: d_mean / channels, d_max
-  void* d_conv;             // acc [samples * boxes, 2 * taps + 1], the bias last; or null
+  ConvWeight conv_weight;
+  void* d_maps;  // acc [samples, 2, pixels]: d_mean / channels, d_max
+  void* d_conv;  // acc [samples * boxes, 2 * taps + 1], the bias last; or null
 };
 void stencil(DType dtype, const Stencil& p, const Grid& grid, Stream stream);
 
@@ -293,7 +293,8 @@ struct OuterSums {
 struct VectorSum {
   Vectors a;  // of one part
   double scale;
-  void* out;  // the weights' dtype [length]
+  void* out;      // the weights' dtype [length]
+  ConvWeight of;  // whose gradient it is, if of a weight of the convolution: the order of `out`
 };
 constexpr int kMostVectorSums = 4;
 struct VectorSums {
@@ -304,6 +305,7 @@ constexpr int kOuterStaged = 2048;  // elements of a, and of b, that a block sta
 constexpr int kOuterMerged = 8;     // outputs of a thread that the warps of a block add together
 constexpr int kSumThreads = 512;    // of a block of vector_sums
 constexpr int kSummedTogether = 8;  // elements of its vectors that a block of vector_sums sums
+constexpr int64_t kMostSummed = (int64_t{1} << 31) - (1 << 16);  // they are counted in 32 bits
 
 // Blocks of each.
 CBAM_INLINE int64_t outer_blocks(int64_t rows, int64_t cols, int tile) {

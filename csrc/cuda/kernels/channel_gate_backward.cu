@@ -36,7 +36,7 @@ __device__ __forceinline__ void stage_dm(const ChannelGateBackward& p, int64_t f
     const int c = first + i % count;
     if (n >= p.samples) return Reached<A>{};
     const int64_t at = n * p.channels + c;
-    const A open = gate[at], other = more ? more[at] : A(0);
+    const A open = __ldcg(gate + at), other = more ? __ldcg(more + at) : A(0);
     return Reached<A>{total(p.cross, n, c), total(p.terms, n, c), other, open};
   };
   const auto put = [&](int i, const Reached<A>& r) {
@@ -48,7 +48,7 @@ __device__ __forceinline__ void stage_dm(const ChannelGateBackward& p, int64_t f
   };
   const int end = kSamples * count, step = kGateBackwardThreads<A>;
   const auto only = [&](const Sums& sums, int64_t n, int c) {
-    return static_cast<const A*>(sums.values)[n * p.channels + c];
+    return __ldcg(static_cast<const A*>(sums.values) + n * p.channels + c);
   };
   const auto all = [&](const Sums& sums, int64_t n, int c) {
     return total_of<A>(sums, n, p.channels, c);

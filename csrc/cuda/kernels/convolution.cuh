@@ -32,10 +32,11 @@ __device__ __forceinline__ void save_maps(void* maps, int64_t sample, int pixels
 
 // Weights of the convolution, and behind them the bias.
 template <class T, class A>
-__device__ __forceinline__ void stage_conv_weights(const void* weights, const void* bias,
+__device__ __forceinline__ void stage_conv_weights(const ConvWeight& weight, const void* bias,
                                                    DType dtype, const Space& s, A* to) {
   const int count = 2 * s.taps();
-  for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = weight_at<T>(weights, dtype, i);
+  for (int i = threadIdx.x; i < count; i += blockDim.x)
+    to[i] = weight_at<T>(weight.data, dtype, weight.place(i, s.taps()));
   if (threadIdx.x == 0) to[count] = bias ? weight_at<T>(bias, dtype, 0) : A(0);
 }
 

@@ -295,11 +295,11 @@ struct SpatialGate {
   Parts maps;
   const void* channel_gate;  // acc [samples, channels]
   DType weight_dtype;
-  const void* conv_weight;  // [2, taps]
-  const void* conv_bias;    // [1] or null
-  void* saved_gate;         // acc [samples, pixels]; this and the following null in inference
-  void* saved_maps;         // x's dtype [samples, 2, pixels]
-  int32_t* saved_argmax;    // [samples, pixels]; null where maps.argmax is that already
+  ConvWeight conv_weight;
+  const void* conv_bias;  // [1] or null
+  void* saved_gate;       // acc [samples, pixels]; this and the following null in inference
+  void* saved_maps;       // x's dtype [samples, 2, pixels]
+  int32_t* saved_argmax;  // [samples, pixels]; null where maps.argmax is that already
 };
 
 // Blocks of the last pass that a multiprocessor runs at once, by their registers.

@@ -48,8 +48,10 @@ __device__ __forceinline__ void prepare(const ResidentBackward& p, const Backwar
     init_landed(g, m.shared.x_landed, g.x_slots);
     publish_inits();
   }
-  for (int i = threadIdx.x; i < 2 * p.space.taps(); i += g.threads)
-    m.shared.weight[i] = weight_at<T>(p.weights.conv_weight, p.weights.dtype, i);
+  const ConvWeight& weight = p.weights.conv_weight;
+  const int taps = p.space.taps();
+  for (int i = threadIdx.x; i < 2 * taps; i += g.threads)
+    m.shared.weight[i] = weight_at<T>(weight.data, p.weights.dtype, weight.place(i, taps));
   __syncthreads();
 }
 
@@ -102,6 +104,7 @@ __device__ __forceinline__ void write_sample(const ResidentBackward& p,
       write_short_rows(slice, chunk.first, end, dout, dx, p.dx_row_stride);
     else if (p.dx)
       gradient.write(chunk.first, end, dout, dx, p.dx_row_stride);
+    hand_over_rows(g);
     __syncthreads();
     drained(number);
   }

@@ -84,6 +84,7 @@ __device__ __forceinline__ void scale_sample(const ResidentForward& p,
             store(out + int64_t{row} * p.out_row_stride + v * kCount, pack);
           });
     }
+    hand_over_rows(g);
     __syncthreads();
     done(number);
   }

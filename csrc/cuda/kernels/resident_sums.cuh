@@ -117,6 +117,7 @@ __device__ __forceinline__ void walk_both(Loads<T, kChannelsFirst, kSplit>& load
     // The first walk has waited for what stays.
     const bool landed = !g.holds_x() || walk == 1;
     body(RowsOfBoth<T, kChannelsFirst, kSplit>{loads, first, min(first + step, rows), landed});
+    hand_over_rows(g);
     __syncthreads();
     if (!g.holds_x()) loads.replace(0, first / g.chunk);
   }

@@ -145,6 +145,11 @@ __device__ __forceinline__ bool copies(const ResidentGeometry& g, int n) {
   return g.copy != Copy::kBulk || static_cast<int>(threadIdx.x) / 32 == (n & (g.threads / 32 - 1));
 }
 
+// Before the barrier behind which rows that have been read are loaded anew.
+__device__ __forceinline__ void hand_over_rows(const ResidentGeometry& g) {
+  if (g.copy == Copy::kBulk) hand_over_to_bulk_copies();
+}
+
 // Starts to load a chunk of sample `within` of a round's visit to `to`, with all threads that take
 // part. Nothing may still read what was there before.
 template <bool kChannelsFirst, Split kSplit, class T>

@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 2 : 4)
   SharedCarver carver(dynamic_shared_memory());
   const StencilShared<A> shared(carver, p.geometry, p.space, p.d_conv != nullptr);
   for (int i = threadIdx.x; i < 2 * taps; i += kThreads)
-    shared.weight[i] = weight_at<T>(p.conv_weight, p.weight_dtype, i);
+    shared.weight[i] =
+        weight_at<T>(p.conv_weight.data, p.weight_dtype, p.conv_weight.place(i, taps));
   wait_for_previous_launch();
   const A* gate = static_cast<const A*>(p.spatial_gate) + box.sample * pixels;
   const A* more = static_cast<const A*>(p.d_spatial_gate);

@@ -209,7 +209,7 @@ __device__ __forceinline__ A total_of(const Sums& sums, int64_t sample, int64_t 
   const A* values = static_cast<const A*>(sums.values) + sample * sums.parts * count + index;
   A total = A(0);
   for_batches<8>(
-      0, sums.parts, 1, [&](int part) { return __ldg(values + part * count); },
+      0, sums.parts, 1, [&](int part) { return __ldcg(values + part * count); },
       [&](int, A part) { total += part; });
   return total;
 }

@@ -165,7 +165,8 @@ __global__ void __launch_bounds__(kSumThreads) vector_sums_kernel(const VectorSu
   A total = A(0);
 #pragma unroll
   for (int w = 0; w < kSumThreads / 32; ++w) total += shared.sum[w * kSummedTogether + side];
-  static_cast<T*>(p.out)[column] = narrow<T>(static_cast<A>(p.scale) * total);
+  const int64_t place = p.of.place(column, p.a.length / 2);
+  static_cast<T*>(p.out)[place] = narrow<T>(static_cast<A>(p.scale) * total);
 }
 
 }  // namespace

@@ -33,6 +33,7 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
                                           Place place = Place::here()) {
   emulator::bulk_copy(to, from, static_cast<unsigned>(bytes), b, place);
 }
+__device__ __forceinline__ void hand_over_to_bulk_copies() { emulator::hand_over_to_bulk_copies(); }
 __device__ __forceinline__ void copy_16_bytes(void* to, const void* from,
                                               Place place = Place::here()) {
   emulator::async_copy(to, from, 16, place);
@@ -82,6 +83,14 @@ __device__ __forceinline__ void bulk_copy([[maybe_unused]] void* to,
           "r"(shared_address(to)),
       "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(b))
       : "memory");
+#endif
+}
+
+// By all threads that used shared memory, before the barrier behind which a bulk copy writes it:
+// barriers order what goes through the same proxy, and a bulk copy goes through another one.
+__device__ __forceinline__ void hand_over_to_bulk_copies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 

@@ -63,7 +63,7 @@ void watch_weights(const Watched& watched, const ForwardProblem& p) {
   watched.read("mlp_weights", w.fc1_bias, s.hidden * size);
   watched.read("mlp_weights", w.fc2_weight, s.hidden * s.channels * size);
   watched.read("mlp_weights", w.fc2_bias, s.channels * size);
-  watched.read("conv_weights", w.conv_weight, 2 * s.taps() * size);
+  watched.read("conv_weights", w.conv_weight.data, 2 * s.taps() * size);
   watched.read("conv_weights", w.conv_bias, size);
 }
 

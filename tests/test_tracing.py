@@ -1,0 +1,50 @@
+"""Graphs that torch.fx and torch.jit make of a module."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from cases import device_of
+from torch import nn
+
+from cbam_cuda import CBAM, reference
+
+
+@pytest.mark.parametrize("kind", [CBAM, reference.CBAM])
+def test_fx(backend, kind):
+    network = nn.Sequential(nn.Conv2d(3, 32, 3), kind(32, 4), nn.ReLU()).to(device_of(backend))
+    x = torch.randn(2, 3, 9, 7, device=device_of(backend))
+    graph = torch.fx.symbolic_trace(network)
+    assert torch.equal(graph(x), network(x))
+    gradients = []
+    for module in (graph, network):
+        network.zero_grad()
+        module(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in network.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_jit_of_inference(backend):
+    block = CBAM(32, 4, device=device_of(backend))
+    x, other = (torch.randn(n, 32, 9, 7, device=device_of(backend)) for n in (2, 3))
+    with torch.no_grad():
+        traced = torch.jit.trace(block, x)
+        assert torch.equal(traced(other), block(other))
+    assert "forward_train" not in str(traced.inlined_graph)
+
+
+def test_jit_of_training(backend):
+    """From a file, as it would be on another machine."""
+    block = CBAM(32, 4, device=device_of(backend))
+    x, other = (torch.randn(n, 32, 9, 7, device=device_of(backend)) for n in (2, 3))
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(block, x, check_trace=False), file)
+    file.seek(0)
+    gradients = []
+    for module in (torch.jit.load(file), block):
+        leaf = other.clone().requires_grad_()
+        module(leaf).square().sum().backward()
+        gradients.append([leaf.grad, *(p.grad for p in module.parameters())])
+    assert all(map(torch.equal, *gradients))
