@@ -206,8 +206,8 @@ def _backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
     """
     needed = ctx.needs_input_grad[: 4 + _WEIGHTS]
     x = ctx.saved_tensors[3]
-    # Also around what derives the convolutions: on CUDA, autocast casts those as well. There is none
-    # for meta tensors.
+    # Also around what derives the convolutions: on CUDA, autocast casts those as well. Of meta
+    # tensors there is none.
     with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         with torch.enable_grad():
             inputs = [_in_graph(t) for t in ctx.saved_tensors]

@@ -118,7 +118,7 @@ void block_barrier() { block_barrier_clocks(); }
 void team_barrier(int first_slot, int blocks) { team_barrier_clocks(first_slot, blocks); }
 void warp_barrier(int warp, unsigned lanes) { warp_barrier_clocks(warp, lanes); }
 void fence() { fence_clocks(); }
-void hand_over() { hand_over_clocks(); }
+void proxy_fence() { hand_over_clocks(); }
 
 void atomic(const void* p, size_t bytes, const void* code) {
   atomic_clocks(p);

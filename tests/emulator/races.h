@@ -25,7 +25,7 @@ void block_barrier();
 void team_barrier(int first_slot, int blocks);
 void warp_barrier(int warp, unsigned lanes);
 void fence();
-void hand_over();
+void proxy_fence();
 void atomic(const void* p, size_t bytes, const void* code);
 void init_barrier(const void* object, const void* code);
 void use_barrier(const void* object, const void* code);
@@ -47,7 +47,7 @@ inline void block_barrier() {}
 inline void team_barrier(int, int) {}
 inline void warp_barrier(int, unsigned) {}
 inline void fence() {}
-inline void hand_over() {}
+inline void proxy_fence() {}
 inline void atomic(const void*, size_t, const void*) {}
 inline void init_barrier(const void*, const void*) {}
 inline void use_barrier(const void*, const void*) {}

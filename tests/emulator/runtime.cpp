@@ -86,7 +86,7 @@ cudaError_t run(const Launch& launch) {
 }
 
 void fence() { races::fence(); }
-void hand_over_to_bulk_copies() { races::hand_over(); }
+void proxy_fence() { races::proxy_fence(); }
 
 __attribute__((noinline)) uint64_t begin_atomic(const void* p, size_t bytes, Place place) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) misaligned_access(p, bytes, bytes, place);

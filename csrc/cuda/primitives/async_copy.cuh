@@ -33,7 +33,7 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
                                           Place place = Place::here()) {
   emulator::bulk_copy(to, from, static_cast<unsigned>(bytes), b, place);
 }
-__device__ __forceinline__ void hand_over_to_bulk_copies() { emulator::hand_over_to_bulk_copies(); }
+__device__ __forceinline__ void hand_over_to_bulk_copies() { emulator::proxy_fence(); }
 __device__ __forceinline__ void copy_16_bytes(void* to, const void* from,
                                               Place place = Place::here()) {
   emulator::async_copy(to, from, 16, place);

@@ -59,7 +59,7 @@ void mbarrier_wait(uint64_t* b, unsigned parity, Place place);
 void bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* b, Place place);
 void async_copy(void* to, const void* from, unsigned bytes, Place place);
 // By threads whose shared memory bulk copies write next, behind a barrier.
-void hand_over_to_bulk_copies();
+void proxy_fence();
 // Brings global memory to a cache: nothing but a check of what may be asked for.
 void prefetch(const void* from, unsigned bytes, Place place);
 
