@@ -204,7 +204,7 @@ class Backward {
   void add_map_terms(int64_t n, Workspace& ws, const MapGradients<A>& maps, Run run) const {
     if (t_.channels_first) {
       run(t_.rows, [&](int64_t begin, int64_t end) {
-        for_rows<kRowsTogether>(begin, end, [&](auto together, int64_t c) {
+        for_rows<2 * kRowsTogether>(begin, end, [&](auto together, int64_t c) {
           map_terms_of_rows<decltype(together)::value>(n, c, ws, maps);
         });
       });

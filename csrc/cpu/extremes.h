@@ -45,7 +45,7 @@ CBAM_INLINE OfLanes<A> lanes_of_block(const T* row, const acc_t<T>* factor, int6
   for (auto& m : max) m = splat(minus_infinity<A>());
   ivec_t<A> at[kUnroll] = {};  // lane l of max[u] stood in column at[u] + l
   const auto add = [&](int u, int64_t j, auto lanes) {
-    vec_t<A> v = lanes.load(row + j);
+    vec_t<A> v = in_register(lanes.load(row + j));
     if constexpr (kScaled) v *= lanes.load(factor + j);
     sum[u] += v;
     v = lanes.or_else(v, splat(minus_infinity<A>()));
@@ -130,12 +130,13 @@ A sum_of_row(const A* row, int64_t cols) {
 
 // kRows rows at once into one vector of columns.
 template <int kRows, bool kScaled, bool kArgmax, class T, class A, class L>
-CBAM_INLINE void fold_rows(const Matrix<const T>& m, int64_t r, int64_t col, const A* factor,
-                           L lanes, A* sum, A* max, index_t<A>* argmax) {
+CBAM_INLINE void fold_rows(const Matrix<const T>& m, int64_t r, int64_t col,
+                           const OfRows<kRows, A>& factor, L lanes, A* sum, A* max,
+                           index_t<A>* argmax) {
   vec_t<A> v[kRows], best = load(max);
   for (int i = 0; i < kRows; ++i) {
-    v[i] = lanes.load(m.row(r + i) + col);
-    if constexpr (kScaled) v[i] *= factor[r + i];
+    v[i] = in_register(lanes.load(m.row(r + i) + col));
+    if constexpr (kScaled) v[i] *= factor[i];
   }
   if constexpr (kArgmax) {
     ivec_t<A> index;
@@ -169,17 +170,15 @@ void reduce_columns(const Matrix<const T>& m, int64_t begin, int64_t end, int64_
     max[j] = minus_infinity<A>();
     if constexpr (kArgmax) argmax[j] = static_cast<index_t<A>>(begin);
   }
-  int64_t r = begin;
-  for (; r + kRows <= end; r += kRows)
+  for_rows<kRows>(begin, end, [&](auto together, int64_t r) {
+    constexpr int kSome = decltype(together)::value;
+    OfRows<kSome, A> some;
+    if constexpr (kScaled) some = OfRows<kSome, A>(factor + r);
     for_slots<A>(cols, [&](int64_t slot, int64_t j, auto lanes) {
-      fold_rows<kRows, kScaled, kArgmax>(m, r, col + j, factor, lanes, sum + slot, max + slot,
+      fold_rows<kSome, kScaled, kArgmax>(m, r, col + j, some, lanes, sum + slot, max + slot,
                                          argmax + slot);
     });
-  for (; r < end; ++r)
-    for_slots<A>(cols, [&](int64_t slot, int64_t j, auto lanes) {
-      fold_rows<1, kScaled, kArgmax>(m, r, col + j, factor, lanes, sum + slot, max + slot,
-                                     argmax + slot);
-    });
+  });
   settle_slots<A>(sum, cols);
   settle_slots<A>(max, cols);
   if constexpr (kArgmax) {

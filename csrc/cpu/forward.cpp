@@ -117,7 +117,7 @@ class Forward {
   void pool(int64_t n, Workspace& ws, Run run) const {
     if (channels_first_) {
       run(shape_.channels, [&](int64_t begin, int64_t end) {
-        for_rows<kRowsTogether>(begin, end, [&](auto together, int64_t c) {
+        for_rows<kPooledTogether>(begin, end, [&](auto together, int64_t c) {
           constexpr int kRows = decltype(together)::value;
           Extremes<A> of[kRows];
           if (p_.training())
@@ -221,6 +221,9 @@ class Forward {
   }
 
   static constexpr int64_t kPoolRows = 1024, kMapRows = 32;
+  // As many rows as a vector has lanes, so that none is idle when they are folded, where there are
+  // registers for them.
+  static constexpr int kPooledTogether = kRegisters < 32 ? kRowsTogether : kLanes<A>;
 
   const ForwardProblem& p_;
   const Shape& shape_;

@@ -248,6 +248,7 @@ template <int kRows, class E>
 struct OfRows {
   E of[kRows];
 
+  OfRows() = default;
   CBAM_INLINE_MEMBER explicit OfRows(const E* first) { __builtin_memcpy(of, first, sizeof of); }
   CBAM_INLINE_MEMBER E operator[](int i) const { return of[i]; }
 };

@@ -79,6 +79,18 @@ CBAM_INLINE ivec_t<A> iota() {
   return v;
 }
 
+// v, kept in a register: compilers read memory anew for each use of what was loaded, and reading is
+// what walks over x wait for.
+template <class V>
+CBAM_INLINE V in_register(V v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 // v where the mask is set, 0 elsewhere.
 template <class A>
 CBAM_INLINE vec_t<A> where(ivec_t<A> mask, vec_t<A> v) {
