@@ -94,9 +94,10 @@ def compiler() -> str:
 
 
 def host_compiler() -> str:
-    """nvcc's flag for the compiler that CXX names, which has to be a single program."""
+    """nvcc's flag for the compiler that CXX names, if it is one program; NVCC_CCBIN comes first."""
     wanted = os.environ.get("CXX", "").split()
-    return f"-ccbin {quoted(wanted[0])} " if len(wanted) == 1 else ""
+    named = len(wanted) == 1 and "NVCC_CCBIN" not in os.environ
+    return f"-ccbin {quoted(wanted[0])} " if named else ""
 
 
 def cuda_home() -> Path | None:
@@ -258,7 +259,7 @@ class NinjaFile:
         if subprocess.run([ninja_path(), "-f", str(path), *jobs]).returncode:
             fail(
                 "compilation failed, see the first error above; CBAM_CUDA_BUILD=cpu builds "
-                "without CUDA, CXX names another C++ compiler, also for nvcc"
+                "without CUDA, CXX names another C++ compiler, NVCC_CCBIN one for nvcc"
             )
 
 

@@ -35,7 +35,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Sizes(NamedTuple):
-    """Of a module."""
+    """Of the layers of a module."""
 
     hidden: int  # channels
     kernel: tuple[int, ...]  # a size for each dimension of space
@@ -84,6 +84,14 @@ def check_spatial_dimensions(x: object, dim: int) -> None:
         )
 
 
+def check_x(x: Tensor, channels: int) -> None:
+    """Raise unless x is real floating and has so many channels."""
+    _check_strided("x", x)
+    _check_dtype(x)
+    if x.shape[1] != channels:
+        raise ValueError(f"x: expected {channels} channels, got shape {list(x.shape)}")
+
+
 def check_tensors(x: object, weights: Sequence[object]) -> None:
     """Raise unless x and the weights are tensors, biases possibly None, and x is real floating."""
     if not isinstance(x, Tensor):
@@ -97,6 +105,10 @@ def check_tensors(x: object, weights: Sequence[object]) -> None:
             continue
         wanted = "a Tensor or None" if name.endswith("_bias") else "a Tensor"
         raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
+    _check_dtype(x)
+
+
+def _check_dtype(x: Tensor) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected float32, float64, float16 or bfloat16, got {_name(x.dtype)}")
 

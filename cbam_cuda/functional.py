@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, training
-from .arguments import Weights, check_call, check_tensors
+from .arguments import DTYPES, Weights, check_call, check_tensors
 
 BACKENDS = ("auto", "cuda", "cpu", "emulated", "reference")
 _VARIABLE = "CBAM_CUDA_BACKEND"
-_AUTOCAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @overload
@@ -109,7 +108,8 @@ def cbam(
         RuntimeError: the backend that was asked for is not part of this installation, or the call
             is under forward-mode differentiation or a torch.func transform, where only "auto" and
             "reference" work, both in plain PyTorch.
-        torch.OutOfMemoryError: the GPU has no memory left (RuntimeError where the CPU has none).
+        torch.OutOfMemoryError: the GPU has no memory left; a RuntimeError that says so in a
+            compiled call, or where it is the CPU.
     """
     weights = Weights(fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
     return run(x, weights, return_attention, backend)
@@ -179,7 +179,9 @@ def _cast_as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
     There the gates come out of convolutions in autocast's dtype and multiply x. float64 is left
     alone by autocast, and what is no floating point is refused as it is without.
     """
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type) or x.dtype not in _AUTOCAST_DTYPES:
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type) or x.dtype not in DTYPES:
+        return x, weights
+    if x.dtype == torch.float64:
         return x, weights
     x = x.to(torch.promote_types(x.dtype, torch.get_autocast_dtype(x.device.type)))
     if all(w is None or w.dtype == x.dtype for w in weights):
@@ -247,7 +249,7 @@ def check_backend(source: str, name: str) -> None:
 
 _warned: set[str] = set()
 # Between whoever calls a module and what warns: this package, and torch, which calls modules.
-_CALLEES = tuple(str(Path(module.__file__ or "").parent) for module in (ops, torch))
+_CALLEES = tuple(str(Path(m.__file__ or "").parent) + os.sep for m in (ops, torch))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

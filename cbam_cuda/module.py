@@ -89,7 +89,7 @@ class CBAM(reference.CBAM):
                 self.backend,
                 f"{name} has hooks or a forward of its own, which only a call of it respects",
             )
-            return super().forward(x, return_attention)
+            return self.call_layers(x, return_attention)
         return run(x, self.weights(), return_attention, self.backend)
 
     def extra_repr(self) -> str:

@@ -110,8 +110,11 @@ def forward_train(x: Tensor, weights: Weights, name: str = FUSED) -> tuple[Tenso
 
 def memory_error(error: Exception) -> torch.OutOfMemoryError | None:
     """What torch raises where a GPU has no memory left, if that is why an operator failed."""
-    text = str(error)
-    return torch.OutOfMemoryError(text) if "CUDA out of memory." in text else None
+    if "CUDA out of memory." not in str(error):
+        return None
+    if torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize()  # raises what broke the device before, if something did
+    return torch.OutOfMemoryError(str(error))
 
 
 _WEIGHTS = len(Weights._fields)
@@ -149,16 +152,17 @@ def _fake_backward(
     weights, output_mask = rest[:_WEIGHTS], rest[-1]
     dx = torch.empty_like(x) if output_mask[0] else x.new_empty(0)
     gradients = [
-        _like_weight(w) if wanted else x.new_empty(0)
-        for w, wanted in zip(weights, output_mask[1:], strict=True)
+        _empty_gradient(name, w) if wanted else x.new_empty(0)
+        for name, w, wanted in zip(Weights._fields, weights, output_mask[1:], strict=True)
     ]
     return (dx, *gradients)
 
 
-def _like_weight(w: Tensor) -> Tensor:
-    """Contiguous, or as channels_last has the convolution's weights."""
-    as_it_is = w.dim() > 2 and w.movedim(1, -1).is_contiguous()
-    return torch.empty_like(w) if as_it_is else w.new_empty(w.shape)
+def _empty_gradient(name: str, w: Tensor) -> Tensor:
+    """Contiguous, or of the convolution as channels_last has its weights."""
+    if name == "conv_weight" and w.movedim(1, -1).is_contiguous():
+        return torch.empty_like(w)
+    return w.new_empty(w.shape)
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

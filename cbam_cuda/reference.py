@@ -13,7 +13,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arguments import Weights, check_sizes
+from .arguments import Weights, check_sizes, check_x
 
 _CONV_MODULE: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -93,7 +93,7 @@ class CBAM(nn.Module):
         super().__init__()
         hidden, kernel = check_sizes(in_channels, ratio, kernel_size, dim)
         conv = _CONV_MODULE[dim]
-        self.dim = dim
+        self.dim, self.in_channels = dim, in_channels
         self.fc1 = conv(in_channels, hidden, 1, bias=bias, device=device, dtype=dtype)
         self.fc2 = conv(hidden, in_channels, 1, bias=bias, device=device, dtype=dtype)
         padding = tuple(size // 2 for size in kernel)
@@ -136,8 +136,15 @@ class CBAM(nn.Module):
         self, x: Tensor, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """CBAM of x."""
-        if self.layer_to_call() is None:
-            return cbam(x, *self.weights(), return_attention=return_attention)
+        if self.layer_to_call() is not None:
+            return self.call_layers(x, return_attention)
+        return cbam(x, *self.weights(), return_attention=return_attention)
+
+    def call_layers(
+        self, x: Tensor, return_attention: bool
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """CBAM of x by calls of the layers, whatever these do."""
+        check_x(x, self.in_channels)
         fc1, fc2, conv = (_in_its_dtype(self._modules[name]) for name in _LAYERS)
         return _attend(self.dim, x, fc1, fc2, conv, return_attention)
 
@@ -149,4 +156,6 @@ class CBAM(nn.Module):
 def _in_its_dtype(layer: Any) -> _Layer:
     """Calls a layer with what it takes, which may be float32 beside 16 bits."""
     weight = next(layer.parameters(), None)
-    return layer if weight is None else lambda v: layer(v.to(weight.dtype))
+    if weight is None or not weight.is_floating_point():
+        return layer  # type: ignore[no-any-return]
+    return lambda v: layer(v.to(weight.dtype))

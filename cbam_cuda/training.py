@@ -33,13 +33,15 @@ class _Train(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         given = ctx.operator, ctx.saved_tensors, list(ctx.needs_input_grad[1:]), *grads
-        if torch.is_grad_enabled():  # a second derivative is wanted
-            return (None, *forward_gradients(*given))
         try:
+            if torch.is_grad_enabled():  # a second derivative is wanted
+                return (None, *forward_gradients(*given))
             with _below_autograd():
                 return (None, *forward_gradients(*given))
         except RuntimeError as error:
-            raise memory_error(error) or error from None
+            if (explained := memory_error(error)) is None:
+                raise
+            raise explained from None
 
 
 def forward_train(x: Tensor, weights: Weights, name: str = FUSED) -> tuple[Tensor, ...]:

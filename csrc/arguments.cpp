@@ -144,9 +144,10 @@ void ask_for_large_pages(const Tensor& t) {
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-Tensor empty_as_weight(const Tensor& weight) {
-  if (!maps_last(weight)) return empty(weight, weight.sizes(), weight.scalar_type());
-  return empty_strided(weight, weight.sizes(), weight.strides().data(), weight.scalar_type());
+Tensor empty_as_conv_weight(const Tensor& conv_weight) {
+  const auto sizes = conv_weight.sizes();
+  if (!maps_last(conv_weight)) return empty(conv_weight, sizes, conv_weight.scalar_type());
+  return empty_strided(conv_weight, sizes, conv_weight.strides().data(), conv_weight.scalar_type());
 }
 
 Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype) {

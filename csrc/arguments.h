@@ -58,8 +58,9 @@ void check_gradients(const Tensor& x, const Shape& shape, const Tensor& grad_out
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype);
 
-// A new tensor for the gradient of a weight, in the order in which kernels read that.
-Tensor empty_as_weight(const Tensor& weight);
+// A new tensor for the gradient of the convolution's weights, in the order in which kernels read
+// them.
+Tensor empty_as_conv_weight(const Tensor& conv_weight);
 
 // `t` itself, if it is contiguous.
 Tensor dense(const Tensor& t);

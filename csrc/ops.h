@@ -71,7 +71,7 @@ TrainOutputs forward_train(const Tensor& x, const Tensor& fc1_weight,
 
 // The gradient of a weight, for a kernel to write; empty where nobody asked for it.
 inline Tensor weight_gradient(const Tensor& x, const OptionalTensor& weight, bool wanted) {
-  return wanted ? empty_as_weight(*weight) : empty(x, {0}, x.scalar_type());
+  return wanted ? empty(x, weight->sizes(), weight->scalar_type()) : empty(x, {0}, x.scalar_type());
 }
 
 inline OptionalTensor dense(const OptionalTensor& t) {
@@ -116,7 +116,8 @@ InputGradients backward(const Tensor& grad_out, const OptionalTensor& grad_chann
                d1b = weight_gradient(x, fc1_bias, output_mask[2]),
                d2 = weight_gradient(x, fc2_weight, output_mask[3]),
                d2b = weight_gradient(x, fc2_bias, output_mask[4]),
-               dc = weight_gradient(x, conv_weight, output_mask[5]),
+               dc = output_mask[5] ? empty_as_conv_weight(conv_weight)
+                                   : empty(x, {0}, x.scalar_type()),
                dcb = weight_gradient(x, conv_bias, output_mask[6]);
 
   BackwardProblem p{};

@@ -35,6 +35,8 @@ FUSED = ("cpu", "emulated", "cuda")
 def why_not(backend: str) -> str | None:
     """Why a fused backend cannot run here, or None."""
     state = cbam_cuda.info()["backends"][backend]
+    if backend == "cuda" and torch.cuda.is_available():  # there may be others
+        state = cbam_cuda.ops.missing("cuda", torch.cuda.current_device()) or "available"
     return None if state == "available" else f"{backend}: {state}"
 
 

@@ -300,8 +300,8 @@ def test_integers_are_refused_under_autocast_too():
         cbam(x, *weights)
 
 
-# Of 32 TB.
-HUGE = torch.zeros(1, 8, 1, 1).expand(2**20, 8, 2**15, 2**5)
+# More bytes than there are addresses.
+HUGE = torch.zeros(1, 8, 1, 1).expand(2**36, 8, 2**13, 2**5)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -310,7 +310,7 @@ def test_no_memory_is_said_in_the_words_that_programs_look_for(x, training):
     weights = make_weights(CASE, torch.float32)
     weights.fc1_weight.requires_grad_(training)
     with pytest.raises(
-        RuntimeError, match=r"DefaultCPUAllocator: can't allocate memory.*\[1048576, "
+        RuntimeError, match=r"DefaultCPUAllocator: can't allocate memory.*\[68719476736, "
     ):
         cbam(x, *weights, backend="cpu")
 

@@ -251,6 +251,26 @@ def test_weights_of_the_convolution_in_any_order(backend, case, dtype, order):
         assert got[6].stride() == conv.stride()
 
 
+BIASES = ("fc1_bias", "fc2_bias", "conv_bias")
+
+
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_other_weights_may_be_parts_of_larger_ones(backend, case):
+    """As those are whose strides look like another order of memory, with gaps between."""
+    x, grad = (make_x(case, torch.float32, backend, seed=seed) for seed in (0, 2))
+    weights = make_weights(case, torch.float32, backend)
+    expected = gradients(backend, leaves(x, weights), grad)
+    wide = [torch.cat([w, w], 1)[:, : w.shape[1]] for w in (weights.fc1_weight, weights.fc2_weight)]
+    parts = weights._replace(
+        fc1_weight=wide[0],
+        fc2_weight=wide[1],
+        **{name: getattr(weights, name).repeat_interleave(2)[::2] for name in BIASES},
+    )
+    assert all(map(torch.equal, parts, weights))
+    got = gradients(backend, leaves(x, parts), grad)
+    assert all(map(torch.equal, expected, got))
+
+
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=str)
 def test_operators_ask_torch_for_memory_alone(backend, weight_dtype, layout):

@@ -125,6 +125,41 @@ def test_layers_of_float32_beside_16_bits():
     torch.testing.assert_close(block(x), expected)
 
 
+class Counted(nn.Module):
+    """A layer whose weights are integers, as those of a quantized one."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        steps = (layer.weight.detach() * 100).round().to(torch.int8)
+        self.weight = nn.Parameter(steps, requires_grad=False)
+
+    def forward(self, maps):
+        return nn.functional.conv2d(maps, self.weight.to(maps.dtype) / 100, padding=1)
+
+
+@pytest.mark.filterwarnings("ignore:cbam_cuda runs its plain")
+def test_layers_of_integers():
+    block, x = CBAM(16, 4, 3), torch.randn(2, 16, 6, 5)
+    block.conv = Counted(block.conv)
+    torch.testing.assert_close(block(x), by_layers(block, x))
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(2, 8, 6, 5), ValueError, r"x: expected 16 channels, got shape \[2, 8, 6, 5\]"),
+        (torch.zeros(2, 16, 6, 5).int(), TypeError, "x: expected float32, .* got int32"),
+        (torch.zeros(2, 16, 6), ValueError, "x: expected .* with 2 spatial dimensions"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:cbam_cuda runs its plain")
+def test_what_is_wrong_with_x_is_said_as_without(x, error, message):
+    block = CBAM(16, 4, 3)
+    add_hook(block)
+    with pytest.raises(error, match=message):
+        block(x)
+
+
 def test_says_so_once_and_where_the_call_is():
     block, x = CBAM(16, 4, 3), torch.randn(2, 16, 6, 5)
     add_hook(block)

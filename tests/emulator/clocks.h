@@ -2,9 +2,9 @@
 // make.
 //
 // A thread's epoch is its block's phase, the number of block barriers passed, and below that the
-// number of its own warp barriers, fences and arrivals. Within a block the phase decides almost
-// always; what a thread knows of other blocks, and of copies, is kept in vector clocks that exist
-// only where fences, mbarriers or teams of blocks are used.
+// number of its own steps: warp barriers, fences of either kind and arrivals. Within a block the
+// phase decides almost always; what a thread knows of other blocks, and of copies, is kept in
+// vector clocks that exist only where fences, mbarriers or teams of blocks are used.
 //
 // Copies are accesses of the mbarrier that they end in, as if it were a thread more of the block,
 // whose epoch is the mbarrier's phase: whoever waits for the phase knows of them.
@@ -20,7 +20,7 @@ namespace emulator {
 struct BlockTime {
   uint32_t first_thread;  // its serial number
   uint32_t phase;
-  uint32_t step[kMostThreads];  // warp barriers, fences and arrivals of each thread
+  uint32_t step[kMostThreads];  // of each thread
 };
 
 extern BlockTime* block_time;  // of the current block

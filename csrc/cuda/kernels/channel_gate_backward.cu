@@ -31,6 +31,7 @@ __device__ __forceinline__ void stage_dm(const ChannelGateBackward& p, int64_t f
   const A* more = static_cast<const A*>(p.d_channel_gate);
   const bool single = p.cross.parts == 1 && p.terms.parts == 1;
   const auto sample_of = [&](int i) { return first_sample + i / count; };
+  // By loads that say where: compilers for some architectures lose that these are in global memory.
   const auto read = [&](int i, auto total) {
     const int64_t n = sample_of(i);
     const int c = first + i % count;

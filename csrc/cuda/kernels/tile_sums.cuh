@@ -202,7 +202,8 @@ __device__ __forceinline__ void write_columns(const TileGeometry& g, const Lane&
   }
 }
 
-// All parts of one sum.
+// All parts of one sum. The launch before has written them: a load that takes memory to be constant
+// may move before the wait for it.
 template <class A>
 __device__ __forceinline__ A total_of(const Sums& sums, int64_t sample, int64_t count,
                                       int64_t index) {
