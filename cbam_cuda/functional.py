@@ -179,9 +179,8 @@ def _cast_as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
     There the gates come out of convolutions in autocast's dtype and multiply x. float64 is left
     alone by autocast, and what is no floating point is refused as it is without.
     """
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type) or x.dtype not in DTYPES:
-        return x, weights
-    if x.dtype == torch.float64:
+    left_alone = x.is_meta or x.dtype == torch.float64 or x.dtype not in DTYPES
+    if left_alone or not torch.is_autocast_enabled(x.device.type):
         return x, weights
     x = x.to(torch.promote_types(x.dtype, torch.get_autocast_dtype(x.device.type)))
     if all(w is None or w.dtype == x.dtype for w in weights):

@@ -60,6 +60,8 @@ _Layer = Callable[[Tensor], Tensor]
 def _attend(
     dim: int, x: Tensor, fc1: _Layer, fc2: _Layer, conv: _Layer, return_attention: bool
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """The formula, of layers that are given as what they do."""
+
     def mlp(pooled: Tensor) -> Tensor:
         return fc2(F.relu(fc1(pooled)))
 

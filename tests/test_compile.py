@@ -8,7 +8,7 @@ import torch._dynamo.testing
 from cases import FEW_CASES, LAYOUTS, Case, device_of, leaves, make_weights, make_x, operators
 from torch import library
 
-from cbam_cuda import CBAM, cbam, ops, reference
+from cbam_cuda import CBAM, cbam, functional, ops, reference
 
 CASE = Case("", (3, 32, 9, 7), 4, (7, 7))
 
@@ -71,6 +71,17 @@ def test_transforms_outside_are_those_of_the_plain_form():
     with forward_mode.dual_level():
         tangent = forward_mode.unpack_dual(compiled(forward_mode.make_dual(x, t))).tangent
     torch.testing.assert_close(tangent, torch.func.jvp(plain, (x,), (t,))[1])
+
+
+def test_the_plain_form_is_taken_and_said_while_tracing(monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(ops, "_KERNELS", {ops.FUSED: frozenset()})
+    monkeypatch.setattr(functional, "_warned", set())
+    module, x = CBAM(32, 4), torch.randn(2, 32, 9, 7)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    with pytest.warns(UserWarning, match="plain PyTorch form on cpu: this build has no fused"):
+        out = compiled(x)
+    torch.testing.assert_close(out, reference.cbam(x, *module.weights()))
 
 
 def test_what_a_gpu_lacks_is_a_constant_of_the_graph(monkeypatch):
