@@ -90,7 +90,7 @@ int32_t code_of(ScalarType dtype) {
 // cannot be raised from here: cbam_cuda/ops.py sees to that.
 [[noreturn]] void no_memory(const Tensor& like, Sizes sizes) {
   const char* what =
-      like.is_cpu() ? "DefaultCPUAllocator: can't allocate memory" : "CUDA out of memory.";
+      like.is_cpu() ? "DefaultCPUAllocator: can't allocate memory." : "CUDA out of memory.";
   STD_TORCH_CHECK(false, what, " Tried to make a tensor of shape ", text(sizes));
 }
 
