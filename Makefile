@@ -17,7 +17,7 @@ SURFACE := $(patsubst %,tests/test_%.py,arguments modules layers backends plan c
 ## Formatters, linters, types, then the suite on every backend that runs here.
 test: lint build emulator
 	$(BIN)/python -m pytest -n auto --cov --cov-report=term $(SURFACE) $(PYTEST_OPTIONS)
-	$(BIN)/python -m pytest -n auto $(SURFACE:%=--ignore=%) $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(SURFACE:%=--ignore=%) $(PYTEST_OPTIONS)
 	$(BIN)/python -m benchmarks.guard
 
 ## The fused block against everything a user would pick instead, in less than 6 minutes; writes

@@ -148,13 +148,12 @@ def test_a_shard_that_is_none(text, capsys):
     assert "expected I/N with I from 0 to N - 1" in capsys.readouterr().err
 
 
-# Of the streaming kernels a barrier and a bound; of the resident ones, each compiled twice, a
-# barrier and their only fence.
+# Of the streaming kernels a barrier and a bound; of the resident ones, which take long to compile,
+# what they do before a bulk copy.
 SAMPLE = (
     "__syncthreads after stage_hidden",
     "within <= rows) write_part",
-    "__syncthreads after m.shared.pooled[c * g.pooled_pitch",
-    "publish_inits after init_landed(g, m.shared.landed",
+    "hand_over_rows after }",
 )
 
 
