@@ -1,10 +1,12 @@
 """CBAM (Convolutional Block Attention Module), fused: a drop-in for the plain PyTorch module.
 
 ``CBAM`` and its relatives are modules, ``cbam`` is the function under them, ``reference`` holds
-the same function in plain PyTorch, and ``info`` says which backends this installation has.
+the same function in plain PyTorch. ``convert`` swaps the CBAM modules of a model for these, and
+``info`` says which backends this installation has.
 """
 
 from . import reference
+from .convert import convert, revert
 from .functional import cbam
 from .info import info
 from .module import CBAM, CBAM1d, CBAM2d, CBAM3d, CBAM_Module
@@ -18,6 +20,8 @@ __all__ = [
     "CBAM_Module",
     "__version__",
     "cbam",
+    "convert",
     "info",
     "reference",
+    "revert",
 ]

@@ -41,11 +41,13 @@ class Sizes(NamedTuple):
     kernel: tuple[int, ...]  # a size for each dimension of space
 
 
-def check_sizes(in_channels: object, ratio: object, kernel_size: object, dim: object) -> Sizes:
+def check_sizes(
+    in_channels: object, ratio: object, kernel_size: object, dim: object, hidden: object = None
+) -> Sizes:
     """The sizes of a module's layers; raise if there can be no such module."""
     channels = _positive("in_channels", in_channels)
-    hidden = channels // _positive("ratio", ratio)
-    if hidden == 0:
+    by_ratio = channels // _positive("ratio", ratio)
+    if by_ratio == 0 and hidden is None:
         raise ValueError(
             f"ratio: expected at most in_channels ({channels}), got {ratio}, "
             "which leaves no hidden channel"
@@ -64,7 +66,7 @@ def check_sizes(in_channels: object, ratio: object, kernel_size: object, dim: ob
     kernel = tuple(_positive("kernel_size", size) for size in given)
     if any(size % 2 == 0 for size in kernel):
         raise ValueError(f"kernel_size: expected odd numbers, got {kernel_size}")
-    return Sizes(hidden, kernel)
+    return Sizes(by_ratio if hidden is None else _positive("hidden", hidden), kernel)
 
 
 def _positive(name: str, value: object) -> int:

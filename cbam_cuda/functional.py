@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import ops, reference, training
 from .arguments import DTYPES, Weights, check_call, check_tensors
+from .norm import Norm, fold
 
 BACKENDS = ("auto", "cuda", "cpu", "emulated", "reference")
 _VARIABLE = "CBAM_CUDA_BACKEND"
@@ -133,6 +134,13 @@ def run(
         if explained is None:
             raise
         raise explained from None
+
+
+def run_normalised(
+    x: Tensor, weights: Weights, norm: Norm, return_attention: bool, backend: str
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """`run`, with the map that the convolution gives normalised."""
+    return run(x, fold(weights, norm), return_attention, backend)
 
 
 def _run(

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from . import reference
 from .arguments import check_spatial_dimensions
-from .functional import check_backend, run, take_plain_form
+from .functional import check_backend, run, run_normalised, take_plain_form
 
 # Each is one node of a graph that torch.fx traces.
 torch.fx.wrap("check_spatial_dimensions")
 torch.fx.wrap("run")
+torch.fx.wrap("run_normalised")
 torch.fx.wrap("take_plain_form")
 
 
@@ -32,8 +33,10 @@ class CBAM(reference.CBAM):
         kernel_size: of the convolution over the maps, odd: the same in each dimension of space, or
             one for each.
         dim: 1, 2 or 3 spatial dimensions.
+        hidden: so many hidden channels, whatever the ratio.
         bias: whether the MLP has biases.
         conv_bias: whether the convolution has one.
+        norm: whether batch normalisation follows the convolution, in a layer ``norm``.
         backend: see `cbam_cuda.cbam`.
         device: of the weights.
         dtype: of the weights: x's, or float32.
@@ -50,8 +53,12 @@ class CBAM(reference.CBAM):
 
     A layer that has hooks (`register_forward_hook`, pruning), or was replaced by one that computes
     something else than its weights say (adapters, fake quantization), is called, which makes the
-    block run in plain PyTorch: once with a warning, and not where a fused backend is named.
+    block run in plain PyTorch: once with a warning, and not where a fused backend is named. The
+    same goes for a ``norm`` that takes its statistics from the batch, as it does in training; by
+    statistics that are known it becomes part of the convolution's weights at each call.
     """
+
+    origin: Any = None  # what `convert` made it from, if it did
 
     def __init__(
         self,
@@ -60,8 +67,10 @@ class CBAM(reference.CBAM):
         kernel_size: int | Sequence[int] = 7,
         *,
         dim: int = 2,
+        hidden: int | None = None,
         bias: bool = True,
         conv_bias: bool = True,
+        norm: bool = False,
         backend: str = "auto",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -71,8 +80,10 @@ class CBAM(reference.CBAM):
             ratio,
             kernel_size,
             dim=dim,
+            hidden=hidden,
             bias=bias,
             conv_bias=conv_bias,
+            norm=norm,
             device=device,
             dtype=dtype,
         )
@@ -90,7 +101,14 @@ class CBAM(reference.CBAM):
                 f"{name} has hooks or a forward of its own, which only a call of it respects",
             )
             return self.call_layers(x, return_attention)
-        return run(x, self.weights(), return_attention, self.backend)
+        if self.norm is None:
+            return run(x, self.weights(), return_attention, self.backend)
+        if (norm := self.known_norm()) is None:
+            take_plain_form(
+                self.backend, "norm takes its statistics from the batch, which no fused kernel does"
+            )
+            return self.call_layers(x, return_attention)
+        return run_normalised(x, self.weights(), norm, return_attention, self.backend)
 
     def extra_repr(self) -> str:
         """What `print` shows beside the layers."""

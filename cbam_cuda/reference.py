@@ -14,8 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import Weights, check_sizes, check_x
+from .norm import Norm
 
 _CONV_MODULE: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_NORM_MODULE: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+# Of every class of batch normalisation.
+_NORMS = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _MEAN = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 _MAX = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
@@ -87,19 +91,22 @@ class CBAM(nn.Module):
         kernel_size: int | Sequence[int] = 7,
         *,
         dim: int = 2,
+        hidden: int | None = None,
         bias: bool = True,
         conv_bias: bool = True,
+        norm: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden, kernel = check_sizes(in_channels, ratio, kernel_size, dim)
+        hidden, kernel = check_sizes(in_channels, ratio, kernel_size, dim, hidden)
         conv = _CONV_MODULE[dim]
         self.dim, self.in_channels = dim, in_channels
         self.fc1 = conv(in_channels, hidden, 1, bias=bias, device=device, dtype=dtype)
         self.fc2 = conv(hidden, in_channels, 1, bias=bias, device=device, dtype=dtype)
         padding = tuple(size // 2 for size in kernel)
         self.conv = conv(2, 1, kernel, padding=padding, bias=conv_bias, device=device, dtype=dtype)
+        self.norm: Any = None if not norm else _NORM_MODULE[dim](1, device=device, dtype=dtype)
 
     def weights(self) -> Weights:
         """The tensors that the function takes after x."""
@@ -116,29 +123,29 @@ class CBAM(nn.Module):
     def layer_to_call(self) -> str | None:
         """The name of a layer that is more than its weights, so that it must be called.
 
-        It has hooks, as pruning gives it, or another ``forward`` than a convolution's, as an
-        adapter or a quantized layer has.
+        It has hooks, as pruning gives it, or another ``forward`` than its kind, as an adapter or a
+        quantized layer has.
         """
-        forward = _CONV_MODULE[self.dim].forward
+        forwards = (_CONV_MODULE[self.dim].forward,)
         for name in _LAYERS:
-            layer: Any = self._modules[name]
-            own = layer.__dict__
-            if (
-                type(layer).forward is not forward
-                or "forward" in own
-                or own["_forward_pre_hooks"]
-                or own["_forward_hooks"]
-                or own["_backward_pre_hooks"]
-                or own["_backward_hooks"]
-            ):
+            if _is_more_than_weights(self._modules[name], forwards):
                 return name
+        if self.norm is not None and _is_more_than_weights(self.norm, _NORMS):
+            return "norm"
         return None
+
+    def known_norm(self) -> Norm | None:
+        """What the norm does, if it takes no statistics from the batch."""
+        norm = self.norm
+        if norm.training or norm.running_mean is None:
+            return None
+        return Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
     def forward(
         self, x: Tensor, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """CBAM of x."""
-        if self.layer_to_call() is not None:
+        if self.norm is not None or self.layer_to_call() is not None:
             return self.call_layers(x, return_attention)
         return cbam(x, *self.weights(), return_attention=return_attention)
 
@@ -148,11 +155,27 @@ class CBAM(nn.Module):
         """CBAM of x by calls of the layers, whatever these do."""
         check_x(x, self.in_channels)
         fc1, fc2, conv = (_in_its_dtype(self._modules[name]) for name in _LAYERS)
-        return _attend(self.dim, x, fc1, fc2, conv, return_attention)
+        if self.norm is None:
+            return _attend(self.dim, x, fc1, fc2, conv, return_attention)
+        norm = _in_its_dtype(self.norm)
+        return _attend(self.dim, x, fc1, fc2, lambda maps: norm(conv(maps)), return_attention)
 
     def extra_repr(self) -> str:
         """What `print` shows beside the layers."""
         return f"dim={self.dim}"
+
+
+def _is_more_than_weights(layer: Any, forwards: tuple[Any, ...]) -> bool:
+    """Whether calling it does more than one of these."""
+    own = layer.__dict__
+    return bool(
+        type(layer).forward not in forwards
+        or "forward" in own
+        or own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+    )
 
 
 def _in_its_dtype(layer: Any) -> _Layer:

@@ -1,0 +1,205 @@
+"""Swaps the CBAM modules of a model for this package's, and back."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from .forms import (
+    Form,
+    Layers,
+    block_of,
+    form_of,
+    give_weights,
+    is_mlp,
+    is_spatial,
+    layers_of,
+    with_weights,
+)
+from .module import CBAM
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Origin(NamedTuple):
+    """What a block was before it was converted."""
+
+    module: nn.Module  # on the device "meta", without weights
+    form: Form
+
+
+class Refused(NamedTuple):
+    """A module that looks like a CBAM and is not known."""
+
+    path: str
+    module: nn.Module
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path or 'the model'} ({type(self.module).__name__}): {self.reason}"
+
+
+def convert(model: nn.Module, *, strict: bool = True) -> nn.Module:
+    """Swap each CBAM inside of a model for a fused one with the same weights, in place.
+
+    Known is what computes `cbam_cuda.cbam`, under any names of classes and weights: with an MLP of
+    linear layers or of convolutions, the maximum before the mean or after it, with or without
+    biases, with batch normalisation of the convolution's map, with x added at the end. It is found
+    out by trying a copy on random numbers. Where several elements are the maximum, the gradient of
+    the fused block goes to the first one.
+
+    Weights that need another shape or order become new parameters: make the optimizer afterwards.
+
+    Args:
+        model: on any device, "meta" too. One that is a CBAM itself is not changed, but returned as
+            another module.
+        strict: raise where something looks like a CBAM and is not known, before anything is
+            changed; else it stays as it is.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: there is no CBAM, or with `strict` one that is not known; it says which, and
+            why.
+    """
+    survey = _Survey(_module(model))
+    if strict and survey.refused:
+        listed = "\n".join(f"- {one}" for one in survey.refused.values())
+        raise ValueError(f"model: expected CBAM modules that are known, got also\n{listed}")
+    if not survey.found and not any(isinstance(m, CBAM) for m in model.modules()):
+        raise ValueError(f"model: expected a CBAM in it, got none in {type(model).__name__}")
+    return _swap(model, survey.found)
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undo `convert`, in place: modules of the former classes, with the weights of now.
+
+    Returns:
+        The model; if it is a converted block itself, a module of its former class.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: nothing in it has been converted.
+    """
+    blocks = [m for m in _module(model).modules() if isinstance(m, CBAM) and m.origin is not None]
+    if not blocks:
+        raise ValueError(f"model: expected converted modules, got none in {type(model).__name__}")
+    return _swap(model, {block: _former(block) for block in blocks})
+
+
+def _module(model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _swap(model: nn.Module, others: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Put modules in the place of others, wherever these are."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in others:
+                parent._modules[name] = others[child]
+    return others.get(model, model)
+
+
+class _Survey:
+    """What there is in a model: `found` by the module whose place it takes, and `refused`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.found: dict[nn.Module, nn.Module] = {}
+        self.refused: dict[tuple[nn.Module | None, ...], Refused] = {}  # by the layers
+        self._seen: set[nn.Module] = set()
+        self._owners: dict[Tensor, set[nn.Module]] = {}
+        for module in model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self._owners.setdefault(parameter, set()).add(module)
+        self._visit("", model)
+
+    def _visit(self, path: str, module: nn.Module) -> bool:
+        """Look into a module, innermost ones first; whether a CBAM, or what looks so, is in it."""
+        if isinstance(module, CBAM):
+            return True
+        self._seen.add(module)
+        inside = False
+        for name, child in module.named_children():
+            if child not in self._seen:
+                inside |= self._visit(f"{path}.{name}" if path else name, child)
+        layers = layers_of(module)
+        # One around what was refused may be the whole of which that is a part.
+        if layers is not None and (not inside or layers in self.refused):
+            self._try(path, module, layers)
+            return True
+        if not inside and (reason := _looks_alike(module)) is not None:
+            self.refused[module,] = Refused(path, module, reason)
+            return True
+        return inside
+
+    def _try(self, path: str, module: nn.Module, layers: Layers) -> None:
+        try:
+            self._refuse_what_would_be_lost(module)
+            self.found[module] = _converted(module, layers)
+            self.refused.pop(layers, None)
+        except ValueError as error:
+            self.refused.setdefault(layers, Refused(path, module, str(error)))
+
+    def _refuse_what_would_be_lost(self, module: nn.Module) -> None:
+        inside = set(module.modules())
+        for part in inside:
+            if any(getattr(part, hooks) for hooks in _HOOKS) or is_parametrized(part):
+                raise ValueError(f"{type(part).__name__} has hooks, which would be lost")
+        for parameter in module.parameters():
+            if not self._owners[parameter] <= inside:
+                raise ValueError("it shares weights with another module")
+
+
+def _looks_alike(module: nn.Module) -> str | None:
+    """Why a module that has no layers of a CBAM to itself may be one all the same."""
+    children = [(name, with_weights(child)) for name, child in module.named_children()]
+    gates = [name for name, layers in children if is_mlp(layers)]
+    convs = [name for name, layers in children if is_spatial(layers)]
+    if gates and convs:
+        return (
+            f"it calls {' and '.join(gates + convs)}, the halves of a CBAM, in a way of its own: "
+            "put them into one module that applies both"
+        )
+    layers = with_weights(module)
+    if layers and re.search("cbam", type(module).__name__, re.IGNORECASE):
+        return (
+            "expected an MLP of two layers, a convolution from two maps to one and at most one "
+            f"batch normalisation, got {', '.join(type(m).__name__ for m in layers)}"
+        )
+    return None
+
+
+def _converted(module: nn.Module, layers: Layers) -> CBAM:
+    """The fused block that computes what a module does.
+
+    Raises:
+        ValueError: there is none; it says why.
+    """
+    form = form_of(module, layers)
+    norm_training = layers.norm is not None and layers.norm.training
+    block = block_of(layers, form).train(module.training)
+    if block.norm is not None:
+        block.norm.train(norm_training)
+    block.origin = Origin(copy.deepcopy(module).to("meta"), form)
+    return block
+
+
+def _former(block: CBAM) -> nn.Module:
+    """The module that a block was before."""
+    origin: Origin = block.origin
+    module = copy.deepcopy(origin.module).train(block.training)
+    layers = layers_of(module)
+    assert layers is not None
+    give_weights(layers, Layers(block.fc1, block.fc2, block.conv, block.norm), origin.form)
+    if layers.norm is not None:
+        layers.norm.train(block.norm.training)
+    return module

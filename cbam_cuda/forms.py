@@ -1,0 +1,212 @@
+"""What other people's CBAM modules compute, and the block of this package that computes the same.
+
+No list of the implementations that there are: a module is known by its layers, the two of the MLP
+and the convolution over two maps, and what it makes of them is tried. A copy of it gets random
+weights and must agree with `CBAM` in float64, with the maps in one order or the other, with x
+added or not, in inference and in training, up to the gradient of x. So what only looks alike is
+told apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .module import CBAM
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Kept as they are; what is derived from them may do more.
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_SAMPLES, _SPACE = 16, (7, 6, 5)
+_TOLERANCE = 1e-9  # in float64, where other orders of the sums are within 1e-13
+
+
+class ResidualCBAM(CBAM):
+    """x + CBAM of x, as blocks have it that stand on their own."""
+
+    def forward(
+        self, x: Tensor, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """As `CBAM`, with x added to out."""
+        result = super().forward(x, return_attention)
+        if isinstance(result, tuple):
+            out, channel_gate, spatial_gate = result
+            return x + out, channel_gate, spatial_gate
+        return x + result
+
+
+class Form(NamedTuple):
+    """What may differ between modules that have the same layers."""
+
+    maximum_first: bool  # of the two maps
+    residual: bool
+
+
+class Layers(NamedTuple):
+    """The layers of a CBAM, whatever else is around them."""
+
+    fc1: Any  # weight [hidden, C, ...]
+    fc2: Any  # weight [C, hidden, ...]
+    conv: Any  # weight [1, 2, odd, ...]
+    norm: Any | None  # of one map
+
+
+def layers_of(module: nn.Module) -> Layers | None:
+    """The layers of a CBAM, if these are all that has weights in a module."""
+    parts = with_weights(module)
+    convs = [m for m in parts if is_spatial([m])]
+    norms = [m for m in parts if _is_norm(m)]
+    mlp = [m for m in parts if m not in convs and m not in norms]
+    if not is_mlp(mlp) or len(convs) != 1 or len(norms) > 1:
+        return None
+    fc1, fc2 = mlp
+    return Layers(fc1, fc2, convs[0], norms[0] if norms else None)
+
+
+def with_weights(module: nn.Module) -> list[nn.Module]:
+    """The modules in it that have parameters or buffers of their own."""
+
+    def has(m: nn.Module) -> bool:
+        return any(t is not None for t in (*m._parameters.values(), *m._buffers.values()))
+
+    return [m for m in module.modules() if has(m)]
+
+
+def is_mlp(layers: list[nn.Module]) -> bool:
+    """Whether these take each position by itself, from C channels to hidden ones and back."""
+    if len(layers) != 2 or not all(isinstance(m, (nn.Linear, *CONVOLUTIONS)) for m in layers):
+        return False
+    one, other = map(_channels, layers)
+    return one == other[::-1] and all(map(_is_pointwise, layers))
+
+
+def _is_pointwise(layer: Any) -> bool:
+    return bool(layer.weight.shape[2:].numel() == 1)
+
+
+def is_spatial(layers: list[nn.Module]) -> bool:
+    """Whether these are a convolution from two maps to one, and possibly its normalisation."""
+    if not layers or len(layers) > 2 or not all(map(_is_norm, layers[1:])):
+        return False
+    return isinstance(layers[0], CONVOLUTIONS) and _channels(layers[0]) == (1, 2)
+
+
+def _is_norm(layer: Any) -> bool:
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.num_features == 1
+
+
+def _channels(layer: Any) -> tuple[int, int]:
+    """Output and input channels."""
+    if is_lazy(layer.weight):
+        return (0, -1)
+    out, into = layer.weight.shape[:2]
+    return out, into
+
+
+def form_of(module: nn.Module, layers: Layers) -> Form:
+    """The form that computes what a module does from its layers.
+
+    Raises:
+        ValueError: there is none, or the module fails; it says which.
+    """
+    if layers.fc1.weight.numel() == 0:
+        raise ValueError("its MLP has no hidden channels")
+    try:
+        tried = _with_random_weights(module)
+        expected = [_tried(tried, layers, training) for training in (False, True)]
+    except Exception as error:  # whatever other people's code raises
+        raise ValueError(f"it cannot be tried on random numbers: {error}") from error
+    found = layers_of(tried)
+    assert found is not None
+    for form in itertools.starmap(Form, itertools.product((False, True), repeat=2)):
+        block = block_of(found, form)
+        block.backend = "reference"
+        got = (_tried(block, layers, training) for training in (False, True))
+        if all(map(_agree, got, expected)):
+            return form
+    raise ValueError("it computes something else than CBAM from its layers")
+
+
+def _with_random_weights(module: nn.Module) -> nn.Module:
+    """A copy in float64 on the CPU, in which no two terms of the formula are alike."""
+    other = copy.deepcopy(module).to(torch.float64).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in itertools.chain(other.named_parameters(), other.named_buffers()):
+            values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            scale = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.5
+            positive = name.endswith("running_var") or not tensor.is_floating_point()
+            tensor.copy_(values.abs() + 1 if positive else values * scale)
+    return other
+
+
+def _tried(module: nn.Module, layers: Layers, training: bool) -> tuple[Tensor, ...]:
+    """The output and the gradient of x, for random numbers."""
+    x, cotangent = _random_input(_channels(layers.fc1)[1], len(layers.conv.kernel_size))
+    with torch.enable_grad():
+        out = copy.deepcopy(module).train(training)(x)
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            raise ValueError(f"expected one tensor like x, got {type(out).__name__}")
+        return out.detach(), torch.autograd.grad(out, x, cotangent)[0]
+
+
+def _random_input(channels: int, dim: int) -> tuple[Tensor, Tensor]:
+    """x and a gradient of out.
+
+    Channels of a sample differ more than positions do, and samples in how much these do, so that
+    hidden channels which the ReLU leaves at 0 in some samples, of either pool, are not in others.
+    """
+    generator = torch.Generator().manual_seed(1)
+    shape, ones = (_SAMPLES, channels, *_SPACE[:dim]), (1,) * dim
+    values, means, spread, cotangent = (
+        torch.randn(size, generator=generator, dtype=torch.float64)
+        for size in (shape, (_SAMPLES, channels, *ones), (_SAMPLES, 1, *ones), shape)
+    )
+    return (values * spread + 4 * means).requires_grad_(), cotangent
+
+
+def _agree(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    return all(
+        torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE)
+        for a, b in zip(got, expected, strict=True)
+    )
+
+
+def block_of(layers: Layers, form: Form) -> CBAM:
+    """A fused module with the layers' weights: the same parameters where shape and order fit."""
+    norm, kernel = layers.norm, layers.conv.kernel_size
+    hidden, channels = _channels(layers.fc1)
+    sizes = {"kernel_size": kernel, "dim": len(kernel), "hidden": hidden, "norm": norm is not None}
+    block = (ResidualCBAM if form.residual else CBAM)(channels, **sizes, device="meta")
+    if norm is not None and type(norm) in _NORMS:
+        block.norm = norm
+    elif norm is not None:
+        affine, tracks = norm.weight is not None, norm.running_mean is not None
+        block.norm = type(block.norm)(1, norm.eps, norm.momentum, affine, tracks, device="meta")
+    give_weights(Layers(block.fc1, block.fc2, block.conv, block.norm), layers, form)
+    return block
+
+
+def give_weights(to: Layers, layers: Layers, form: Form) -> None:
+    """Let layers have the weights of others, between a block's and those of a module of a form."""
+    _give(to.fc1, layers.fc1, flip=False)
+    _give(to.fc2, layers.fc2, flip=False)
+    _give(to.conv, layers.conv, flip=form.maximum_first)
+    if to.norm is not None and layers.norm is not None and to.norm is not layers.norm:
+        to.norm._parameters = dict(layers.norm._parameters)
+        to.norm._buffers = dict(layers.norm._buffers)
+
+
+def _give(to: Any, layer: Any, *, flip: bool) -> None:
+    """The weight in the shape that is there already, and the bias."""
+    weight = layer.weight
+    if flip or weight.shape != to.weight.shape:
+        values = weight.detach().reshape(to.weight.shape)
+        values = values.flip(1) if flip else values
+        weight = nn.Parameter(values, requires_grad=weight.requires_grad)
+    to.weight, to.bias = weight, layer.bias

@@ -1,0 +1,293 @@
+"""Other people's modules become fused ones, and come back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from cases import device_of
+from torch import nn
+from variants import KNOWN, REFUSED, Block, ChannelAttention, Official, Pair, SpatialAttention
+
+import cbam_cuda
+from cbam_cuda import CBAM, functional, reference
+
+CHANNELS = 32
+SHAPES = {"volume": (2, CHANNELS, 4, 6, 5)}
+
+
+@pytest.fixture(autouse=True)
+def nothing_warned_of(monkeypatch):
+    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.delenv("CBAM_CUDA_BACKEND", raising=False)
+
+
+def filled(block: nn.Module) -> nn.Module:
+    """With statistics and weights as after training."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in block.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn_like(tensor) * 0.3)
+            if name.endswith("running_var"):
+                tensor.copy_(tensor.abs() + 0.5)
+    return block
+
+
+def known(name: str, **place) -> tuple[nn.Module, torch.Tensor]:
+    block = filled(KNOWN[name](CHANNELS)).to(**place)
+    return block, torch.randn(SHAPES.get(name, (2, CHANNELS, 9, 6)), **place)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_computes_the_same(backend, name):
+    block, x = known(name, device=device_of(backend))
+    block.eval()
+    expected = block(x)
+    model = nn.Sequential(nn.Identity(), block, nn.ReLU())
+    assert cbam_cuda.convert(model) is model
+    assert isinstance(model[1], CBAM)
+    assert not model[1].training
+    model[1].backend = backend
+    torch.testing.assert_close(model[1](x), expected)
+    out, channel_gate, _ = model[1](x, return_attention=True)
+    torch.testing.assert_close(out, expected)
+    assert channel_gate.shape == (2, CHANNELS, *(1 for _ in x.shape[2:]))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.filterwarnings("ignore:cbam_cuda runs its plain")
+def test_trains_alike(name):
+    """The same gradients, statistics and, after each step, outputs."""
+    block, _ = known(name, dtype=torch.float64)
+    model = nn.Sequential(copy.deepcopy(block))
+    cbam_cuda.convert(model)
+    pair = (block, model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in pair]
+    for _ in range(3):
+        x = torch.randn(SHAPES.get(name, (2, CHANNELS, 9, 6)), dtype=torch.float64)
+        outs = [m(x) for m in pair]
+        torch.testing.assert_close(outs[1], outs[0])
+        for out, optimizer in zip(outs, optimizers, strict=True):
+            optimizer.zero_grad()
+            out.square().sum().backward()
+            optimizer.step()
+    cbam_cuda.revert(model)
+    for key, value in block.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[f"0.{key}"], value, msg=key)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_comes_back(name):
+    """Class, state and what is frozen; also after the block has moved to another dtype."""
+    block, x = known(name)
+    block.eval().requires_grad_(False)
+    values, expected = block.state_dict(), block(x)
+    fused = cbam_cuda.convert(block)
+    assert fused is not block
+    assert not any(p.requires_grad for p in fused.parameters())
+    back = cbam_cuda.revert(fused)
+    assert type(back) is type(block)
+    assert not back.training
+    assert list(back.state_dict()) == list(values)
+    assert all(torch.equal(back.state_dict()[key], value) for key, value in values.items())
+    assert not any(p.requires_grad for p in back.parameters())
+    assert torch.equal(back(x), expected)
+    double = cbam_cuda.revert(cbam_cuda.convert(back).double())
+    assert double(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_computes_something_else_is_refused(name):
+    make, reason = REFUSED[name]
+    model = nn.Sequential(Pair(CHANNELS), nn.ModuleDict({"inner": make(CHANNELS)}))
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=rf"(?s)also\n- 1\.inner.*{reason}") as refused:
+        cbam_cuda.convert(model)
+    assert str(refused.value).count("\n") == 1
+    assert list(model.modules()) == before
+    cbam_cuda.convert(model, strict=False)
+    assert isinstance(model[0], CBAM)
+    assert list(model[1].modules()) == list(before[before.index(model[1]) :])
+
+
+@pytest.mark.parametrize(
+    ("channels", "ratio"), [(1, 1), (2, 2), (4, 4), (16, 16), (33, 16), (64, 64), (512, 16)]
+)
+def test_random_numbers_tell_pools_apart(channels, ratio):
+    """Also where a ReLU could hide the whole MLP."""
+    cbam_cuda.convert(Official(channels, ratio))
+    for pools in (("avg", "lse"), ("avg",), ("max",), ("max", "max")):
+        with pytest.raises(ValueError, match="computes something else"):
+            cbam_cuda.convert(Official(channels, ratio, pools))
+
+
+def test_halves_in_one_module_are_known():
+    """What the message about them advises."""
+
+    class Better(Block):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.cbam = Pair(channels)
+            del self.ca, self.sa
+
+        def forward(self, x):
+            return x + self.cbam(self.conv1(x))
+
+    block, x = Better(CHANNELS), torch.randn(2, CHANNELS, 9, 6)
+    expected = block(x)
+    torch.testing.assert_close(cbam_cuda.convert(block)(x), expected)
+    assert isinstance(block.cbam, CBAM)
+
+
+def test_all_in_a_network_are_swapped_wherever_they_are_used():
+    shared = Official(CHANNELS)
+    model = nn.Sequential(
+        shared, nn.Conv2d(CHANNELS, 16, 1), nn.Sequential(Pair(16, 4)), nn.Conv2d(16, CHANNELS, 1)
+    )
+    model.add_module("again", shared)
+    model.eval()
+    x = torch.randn(2, CHANNELS, 9, 6)
+    expected = model(x)
+    cbam_cuda.convert(model)
+    assert model[0] is model.again
+    assert sum(isinstance(m, CBAM) for m in model.modules()) == 2
+    torch.testing.assert_close(model(x), expected)
+    assert cbam_cuda.convert(model) is model  # nothing is left to do
+    cbam_cuda.revert(model)
+    assert model[0] is model.again
+    assert type(model[0]) is Official
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_hidden_channels_are_those_of_the_weights():
+    block = Pair(CHANNELS)
+    block.ca.fc[0], block.ca.fc[2] = nn.Conv2d(CHANNELS, 5, 1), nn.Conv2d(5, CHANNELS, 1)
+    x = torch.randn(2, CHANNELS, 9, 6)
+    expected, fused = block(x), cbam_cuda.convert(block)
+    assert fused.fc1.weight.shape[:2] == (5, CHANNELS)
+    torch.testing.assert_close(fused(x), expected)
+
+
+def test_parameters_that_fit_are_the_same():
+    """So that an optimizer that has them goes on."""
+    block = Pair(CHANNELS)
+    fused = cbam_cuda.convert(block)
+    assert fused.fc1.weight is block.ca.fc[0].weight
+    assert fused.conv.weight is block.sa.conv1.weight
+
+
+def test_modes_and_frozen_statistics_are_kept():
+    block = Official(CHANNELS)
+    block.SpatialGate.spatial.bn.eval()
+    fused = cbam_cuda.convert(block)
+    assert fused.training
+    assert not fused.norm.training
+    assert fused.norm.momentum == 0.01
+    back = cbam_cuda.revert(fused)
+    assert back.training
+    assert not back.SpatialGate.spatial.bn.training
+
+
+def test_synchronized_norms_are_kept():
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(Official(CHANNELS)).eval()
+    x = torch.randn(2, CHANNELS, 9, 6)
+    expected, fused = block(x), cbam_cuda.convert(block)
+    assert type(fused.norm) is nn.SyncBatchNorm
+    torch.testing.assert_close(fused(x), expected)
+
+
+def test_on_meta_and_filled_later():
+    with torch.device("meta"):
+        model = nn.Sequential(Official(CHANNELS))
+    cbam_cuda.convert(model)
+    assert model[0].conv.weight.is_meta
+    source = nn.Sequential(cbam_cuda.convert(filled(Official(CHANNELS))))
+    model.to_empty(device="cpu").load_state_dict(source.state_dict())
+    x = torch.randn(2, CHANNELS, 9, 6)
+    torch.testing.assert_close(model.eval()(x), source.eval()(x))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_copies_can_be_reverted(copied):
+    block = filled(Official(CHANNELS))
+    other = cbam_cuda.revert(copied(cbam_cuda.convert(copy.deepcopy(block))))
+    assert type(other) is Official
+    for key, value in block.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value)
+
+
+def test_checkpoints_have_the_names_of_this_package():
+    fused, file = cbam_cuda.convert(filled(Official(CHANNELS))), io.BytesIO()
+    torch.save(fused.state_dict(), file)
+    file.seek(0)
+    other = CBAM(CHANNELS, conv_bias=False, norm=True)
+    other.load_state_dict(torch.load(file), strict=True)
+    x = torch.randn(2, CHANNELS, 9, 6)
+    torch.testing.assert_close(other.eval()(x), fused.eval()(x))
+
+
+def test_random_numbers_of_the_caller_are_left_alone():
+    block = Pair(CHANNELS)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    cbam_cuda.convert(block)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_what_would_be_lost_is_refused():
+    hooked, tied, other = (Pair(CHANNELS) for _ in range(3))
+    hooked.ca.register_forward_hook(lambda *_: None)
+    other.sa.conv1.weight = tied.sa.conv1.weight
+    parametrized = Pair(CHANNELS)
+    nn.utils.parametrizations.weight_norm(parametrized.sa.conv1)
+    with pytest.raises(ValueError, match=r"model \(Pair\): ChannelAttention has hooks"):
+        cbam_cuda.convert(hooked)
+    with pytest.raises(ValueError, match=r"(?s)0 \(Pair\): it shares weights.*1 \(Pair\)"):
+        cbam_cuda.convert(nn.Sequential(tied, other))
+    with pytest.raises(ValueError, match=r"hooks, which would be lost|got none in Pair"):
+        cbam_cuda.convert(parametrized)
+
+
+def test_without_hidden_channels_it_is_refused():
+    with pytest.warns(UserWarning, match="zero-element"):
+        block = Official(8, ratio=16)
+    with pytest.raises(ValueError, match="its MLP has no hidden channels"):
+        cbam_cuda.convert(block)
+
+
+@pytest.mark.parametrize("swap", [cbam_cuda.convert, cbam_cuda.revert])
+def test_what_is_no_model_or_has_none_in_it(swap):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn.Module, got dict"):
+        swap({})
+    gates = nn.ModuleList([ChannelAttention(CHANNELS), nn.Conv2d(3, 4, 1)])
+    with pytest.raises(ValueError, match="got none in ModuleList"):
+        swap(gates)
+    with pytest.raises(ValueError, match="got none in SpatialAttention"):
+        swap(SpatialAttention())
+
+
+def test_converting_the_reference_and_back():
+    plain, x = reference.CBAM(CHANNELS), torch.randn(2, CHANNELS, 9, 6)
+    expected, fused = plain(x), cbam_cuda.convert(plain)
+    torch.testing.assert_close(fused(x), expected)
+    assert type(cbam_cuda.revert(fused)) is reference.CBAM
+
+
+def test_timm():
+    contestants = pytest.importorskip("benchmarks.contestants")
+    contestants._make_torchvision_importable()
+    cbam = pytest.importorskip("timm.layers.cbam")
+    block = filled(cbam.CbamModule(40)).eval()  # 40 / 16 is rounded, to 2
+    x = torch.randn(2, 40, 9, 6)
+    expected, fused = block(x), cbam_cuda.convert(block)
+    torch.testing.assert_close(fused(x), expected)
+    assert type(cbam_cuda.revert(fused)) is cbam.CbamModule
+    with pytest.raises(ValueError, match=r"LightCbamModule\): expected an MLP"):
+        cbam_cuda.convert(cbam.LightCbamModule(40))
