@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops, reference, training
 from .arguments import DTYPES, Weights, check_call, check_tensors
-from .norm import Norm, fold
+from .norm import fold, known
+from .training_normalised import forward_normalised
 
 BACKENDS = ("auto", "cuda", "cpu", "emulated", "reference")
 _VARIABLE = "CBAM_CUDA_BACKEND"
@@ -130,17 +131,59 @@ def run(
     try:
         return _run(x, weights, return_attention, backend, forward_train)
     except Exception as error:
-        explained = _reason_to_refuse(x, weights) or ops.memory_error(error)
-        if explained is None:
+        if (explained := _explained(error, x, weights)) is None:
             raise
         raise explained from None
 
 
 def run_normalised(
-    x: Tensor, weights: Weights, norm: Norm, return_attention: bool, backend: str
+    x: Tensor, weights: Weights, norm: nn.Module, return_attention: bool, backend: str
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`run`, with the map that the convolution gives normalised."""
-    return run(x, fold(weights, norm), return_attention, backend)
+    """`run`, with batch normalisation of the map that the convolution gives."""
+    if (statistics := known(norm)) is not None:
+        return run(x, fold(weights, statistics), return_attention, backend)
+    if (why := _why_plain(norm)) is not None:
+        take_plain_form(backend, f"norm takes its statistics from {why}")
+        check_tensors(x, weights)
+        return _plainly(x, weights, return_attention, norm)
+    try:
+        return _run_by_batch(x, weights, norm, return_attention, backend)
+    except Exception as error:
+        if (explained := _explained(error, x, weights)) is None:
+            raise
+        raise explained from None
+
+
+def _why_plain(norm: nn.Module) -> str | None:
+    """Whose statistics a layer takes which no operators can be given."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and isinstance(norm, nn.SyncBatchNorm):
+        return "the batches of several processes"
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return "the batch in a graph that is traced"
+    return None
+
+
+def _run_by_batch(
+    x: Tensor, weights: Weights, norm: nn.Module, return_attention: bool, backend: str
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    if torch._C._is_any_autocast_enabled():
+        x, weights = _cast_as_autocast(x, weights)
+    library = _choose(backend, x.device)
+    if library is None or x.shape[0] == 0:  # no samples have no statistics
+        return _plainly(x, weights, return_attention, norm)
+    out, channel_gate, spatial_gate = forward_normalised(x, weights, norm, library)
+    if return_attention:
+        return out, channel_gate.to(x.dtype), spatial_gate.to(x.dtype)
+    return out
+
+
+def _plainly(
+    x: Tensor, weights: Weights, return_attention: bool, norm: nn.Module
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    check_call(x, weights)
+    normalise = reference.in_its_dtype(norm)
+    return reference.cbam(x, *weights, return_attention=return_attention, normalise=normalise)
 
 
 def _run(
@@ -165,14 +208,14 @@ def _run(
     return ops.forward(x, weights, library)
 
 
-def _reason_to_refuse(x: Tensor, weights: Weights) -> TypeError | ValueError | None:
-    """What is wrong with the arguments of a call that failed, if it is they."""
+def _explained(error: Exception, x: Tensor, weights: Weights) -> Exception | None:
+    """What is wrong with the arguments of a call that failed, or with the GPU, if it is they."""
     try:
         check_tensors(x, weights)
         check_call(*_cast_as_autocast(x, weights))
-    except (TypeError, ValueError) as error:
-        return error
-    return None
+    except (TypeError, ValueError) as refused:
+        return refused
+    return ops.memory_error(error)
 
 
 def _needs_grad(x: Tensor, weights: Weights) -> bool:

@@ -16,7 +16,6 @@ from .functional import check_backend, run, run_normalised, take_plain_form
 # Each is one node of a graph that torch.fx traces.
 torch.fx.wrap("check_spatial_dimensions")
 torch.fx.wrap("run")
-torch.fx.wrap("run_normalised")
 torch.fx.wrap("take_plain_form")
 
 
@@ -54,8 +53,8 @@ class CBAM(reference.CBAM):
     A layer that has hooks (`register_forward_hook`, pruning), or was replaced by one that computes
     something else than its weights say (adapters, fake quantization), is called, which makes the
     block run in plain PyTorch: once with a warning, and not where a fused backend is named. The
-    same goes for a ``norm`` that takes its statistics from the batch, as it does in training; by
-    statistics that are known it becomes part of the convolution's weights at each call.
+    same goes for a ``norm`` that takes its statistics from the batch inside of `torch.compile`, or
+    from those of several processes.
     """
 
     origin: Any = None  # what `convert` made it from, if it did
@@ -103,12 +102,9 @@ class CBAM(reference.CBAM):
             return self.call_layers(x, return_attention)
         if self.norm is None:
             return run(x, self.weights(), return_attention, self.backend)
-        if (norm := self.known_norm()) is None:
-            take_plain_form(
-                self.backend, "norm takes its statistics from the batch, which no fused kernel does"
-            )
+        if isinstance(x, torch.fx.Proxy):  # a graph in which the norm is a layer has both its modes
             return self.call_layers(x, return_attention)
-        return run_normalised(x, self.weights(), norm, return_attention, self.backend)
+        return run_normalised(x, self.weights(), self.norm, return_attention, self.backend)
 
     def extra_repr(self) -> str:
         """What `print` shows beside the layers."""

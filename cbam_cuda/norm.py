@@ -1,13 +1,13 @@
 """Batch normalisation between the convolution and the sigmoid of the spatial gate.
 
-By statistics that are known it is an affine map, which the convolution's weights take in.
+By given statistics it is an affine map, which the convolution's weights take in.
 
 S. Ioffe, C. Szegedy, "Batch Normalization", ICML 2015.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,13 @@ class Norm(NamedTuple):
     weight: Tensor | None  # [1]
     bias: Tensor | None  # [1]
     eps: float
+
+
+def known(norm: Any) -> Norm | None:
+    """What a layer of batch normalisation does, unless it takes its statistics from the batch."""
+    if norm.training or norm.running_mean is None:
+        return None
+    return Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
 def fold(weights: Weights, norm: Norm) -> Weights:

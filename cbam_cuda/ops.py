@@ -16,7 +16,7 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,14 @@ def memory_error(error: Exception) -> torch.OutOfMemoryError | None:
     return torch.OutOfMemoryError(str(error))
 
 
+class MemoryErrors(contextlib.AbstractContextManager[None]):
+    """Raises `memory_error` in the place of what an operator raises inside."""
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, RuntimeError) and (explained := memory_error(error)) is not None:
+            raise explained from None
+
+
 _WEIGHTS = len(Weights._fields)
 
 
@@ -210,13 +218,11 @@ def _backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
     """
     needed = ctx.needs_input_grad[: 4 + _WEIGHTS]
     x = ctx.saved_tensors[3]
-    # Also around what derives the convolutions: on CUDA, autocast casts those as well. Of meta
-    # tensors there is none.
-    with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):  # also around what derives the convolutions
         with torch.enable_grad():
-            inputs = [_in_graph(t) for t in ctx.saved_tensors]
+            inputs = [in_graph(t) for t in ctx.saved_tensors]
             incoming, variables = inputs[:3], inputs[3:]
-            first = _reference_gradients(variables, incoming, ctx.output_mask)
+            first = reference_gradients(variables, incoming, ctx.output_mask)
         chosen = [
             (f, g) for f, g in zip(first, grads, strict=True) if f is not None and g is not None
         ]
@@ -229,11 +235,19 @@ def _backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
     return (*second, *(None for _ in range(ctx.inputs - len(second))))
 
 
-def _reference_gradients(
-    variables: Sequence[Tensor | None], incoming: Sequence[Tensor | None], mask: Sequence[bool]
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """On CUDA, it casts even what derives convolutions. Of meta tensors there is none."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def reference_gradients(
+    variables: Sequence[Tensor | None],
+    incoming: Sequence[Tensor | None],
+    mask: Sequence[bool],
+    function: Callable[..., Any] = reference.cbam,
 ) -> list[Tensor | None]:
     """Differentiable gradients of the reference, from those that come in for its three results."""
-    results = reference.cbam(*variables, return_attention=True)  # type: ignore[arg-type]
+    results = function(*variables, return_attention=True)
     pairs = [
         (result, grad.to(result.dtype))
         for result, grad in zip(results, incoming, strict=True)
@@ -247,7 +261,7 @@ def _reference_gradients(
     )
 
 
-def _in_graph(t: Tensor | None) -> Tensor | None:
+def in_graph(t: Tensor | None) -> Tensor | None:
     """An alias that can be differentiated for, still part of t's own graph if it has one."""
     if t is None:
         return None

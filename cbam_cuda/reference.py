@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import Weights, check_sizes, check_x
-from .norm import Norm
 
 _CONV_MODULE: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORM_MODULE: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -25,7 +24,9 @@ _MEAN = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_p
 _MAX = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
 _LAYERS = ("fc1", "fc2", "conv")
 
-torch.fx.wrap("cbam")  # a call of it is one node of a traced graph
+# Calls of these are nodes of a traced graph.
+torch.fx.wrap("cbam")
+torch.fx.wrap("check_x")
 
 
 def cbam(
@@ -38,31 +39,46 @@ def cbam(
     conv_bias: Tensor | None,
     *,
     return_attention: bool = False,
+    normalise: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """CBAM of x [N, C, *space] by PyTorch's own operators; arguments as in `cbam_cuda.cbam`.
 
     Weights of another dtype than x's work in their own dtype; what they give is rounded to x's.
+    The map that the convolution gives goes through `normalise` before the sigmoid.
     """
     dim = x.dim() - 2
     convolve, ones = _CONV[dim], (1,) * dim
     fc1 = fc1_weight.reshape(*fc1_weight.shape[:2], *ones)
     fc2 = fc2_weight.reshape(*fc2_weight.shape[:2], *ones)
-    padding = [size // 2 for size in conv_weight.shape[2:]]
     return _attend(
         dim,
         x,
         lambda pooled: convolve(pooled.to(fc1.dtype), fc1, fc1_bias),
         lambda hidden: convolve(hidden, fc2, fc2_bias),
-        lambda maps: convolve(maps.to(conv_weight.dtype), conv_weight, conv_bias, padding=padding),
+        lambda maps: convolved(maps, conv_weight, conv_bias),
         return_attention,
+        normalise,
     )
+
+
+def convolved(maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[N, 1, *space] of maps [N, 2, *space], in the weight's dtype."""
+    padding = [size // 2 for size in weight.shape[2:]]
+    result: Tensor = _CONV[maps.dim() - 2](maps.to(weight.dtype), weight, bias, padding=padding)
+    return result
 
 
 _Layer = Callable[[Tensor], Tensor]
 
 
 def _attend(
-    dim: int, x: Tensor, fc1: _Layer, fc2: _Layer, conv: _Layer, return_attention: bool
+    dim: int,
+    x: Tensor,
+    fc1: _Layer,
+    fc2: _Layer,
+    conv: _Layer,
+    return_attention: bool,
+    normalise: _Layer | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """The formula, of layers that are given as what they do."""
 
@@ -73,7 +89,8 @@ def _attend(
     channel_gate = torch.sigmoid(logits).to(x.dtype)
     y = x * channel_gate
     maps = torch.cat([y.mean(dim=1, keepdim=True), y.max(dim=1, keepdim=True).values], dim=1)
-    spatial_gate = torch.sigmoid(conv(maps)).to(y.dtype)  # [N, 1, *space]
+    logit = conv(maps) if normalise is None else normalise(conv(maps))
+    spatial_gate = torch.sigmoid(logit).to(y.dtype)  # [N, 1, *space]
     out = y * spatial_gate
     return (out, channel_gate, spatial_gate) if return_attention else out
 
@@ -134,13 +151,6 @@ class CBAM(nn.Module):
             return "norm"
         return None
 
-    def known_norm(self) -> Norm | None:
-        """What the norm does, if it takes no statistics from the batch."""
-        norm = self.norm
-        if norm.training or norm.running_mean is None:
-            return None
-        return Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-
     def forward(
         self, x: Tensor, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
@@ -154,11 +164,9 @@ class CBAM(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """CBAM of x by calls of the layers, whatever these do."""
         check_x(x, self.in_channels)
-        fc1, fc2, conv = (_in_its_dtype(self._modules[name]) for name in _LAYERS)
-        if self.norm is None:
-            return _attend(self.dim, x, fc1, fc2, conv, return_attention)
-        norm = _in_its_dtype(self.norm)
-        return _attend(self.dim, x, fc1, fc2, lambda maps: norm(conv(maps)), return_attention)
+        fc1, fc2, conv = (in_its_dtype(self._modules[name]) for name in _LAYERS)
+        norm = None if self.norm is None else in_its_dtype(self.norm)
+        return _attend(self.dim, x, fc1, fc2, conv, return_attention, norm)
 
     def extra_repr(self) -> str:
         """What `print` shows beside the layers."""
@@ -178,7 +186,7 @@ def _is_more_than_weights(layer: Any, forwards: tuple[Any, ...]) -> bool:
     )
 
 
-def _in_its_dtype(layer: Any) -> _Layer:
+def in_its_dtype(layer: Any) -> _Layer:
     """Calls a layer with what it takes, which may be float32 beside 16 bits."""
     weight = next(layer.parameters(), None)
     if weight is None or not weight.is_floating_point():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Weights
-from .ops import FUSED, forward_gradients, memory_error
+from .ops import FUSED, MemoryErrors, forward_gradients
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
@@ -33,15 +33,11 @@ class _Train(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         given = ctx.operator, ctx.saved_tensors, list(ctx.needs_input_grad[1:]), *grads
-        try:
+        with MemoryErrors():
             if torch.is_grad_enabled():  # a second derivative is wanted
                 return (None, *forward_gradients(*given))
             with _below_autograd():
                 return (None, *forward_gradients(*given))
-        except RuntimeError as error:
-            if (explained := memory_error(error)) is None:
-                raise
-            raise explained from None
 
 
 def forward_train(x: Tensor, weights: Weights, name: str = FUSED) -> tuple[Tensor, ...]:

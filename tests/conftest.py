@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from torch import library
 
 import cbam_cuda
 
@@ -59,12 +60,12 @@ def strategy(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def emulator() -> ctypes.CDLL:
     """The emulator behind the backend "emulated"."""
-    library = ctypes.CDLL(str(cbam_cuda.ops._emulator()))
-    library.emulator_launches.restype = ctypes.c_ulonglong
-    library.emulator_prefetched.restype = ctypes.c_ulonglong
-    library.emulator_prefetched_bytes.restype = ctypes.c_ulonglong
-    library.emulator_prefetched.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-    return library
+    loaded = ctypes.CDLL(str(cbam_cuda.ops._emulator()))
+    loaded.emulator_launches.restype = ctypes.c_ulonglong
+    loaded.emulator_prefetched.restype = ctypes.c_ulonglong
+    loaded.emulator_prefetched_bytes.restype = ctypes.c_ulonglong
+    loaded.emulator_prefetched.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    return loaded
 
 
 @pytest.fixture
@@ -73,3 +74,18 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cuda_autocast():
+    """On the CPU, autocast that casts convolutions in derivatives too, as it does on CUDA."""
+
+    def cast(x, weight, bias, *rest):
+        dtype = torch.get_autocast_dtype("cpu")
+        with torch._C._DisableAutocast():
+            bias = None if bias is None else bias.to(dtype)
+            return torch.ops.aten.convolution.default(x.to(dtype), weight.to(dtype), bias, *rest)
+
+    with library._scoped_library("aten", "IMPL") as aten:
+        aten.impl("convolution", cast, "AutocastCPU")
+        yield

@@ -11,7 +11,7 @@ from rich.console import Console
 from test_bench_results import TINY, row
 
 from benchmarks import __main__ as bench
-from benchmarks import block, guard, plots, problems, progress, targets
+from benchmarks import block, guard, normalised, plots, problems, progress, targets
 from benchmarks.problems import Problem
 
 
@@ -227,3 +227,11 @@ def test_guard(monkeypatch, capsys, expected, code):
     monkeypatch.setattr(guard, "SECONDS", 0.01)
     assert guard.main({TINY: guard.Expected(expected, expected)}) == code
     assert capsys.readouterr().out.count("GROSS LOSS") == 2 * code
+
+
+def test_normalised(capsys):
+    assert normalised.main([TINY], seconds=0.01) == 0
+    printed = capsys.readouterr().out
+    assert "forward, known statistics" in printed
+    assert "step, statistics of the batch" in printed
+    assert printed.count(str(TINY)) == 2

@@ -59,7 +59,7 @@ def test_computes_the_same(backend, name):
 
 
 @pytest.mark.parametrize("name", KNOWN)
-@pytest.mark.filterwarnings("ignore:cbam_cuda runs its plain")
+@pytest.mark.filterwarnings("error:cbam_cuda runs its plain")
 def test_trains_alike(name):
     """The same gradients, statistics and, after each step, outputs."""
     block, _ = known(name, dtype=torch.float64)

@@ -34,67 +34,215 @@ def pair(dim: int = 2, **options) -> tuple[CBAM, reference.CBAM]:
     return ours.eval(), plain.eval()
 
 
+MODES = pytest.mark.parametrize("training", [False, True], ids=["known", "batch"])
+
+
+@MODES
 @pytest.mark.parametrize("dim", [1, 2, 3])
 @pytest.mark.parametrize("conv_bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_known_statistics(backend, dtype, conv_bias, dim):
-    """Values and all gradients, also those of the norm's weight and bias."""
+def test_values_and_gradients(backend, dtype, conv_bias, dim, training):
+    """Also the gradients of the norm's weight and bias."""
     ours, plain = pair(dim, conv_bias=conv_bias)
     device = device_of(backend)
-    ours, eager = (m.to(device, dtype) for m in (ours, plain))
-    truth = copy.deepcopy(eager).to("cpu", torch.float64)
-    x = torch.randn(SHAPES[dim], dtype=dtype, device=device)
-    grad = torch.randn_like(x)
+    ours, eager = (m.to(device, dtype).train(training) for m in (ours, plain))
+    ours.backend = backend
+    assert_as_good(ours, eager, torch.randn(SHAPES[dim], dtype=dtype, device=device))
+    torch.testing.assert_close(ours.norm.state_dict(), eager.norm.state_dict())
+
+
+def assert_as_good(ours, eager, x) -> None:
+    truth, grad = copy.deepcopy(eager).to("cpu", torch.float64), torch.randn_like(x)
     found = differentiated(ours, x, grad)
     plain = differentiated(eager, x, grad)
-    backwards = differentiated(eager, x.flip(0), grad.flip(0))
+    backwards = differentiated(copy.deepcopy(eager), x.flip(0), grad.flip(0))
     exact = differentiated(truth, x.to("cpu", torch.float64), grad.to("cpu", torch.float64))
+    if ours.norm.training and "conv.bias" in found:  # 0, but for rounding
+        bound = torch.finfo(x.dtype).eps * exact["x"].abs().sum()
+        assert found.pop("conv.bias").cpu().abs() <= bound
     for name, value in found.items():
         other = backwards[name].flip(0) if name in ("out", "x") else backwards[name]
         assert_as_good_as_eager(name, value, plain[name], exact[name], other)
 
 
 def differentiated(module, x, grad) -> dict[str, torch.Tensor]:
-    leaf, weights = x.detach().requires_grad_(), dict(module.named_parameters())
+    leaf = x.detach().requires_grad_()
+    weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
     out = module(leaf)
     gradients = torch.autograd.grad(out, [leaf, *weights.values()], grad)
-    return dict(zip(["out", "x", *weights], [out.detach(), *gradients], strict=True))
+    found = dict(zip(["out", "x", *weights], [out.detach(), *gradients], strict=True))
+    # Two sums of their own, in either of which eager may happen to be right.
+    if of_norm := [found.pop(name) for name in weights if name.startswith("norm.")]:
+        found["norm"] = torch.cat(of_norm)
+    return found
+
+
+def test_gates_at_0_and_1(backend):
+    """Where the derivative of the sigmoid is below what floats have."""
+    ours, eager = (m.to(device_of(backend)).train() for m in pair())
+    ours.backend = backend
+    x = torch.randn(SHAPES[2], device=device_of(backend))
+    for module in (ours, eager):
+        module.norm.weight.data.fill_(30.0)
+    gate = ours(x, return_attention=True)[2]
+    assert (gate == 1).any()
+    assert (gate < 1e-14).any()
+    assert_as_good(ours, eager, x)
+    ours.norm.weight.data.fill_(1e4)
+    assert (ours(x, return_attention=True)[2] == 0).any()
+    assert all(t.isfinite().all() for t in differentiated(ours, x, x).values())
+
+
+@MODES
+@pytest.mark.parametrize("frozen", ["", "norm", "conv", "fc", "fc2.bias", "conv norm", "fc conv"])
+def test_gradients_of_some(backend, frozen, training):
+    ours, eager = (m.to(device_of(backend)).train(training) for m in pair())
+    for module in (ours, eager):
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(not name.startswith(tuple(frozen.split())))
+    ours.backend = backend
+    assert_as_good(ours, eager, torch.randn(SHAPES[2], device=device_of(backend)))
+    x = torch.randn(SHAPES[2], device=device_of(backend))  # and without that of x
+    for module in (ours, eager):
+        module(x).square().sum().backward()
+    for one, other in zip(ours.parameters(), eager.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        if one.grad is not None and one is not ours.conv.bias:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+def function_of(block: CBAM):
+    """Of x and all parameters, in double precision."""
+    names = [name for name, _ in block.named_parameters()]
+
+    def function(x, *values):
+        parameters = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(block, parameters, (x, True))
+
+    tensors = [p.detach().requires_grad_() for p in block.parameters()]
+    return function, tensors
+
+
+@MODES
+def test_gradcheck(backend, training):
+    torch.manual_seed(0)
+    block = CBAM(4, 2, 3, norm=True, device=device_of(backend), dtype=torch.float64)
+    block.backend = backend
+    function, tensors = function_of(block.train(training))
+    x = torch.randn(2, 4, 3, 4, device=device_of(backend), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, [x, *tensors])
+    assert torch.autograd.gradgradcheck(function, [x, *tensors], fast_mode=True)
+    for chosen in (slice(0, 1), slice(1, 3)):  # out alone, the gates alone
+
+        def part(*t, chosen=chosen):
+            return function(*t)[chosen]
+
+        assert torch.autograd.gradcheck(part, [x, *tensors], fast_mode=True)
 
 
 @pytest.mark.parametrize(
-    "options", [{"affine": False}, {"eps": 0.5}, {"track_running_stats": False}]
+    "options",
+    [{"affine": False}, {"eps": 0.5}, {"track_running_stats": False}, {"momentum": None}],
+    ids=str,
 )
-def test_other_norms(options):
-    ours, plain = pair()
-    ours.norm = plain.norm = nn.BatchNorm2d(1, **options).eval()
-    x = torch.randn(SHAPES[2])
-    if "track_running_stats" in options:
-        with pytest.warns(UserWarning, match="form as norm takes its statistics from the batch"):
-            out = ours(x)
-    else:
-        out = ours(x)
-    torch.testing.assert_close(out, plain(x))
-
-
-def test_training_takes_the_plain_form_and_says_so_once(recwarn):
-    ours, plain = pair()
-    for _ in range(3):
-        x = torch.randn(SHAPES[2])
-        torch.testing.assert_close(ours.train()(x), plain.train()(x))
-    assert ours.norm.num_batches_tracked == plain.norm.num_batches_tracked
-    torch.testing.assert_close(ours.norm.running_var, plain.norm.running_var)
-    (warning,) = (w for w in recwarn if "cbam_cuda" in str(w.message))
-    assert warning.filename == torch.nn.modules.module.__file__ or warning.filename == __file__
-
-
-def test_training_is_an_error_where_a_backend_is_named(backend):
-    ours, _ = pair(device=device_of(backend))
+@MODES
+def test_other_norms(backend, options, training):
+    ours, plain = (m.to(device_of(backend)) for m in pair())
+    for module in (ours, plain):
+        module.norm = nn.BatchNorm2d(1, **options, device=device_of(backend))
+        module.train(training)
     ours.backend = backend
-    ours(torch.randn(SHAPES[2], device=device_of(backend)))
-    with pytest.raises(
-        RuntimeError, match=f"'{backend}' cannot be used: norm takes its statistics"
-    ):
-        ours.train()(torch.randn(SHAPES[2], device=device_of(backend)))
+    for _ in range(3):
+        assert_as_good(ours, plain, torch.randn(SHAPES[2], device=device_of(backend)))
+    torch.testing.assert_close(ours.norm.state_dict(), plain.norm.state_dict())
+
+
+def test_statistics_without_gradients(backend):
+    """As they are recomputed for averaged weights."""
+    ours, plain = (m.to(device_of(backend)).train() for m in pair())
+    ours.backend = backend
+    x = torch.randn(SHAPES[2], device=device_of(backend))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain(x))
+    torch.testing.assert_close(ours.norm.state_dict(), plain.norm.state_dict())
+
+
+def test_no_samples(backend):
+    ours = pair()[0].to(device_of(backend)).train()
+    ours.backend = backend
+    out = ours(torch.empty(0, 32, 6, 5, device=device_of(backend)))
+    out.sum().backward()
+    assert out.shape == (0, 32, 6, 5)
+    assert all((p.grad == 0).all() for p in ours.parameters())
+    assert ours.norm.running_var.isfinite()
+
+
+def test_training_on_meta_describes_gradients():
+    block = CBAM(32, 4, norm=True, device="meta")
+    x = torch.empty(SHAPES[2], device="meta", requires_grad=True)
+    block(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(p.grad.shape == p.shape for p in block.parameters())
+
+
+def test_one_position_is_refused_as_torch_does(backend):
+    block = CBAM(32, 4, norm=True, device=device_of(backend))
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        block(torch.randn(1, 32, 1, 1, device=device_of(backend)))
+
+
+def test_wrong_arguments_are_explained(backend):
+    block = CBAM(32, 4, norm=True, device=device_of(backend))
+    with pytest.raises(ValueError, match=r"fc1_weight: expected .* for x with 16 channels"):
+        block(torch.randn(2, 16, 6, 5, device=device_of(backend)))
+    with pytest.raises(TypeError, match="x: expected float32, float64"):
+        block(torch.zeros(2, 32, 6, 5, device=device_of(backend), dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"fc1_weight: expected .* for x with 16 channels"):
+        block.eval()(torch.randn(2, 16, 6, 5, device=device_of(backend)))
+
+
+def test_transforms_take_the_plain_form():
+    ours, plain = (m.train() for m in pair())
+    for module in (ours, plain):
+        module.norm = nn.BatchNorm2d(1, track_running_stats=False)
+    x, t = torch.randn(SHAPES[2]), torch.randn(SHAPES[2])
+    expected = torch.func.jvp(plain, (x,), (t,))[1]
+    torch.testing.assert_close(torch.func.jvp(ours, (x,), (t,))[1], expected)
+    ours.backend = "cpu"
+    with pytest.raises(RuntimeError, match="backend: 'cpu' cannot be used under forward-mode"):
+        torch.func.jvp(ours, (x,), (t,))
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [
+        lambda block, _: torch.compile(block, fullgraph=True, backend="aot_eager"),
+        lambda block, x: torch.jit.trace(copy.deepcopy(block), x, check_trace=False),
+    ],
+    ids=["compile", "jit"],
+)
+def test_training_that_is_traced_takes_the_plain_form_and_says_so(trace):
+    torch.compiler.reset()
+    ours, plain = (m.train() for m in pair())
+    x = torch.randn(SHAPES[2])
+    with pytest.warns(UserWarning, match="plain PyTorch form as norm takes its statistics from"):
+        out = trace(ours, x)(x)
+    torch.testing.assert_close(out, plain(x))
+    ours.backend = "cpu"
+    with pytest.raises(RuntimeError, match="'cpu' cannot be used: norm takes its statistics"):
+        torch.jit.trace(ours, x)
+
+
+def test_statistics_of_several_processes_take_the_plain_form(monkeypatch):
+    ours, plain = (m.train() for m in pair())
+    ours = nn.SyncBatchNorm.convert_sync_batchnorm(ours)
+    x = torch.randn(SHAPES[2])
+    torch.testing.assert_close(ours(x), plain(x))  # there is one process
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    ours.backend = "cpu"
+    with pytest.raises(RuntimeError, match="statistics from the batches of several processes"):
+        ours(x)
+    torch.testing.assert_close(ours.eval()(x), plain.eval()(x))
 
 
 def test_statistics_that_change_are_the_ones_used():
@@ -141,13 +289,31 @@ def test_synchronized():
     torch.testing.assert_close(ours(x), plain(x))
 
 
-def test_autocast(backend):
-    ours, plain = pair(device=device_of(backend))
+@MODES
+def test_autocast(backend, training):
+    ours, plain = (m.train(training) for m in pair(device=device_of(backend)))
     x = torch.randn(SHAPES[2], device=device_of(backend))
     with torch.autocast(device_of(backend), dtype=torch.bfloat16):
         out, eager = ours(x), plain(x)
     assert out.dtype == eager.dtype
     assert_as_good_as_eager("out", out, eager, plain.double()(x.double()))
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+def test_nothing_is_cast_where_statistics_are_taken(backend, again, cuda_autocast):
+    """Neither the convolution that has them, nor gradients, which may be differentiated."""
+    results = []
+    for enabled in (False, True):
+        ours = pair()[0].to(device_of(backend)).train()
+        ours.backend = backend
+        x = torch.randn(SHAPES[2], device=device_of(backend), requires_grad=True)
+        with torch.autocast(device_of(backend), dtype=torch.bfloat16, enabled=enabled):
+            out = ours(x)
+            of = [x, *ours.parameters()]
+            found = torch.autograd.grad(out, of, torch.ones_like(out), create_graph=again)
+        results.append((ours.norm.running_var, out, *found))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_compiled(backend):
@@ -164,15 +330,16 @@ def test_compiled(backend):
 
 
 def test_traced():
-    """Statistics stay tensors of the module, which may change."""
+    """By torch.fx with both modes of the norm; by torch.jit with statistics that may change."""
     ours, _ = pair()
     network = nn.Sequential(nn.Conv2d(3, 32, 3), ours).eval()
     graph, x = torch.fx.symbolic_trace(network), torch.randn(2, 3, 9, 7)
-    assert torch.equal(graph(x), network(x))
-    ours.norm.running_mean += 1.0
-    assert torch.equal(graph(x), network(x))
+    for training in (False, True):
+        expected = copy.deepcopy(network).train(training)(x)
+        torch.testing.assert_close(copy.deepcopy(graph).train(training)(x), expected)
     with torch.no_grad():
         traced = torch.jit.trace(network, x)
+        ours.norm.running_mean += 1.0
         assert torch.equal(traced(x), network(x))
 
 

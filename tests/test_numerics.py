@@ -18,7 +18,6 @@ from cases import (
     operators,
 )
 from tolerance import assert_as_good_as_eager
-from torch import library
 
 from cbam_cuda import CBAM, cbam, reference
 
@@ -207,21 +206,6 @@ def test_autocast_leaves_float64_alone(backend):
     expected = cbam(x, *weights, backend=backend)
     with torch.autocast(device_of(backend), dtype=torch.bfloat16):
         assert torch.equal(cbam(x, *weights, backend=backend), expected)
-
-
-@pytest.fixture
-def cuda_autocast():
-    """On the CPU, autocast that casts convolutions in derivatives too, as it does on CUDA."""
-
-    def cast(x, weight, bias, *rest):
-        dtype = torch.get_autocast_dtype("cpu")
-        with torch._C._DisableAutocast():
-            bias = None if bias is None else bias.to(dtype)
-            return torch.ops.aten.convolution.default(x.to(dtype), weight.to(dtype), bias, *rest)
-
-    with library._scoped_library("aten", "IMPL") as aten:
-        aten.impl("convolution", cast, "AutocastCPU")
-        yield
 
 
 def test_backward_inside_autocast_is_that_outside(backend, cuda_autocast):
