@@ -7,6 +7,7 @@ the same function in plain PyTorch. ``convert`` swaps the CBAM modules of a mode
 
 from . import reference
 from .convert import convert, revert
+from .forms import ResidualCBAM
 from .functional import cbam
 from .info import info
 from .module import CBAM, CBAM1d, CBAM2d, CBAM3d, CBAM_Module
@@ -18,6 +19,7 @@ __all__ = [
     "CBAM2d",
     "CBAM3d",
     "CBAM_Module",
+    "ResidualCBAM",
     "__version__",
     "cbam",
     "convert",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .forms import (
+    NORMS,
     Form,
     Layers,
     block_of,
@@ -18,6 +20,7 @@ from .forms import (
     is_mlp,
     is_spatial,
     layers_of,
+    layers_of_block,
     with_weights,
 )
 from .module import CBAM
@@ -52,7 +55,8 @@ def convert(model: nn.Module, *, strict: bool = True) -> nn.Module:
     out by trying a copy on random numbers. Where several elements are the maximum, the gradient of
     the fused block goes to the first one.
 
-    Weights that need another shape or order become new parameters: make the optimizer afterwards.
+    Weights that need another shape or order become new parameters: convert before the optimizer is
+    made, and before DistributedDataParallel or torch.compile take the model.
 
     Args:
         model: on any device, "meta" too. One that is a CBAM itself is not changed, but returned as
@@ -85,12 +89,20 @@ def revert(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: nothing in it has been converted.
+        ValueError: nothing in it has been converted, or a block has hooks or other layers since.
     """
-    blocks = [m for m in _module(model).modules() if isinstance(m, CBAM) and m.origin is not None]
-    if not blocks:
+    former: dict[nn.Module, nn.Module] = {}
+    ties = _Ties(_module(model))
+    for path, block in model.named_modules():
+        if isinstance(block, CBAM) and block.origin is not None:
+            try:
+                ties.refuse_losses(block)
+                former[block] = _former(block)
+            except ValueError as error:
+                raise ValueError(str(Refused(path, block, str(error)))) from None
+    if not former:
         raise ValueError(f"model: expected converted modules, got none in {type(model).__name__}")
-    return _swap(model, {block: _former(block) for block in blocks})
+    return _swap(model, former)
 
 
 def _module(model: object) -> nn.Module:
@@ -108,74 +120,111 @@ def _swap(model: nn.Module, others: dict[nn.Module, nn.Module]) -> nn.Module:
     return others.get(model, model)
 
 
+class _Ties:
+    """What modules of a model have in common, and what else would be lost with one of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parents: dict[nn.Module, set[nn.Module]] = {}
+        self._owners: dict[Tensor, list[nn.Module]] = {}
+        for module in model.modules():
+            for child in module.children():
+                self._parents.setdefault(child, set()).add(module)
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self._owners.setdefault(parameter, []).append(module)
+
+    def refuse_losses(self, module: nn.Module) -> None:
+        """Raise ValueError if another one in its place would lose something."""
+        inside = set(module.modules())
+        for part in inside:
+            if any(getattr(part, hooks) for hooks in _HOOKS) or is_parametrized(part):
+                name = type(part).__name__
+                raise ValueError(f"{name} has hooks or parametrizations, which would be lost")
+            if part is not module and not self._parents[part] <= inside:
+                raise ValueError(f"another module has its {type(part).__name__} too")
+            if part._compiled_call_impl is not None:
+                raise ValueError("it is compiled")
+        around = inside | self._parents.get(module, set())
+        if any(type(m).__name__ == "OptimizedModule" for m in around):
+            raise ValueError("it is compiled")
+        for parameter in module.parameters():
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                raise ValueError("a weight has hooks, which would be lost")
+            owners = self._owners[parameter]
+            if len(owners) != 1:
+                raise ValueError(
+                    "it shares weights with another module"
+                    if not inside.issuperset(owners)
+                    else "two of its layers share weights"
+                )
+
+
 class _Survey:
     """What there is in a model: `found` by the module whose place it takes, and `refused`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.found: dict[nn.Module, nn.Module] = {}
         self.refused: dict[tuple[nn.Module | None, ...], Refused] = {}  # by the layers
-        self._seen: set[nn.Module] = set()
-        self._owners: dict[Tensor, set[nn.Module]] = {}
-        for module in model.modules():
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    self._owners.setdefault(parameter, set()).add(module)
+        self._ties = _Ties(model)
+        self._visited: dict[nn.Module, bool] = {}
         self._visit("", model)
 
     def _visit(self, path: str, module: nn.Module) -> bool:
         """Look into a module, innermost ones first; whether a CBAM, or what looks so, is in it."""
         if isinstance(module, CBAM):
             return True
-        self._seen.add(module)
-        inside = False
-        for name, child in module.named_children():
-            if child not in self._seen:
+        if module not in self._visited:
+            inside = False
+            for name, child in module.named_children():
                 inside |= self._visit(f"{path}.{name}" if path else name, child)
+            self._visited[module] = self._judge(path, module, inside)
+        return self._visited[module]
+
+    def _judge(self, path: str, module: nn.Module, inside: bool) -> bool:
         layers = layers_of(module)
         # One around what was refused may be the whole of which that is a part.
         if layers is not None and (not inside or layers in self.refused):
             self._try(path, module, layers)
             return True
-        if not inside and (reason := _looks_alike(module)) is not None:
+        reason = None if layers is not None else _halves(module)
+        if reason is None and not inside:
+            reason = _named_so(module)
+        if reason is not None:
             self.refused[module,] = Refused(path, module, reason)
-            return True
-        return inside
+        return inside or reason is not None
 
     def _try(self, path: str, module: nn.Module, layers: Layers) -> None:
         try:
-            self._refuse_what_would_be_lost(module)
+            self._ties.refuse_losses(module)
             self.found[module] = _converted(module, layers)
             self.refused.pop(layers, None)
         except ValueError as error:
             self.refused.setdefault(layers, Refused(path, module, str(error)))
 
-    def _refuse_what_would_be_lost(self, module: nn.Module) -> None:
-        inside = set(module.modules())
-        for part in inside:
-            if any(getattr(part, hooks) for hooks in _HOOKS) or is_parametrized(part):
-                raise ValueError(f"{type(part).__name__} has hooks, which would be lost")
-        for parameter in module.parameters():
-            if not self._owners[parameter] <= inside:
-                raise ValueError("it shares weights with another module")
 
-
-def _looks_alike(module: nn.Module) -> str | None:
-    """Why a module that has no layers of a CBAM to itself may be one all the same."""
+def _halves(module: nn.Module) -> str | None:
+    """Why a module that has more than a CBAM's layers may be one all the same: by its parts."""
     children = [(name, with_weights(child)) for name, child in module.named_children()]
     gates = [name for name, layers in children if is_mlp(layers)]
     convs = [name for name, layers in children if is_spatial(layers)]
-    if gates and convs:
-        return (
-            f"it calls {' and '.join(gates + convs)}, the halves of a CBAM, in a way of its own: "
-            "put them into one module that applies both"
-        )
+    if not gates or not convs:
+        return None
+    return (
+        f"it calls {' and '.join(gates + convs)}, the halves of a CBAM, in a way of its own: "
+        "put them into one module that applies both"
+    )
+
+
+def _named_so(module: nn.Module) -> str | None:
+    """Why a module that has not a CBAM's layers may be another kind: by its name and some."""
     layers = with_weights(module)
-    if layers and re.search("cbam", type(module).__name__, re.IGNORECASE):
-        return (
-            "expected an MLP of two layers, a convolution from two maps to one and at most one "
-            f"batch normalisation, got {', '.join(type(m).__name__ for m in layers)}"
-        )
-    return None
+    some = any(is_spatial([m]) for m in layers) or any(map(is_mlp, map(list, pairwise(layers))))
+    if not some or not re.search("cbam", type(module).__name__, re.IGNORECASE):
+        return None
+    return (
+        "expected an MLP of two layers, a convolution from two maps to one and at most one "
+        f"batch normalisation, got {', '.join(type(m).__name__ for m in layers)}"
+    )
 
 
 def _converted(module: nn.Module, layers: Layers) -> CBAM:
@@ -194,12 +243,22 @@ def _converted(module: nn.Module, layers: Layers) -> CBAM:
 
 
 def _former(block: CBAM) -> nn.Module:
-    """The module that a block was before."""
+    """The module that a block was before.
+
+    Raises:
+        ValueError: the block has other layers now.
+    """
     origin: Origin = block.origin
     module = copy.deepcopy(origin.module).train(block.training)
-    layers = layers_of(module)
-    assert layers is not None
-    give_weights(layers, Layers(block.fc1, block.fc2, block.conv, block.norm), origin.form)
-    if layers.norm is not None:
-        layers.norm.train(block.norm.training)
+    layers, now = layers_of(module), layers_of_block(block)
+    if layers is None or now is None or (layers.norm is None) != (now.norm is None):
+        had, has = (", ".join(type(m).__name__ for m in with_weights(b)) for b in (module, block))
+        raise ValueError(f"its layers were {had}, now they are {has}")
+    norm = layers.norm
+    if norm is not None and now.norm is not None:
+        if type(norm) in NORMS and type(norm) is not type(now.norm):
+            _swap(module, {norm: now.norm})  # as where it is synchronized since
+        else:
+            norm.train(now.norm.training)
+    give_weights(layers.ordered(origin.form), now, origin.form)
     return module

@@ -10,19 +10,24 @@ told apart.
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
+import re
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from . import reference
 from .module import CBAM
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Kept as they are; what is derived from them may do more.
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_SAMPLES, _SPACE = 16, (7, 6, 5)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_SPACES = ((7, 6, 5), (7, 7, 7))  # the second for pools that take one side for all
+_ROWS, _LEAST_SAMPLES, _MOST_SAMPLES = 4096, 4, 16  # rows are samples by channels
 _TOLERANCE = 1e-9  # in float64, where other orders of the sums are within 1e-13
 
 
@@ -43,6 +48,7 @@ class ResidualCBAM(CBAM):
 class Form(NamedTuple):
     """What may differ between modules that have the same layers."""
 
+    fc2_first: bool  # of the layers, in the order in which the module has them
     maximum_first: bool  # of the two maps
     residual: bool
 
@@ -55,9 +61,13 @@ class Layers(NamedTuple):
     conv: Any  # weight [1, 2, odd, ...]
     norm: Any | None  # of one map
 
+    def ordered(self, form: Form) -> Layers:
+        """With the MLP's layers one after the other."""
+        return self._replace(fc1=self.fc2, fc2=self.fc1) if form.fc2_first else self
+
 
 def layers_of(module: nn.Module) -> Layers | None:
-    """The layers of a CBAM, if these are all that has weights in a module."""
+    """The layers of a CBAM in a module's order, if nothing else in it has weights."""
     parts = with_weights(module)
     convs = [m for m in parts if is_spatial([m])]
     norms = [m for m in parts if _is_norm(m)]
@@ -68,11 +78,21 @@ def layers_of(module: nn.Module) -> Layers | None:
     return Layers(fc1, fc2, convs[0], norms[0] if norms else None)
 
 
+def layers_of_block(block: CBAM) -> Layers | None:
+    """Those of a block of this package, if they have not become others."""
+    layers = Layers(block.fc1, block.fc2, block.conv, block.norm)
+    known = layers.norm is None or _is_norm(layers.norm)
+    return layers if known and is_mlp([*layers[:2]]) and is_spatial([layers.conv]) else None
+
+
 def with_weights(module: nn.Module) -> list[nn.Module]:
     """The modules in it that have parameters or buffers of their own."""
 
     def has(m: nn.Module) -> bool:
-        return any(t is not None for t in (*m._parameters.values(), *m._buffers.values()))
+        if isinstance(m, ParametrizationList):  # its tensors are those of a layer
+            return False
+        own = (*m._parameters.values(), *m._buffers.values())
+        return is_parametrized(m) or any(t is not None for t in own)
 
     return [m for m in module.modules() if has(m)]
 
@@ -101,10 +121,11 @@ def _is_norm(layer: Any) -> bool:
 
 
 def _channels(layer: Any) -> tuple[int, int]:
-    """Output and input channels."""
-    if is_lazy(layer.weight):
+    """Output and input channels; of a layer that does not say, what fits no other."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or is_lazy(weight) or weight.dim() < 2:
         return (0, -1)
-    out, into = layer.weight.shape[:2]
+    out, into = weight.shape[:2]
     return out, into
 
 
@@ -116,20 +137,50 @@ def form_of(module: nn.Module, layers: Layers) -> Form:
     """
     if layers.fc1.weight.numel() == 0:
         raise ValueError("its MLP has no hidden channels")
-    try:
-        tried = _with_random_weights(module)
-        expected = [_tried(tried, layers, training) for training in (False, True)]
-    except Exception as error:  # whatever other people's code raises
-        raise ValueError(f"it cannot be tried on random numbers: {error}") from error
+    if type(layers.norm) not in NORMS and re.search("sync", type(layers.norm).__name__, re.I):
+        raise ValueError(f"{type(layers.norm).__name__} synchronizes in a way of its own")
+    takes = list(inspect.signature(module.forward).parameters)
+    if len(takes) != 1 and type(module) is not reference.CBAM:
+        raise ValueError(f"its forward takes {', '.join(takes)}, not x alone")
+    # Whatever mode, default device and random numbers the caller has.
+    with torch.device("cpu"), torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        return _form_by_trial(module, layers)
+
+
+def _form_by_trial(module: nn.Module, layers: Layers) -> Form:
+    tried, given, expected = _run(module, layers)
     found = layers_of(tried)
     assert found is not None
-    for form in itertools.starmap(Form, itertools.product((False, True), repeat=2)):
+    for form in itertools.starmap(Form, itertools.product((False, True), repeat=3)):
+        if _channels(found.ordered(form).fc1)[1] != given[0].shape[1]:
+            continue
         block = block_of(found, form)
         block.backend = "reference"
-        got = (_tried(block, layers, training) for training in (False, True))
+        got = [_tried(block, *given, training) for training in (False, True)]
         if all(map(_agree, got, expected)):
             return form
     raise ValueError("it computes something else than CBAM from its layers")
+
+
+_Input = tuple[Tensor, Tensor]  # x and a gradient of out
+_Result = tuple[Tensor, ...]
+
+
+def _run(module: nn.Module, layers: Layers) -> tuple[nn.Module, _Input, list[_Result]]:
+    """A copy with random weights, random numbers that it takes, and what it makes of them."""
+    dim = len(layers.conv.kernel_size)
+    failure: Exception | None = None
+    try:
+        tried = _with_random_weights(module)
+        for first, space in itertools.product((layers.fc1, layers.fc2), _SPACES):
+            given = _random_input(_channels(first)[1], space[:dim])
+            try:
+                return tried, given, [_tried(tried, *given, mode) for mode in (False, True)]
+            except Exception as error:  # whatever other people's code raises
+                failure = failure or error
+    except Exception as error:
+        failure = error
+    raise ValueError(f"it cannot be tried on random numbers: {failure}") from failure
 
 
 def _with_random_weights(module: nn.Module) -> nn.Module:
@@ -145,27 +196,35 @@ def _with_random_weights(module: nn.Module) -> nn.Module:
     return other
 
 
-def _tried(module: nn.Module, layers: Layers, training: bool) -> tuple[Tensor, ...]:
-    """The output and the gradient of x, for random numbers."""
-    x, cotangent = _random_input(_channels(layers.fc1)[1], len(layers.conv.kernel_size))
+def _tried(module: nn.Module, x: Tensor, cotangent: Tensor, training: bool) -> _Result:
+    """The output, the gradient of x, and the statistics that the norm has then."""
+    module = copy.deepcopy(module).train(training)
+    torch.default_generator.manual_seed(0)  # that of the CPU alone
+    before = torch.get_rng_state()
     with torch.enable_grad():
-        out = copy.deepcopy(module).train(training)(x)
+        out = module(x)
         if not isinstance(out, Tensor) or out.shape != x.shape:
             raise ValueError(f"expected one tensor like x, got {type(out).__name__}")
-        return out.detach(), torch.autograd.grad(out, x, cotangent)[0]
+        (dx,) = torch.autograd.grad(out, x, cotangent)
+    if not torch.equal(torch.get_rng_state(), before):
+        raise ValueError("it draws random numbers")
+    norms: list[Any] = [m for m in module.modules() if _is_norm(m)]
+    statistics = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
+    return out.detach(), dx, *statistics
 
 
-def _random_input(channels: int, dim: int) -> tuple[Tensor, Tensor]:
-    """x and a gradient of out.
+def _random_input(channels: int, space: tuple[int, ...]) -> _Input:
+    """Of so many channels.
 
     Channels of a sample differ more than positions do, and samples in how much these do, so that
     hidden channels which the ReLU leaves at 0 in some samples, of either pool, are not in others.
     """
     generator = torch.Generator().manual_seed(1)
-    shape, ones = (_SAMPLES, channels, *_SPACE[:dim]), (1,) * dim
+    samples = min(max(_ROWS // channels, _LEAST_SAMPLES), _MOST_SAMPLES)
+    shape, ones = (samples, channels, *space), (1,) * len(space)
     values, means, spread, cotangent = (
         torch.randn(size, generator=generator, dtype=torch.float64)
-        for size in (shape, (_SAMPLES, channels, *ones), (_SAMPLES, 1, *ones), shape)
+        for size in (shape, (samples, channels, *ones), (samples, 1, *ones), shape)
     )
     return (values * spread + 4 * means).requires_grad_(), cotangent
 
@@ -179,16 +238,19 @@ def _agree(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
 
 def block_of(layers: Layers, form: Form) -> CBAM:
     """A fused module with the layers' weights: the same parameters where shape and order fit."""
+    layers = layers.ordered(form)
     norm, kernel = layers.norm, layers.conv.kernel_size
     hidden, channels = _channels(layers.fc1)
     sizes = {"kernel_size": kernel, "dim": len(kernel), "hidden": hidden, "norm": norm is not None}
     block = (ResidualCBAM if form.residual else CBAM)(channels, **sizes, device="meta")
-    if norm is not None and type(norm) in _NORMS:
+    if norm is not None and type(norm) in NORMS:
         block.norm = norm
     elif norm is not None:
         affine, tracks = norm.weight is not None, norm.running_mean is not None
         block.norm = type(block.norm)(1, norm.eps, norm.momentum, affine, tracks, device="meta")
-    give_weights(Layers(block.fc1, block.fc2, block.conv, block.norm), layers, form)
+    made = layers_of_block(block)
+    assert made is not None
+    give_weights(made, layers, form)
     return block
 
 
@@ -204,9 +266,13 @@ def give_weights(to: Layers, layers: Layers, form: Form) -> None:
 
 def _give(to: Any, layer: Any, *, flip: bool) -> None:
     """The weight in the shape that is there already, and the bias."""
-    weight = layer.weight
-    if flip or weight.shape != to.weight.shape:
-        values = weight.detach().reshape(to.weight.shape)
-        values = values.flip(1) if flip else values
-        weight = nn.Parameter(values, requires_grad=weight.requires_grad)
+    weight, shape = layer.weight, to.weight.shape
+    if flip or weight.shape != shape:
+
+        def moved(t: Tensor) -> Tensor:
+            return t.detach().reshape(shape).flip(1) if flip else t.detach().reshape(shape)
+
+        weight = nn.Parameter(moved(layer.weight), requires_grad=layer.weight.requires_grad)
+        if layer.weight.grad is not None:
+            weight.grad = moved(layer.weight.grad)
     to.weight, to.bias = weight, layer.bias

@@ -172,6 +172,8 @@ def _run_by_batch(
     library = _choose(backend, x.device)
     if library is None or x.shape[0] == 0:  # no samples have no statistics
         return _plainly(x, weights, return_attention, norm)
+    if any(w is not None and w.dtype != x.dtype for w in weights):
+        check_call(x, weights)  # which the operators, given weights that are cast, would not
     out, channel_gate, spatial_gate = forward_normalised(x, weights, norm, library)
     if return_attention:
         return out, channel_gate.to(x.dtype), spatial_gate.to(x.dtype)

@@ -102,7 +102,8 @@ class CBAM(reference.CBAM):
             return self.call_layers(x, return_attention)
         if self.norm is None:
             return run(x, self.weights(), return_attention, self.backend)
-        if isinstance(x, torch.fx.Proxy):  # a graph in which the norm is a layer has both its modes
+        if isinstance(x, torch.fx.Proxy):  # whose graph may change the norm's mode
+            take_plain_form(self.backend, "torch.fx traces a norm as a layer")
             return self.call_layers(x, return_attention)
         return run_normalised(x, self.weights(), self.norm, return_attention, self.backend)
 

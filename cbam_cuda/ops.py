@@ -216,11 +216,10 @@ def _backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
     What forward_train saved is a function of x and the weights, so the whole derivative is taken
     through these and none through the saved tensors.
     """
-    needed = ctx.needs_input_grad[: 4 + _WEIGHTS]
-    x = ctx.saved_tensors[3]
-    with without_autocast(x):  # also around what derives the convolutions
+    needed, saved = ctx.needs_input_grad[: 4 + _WEIGHTS], ctx.saved_tensors
+    with without_autocast(saved[3]):  # also around what derives the convolutions
         with torch.enable_grad():
-            inputs = [in_graph(t) for t in ctx.saved_tensors]
+            inputs = [in_graph(t) for t in saved]
             incoming, variables = inputs[:3], inputs[3:]
             first = reference_gradients(variables, incoming, ctx.output_mask)
         chosen = [

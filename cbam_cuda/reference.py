@@ -27,6 +27,7 @@ _LAYERS = ("fc1", "fc2", "conv")
 # Calls of these are nodes of a traced graph.
 torch.fx.wrap("cbam")
 torch.fx.wrap("check_x")
+torch.fx.wrap("in_dtype_of")
 
 
 def cbam(
@@ -191,4 +192,9 @@ def in_its_dtype(layer: Any) -> _Layer:
     weight = next(layer.parameters(), None)
     if weight is None or not weight.is_floating_point():
         return layer  # type: ignore[no-any-return]
-    return lambda v: layer(v.to(weight.dtype))
+    return lambda v: layer(in_dtype_of(v, weight))
+
+
+def in_dtype_of(v: Tensor, other: Tensor) -> Tensor:
+    """v in the dtype that another tensor has when this is called, not when it is traced."""
+    return v.to(other.dtype)

@@ -53,8 +53,7 @@ class _TrainNormalised(torch.autograd.Function):
         weights, (weight, bias) = Weights(*variables[:_WEIGHTS]), variables[_WEIGHTS:]  # type: ignore[arg-type]
         with _below_autograd(), without_autocast(x):
             channel_gate, _, *saved = library.forward_train.default(x, *weights)[1:]  # frees out
-            maps = saved[2]
-            z = reference.convolved(maps, weights.conv_weight, weights.conv_bias)
+            z = _convolved(saved[2], weights)
             reference.in_its_dtype(norm)(z)  # for its running statistics
             variance, mean = (t.view(1) for t in torch.var_mean(z, correction=0))
             folded = fold(weights, Norm(mean, variance, weight, bias, norm.eps))
@@ -80,6 +79,14 @@ class _TrainNormalised(torch.autograd.Function):
                 return (None, None, *_plain_gradients(ctx, mask, grads))
             with _below_autograd():
                 return (None, None, *_gradients(ctx, mask, grads))
+
+
+def _convolved(maps: Tensor, weights: Weights) -> Tensor:
+    """z. In float64 on CUDA, where cuDNN makes TF32 of float32, which no operator does."""
+    given = (maps, weights.conv_weight, weights.conv_bias)
+    if maps.is_cuda:
+        given = tuple(None if t is None else t.double() for t in given)  # type: ignore[assignment]
+    return reference.convolved(*given).to(weights.conv_weight.dtype)
 
 
 def _gradients(
@@ -128,9 +135,9 @@ def _plain_gradients(
     ctx: Any, mask: Sequence[bool], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """The same by PyTorch's own operators, to be differentiated."""
-    x = ctx.saved_tensors[0]
-    with without_autocast(x), torch.enable_grad():
-        variables = [in_graph(t) for t in ctx.saved_tensors[: 1 + _WEIGHTS + 2]]
+    saved = ctx.saved_tensors[: 1 + _WEIGHTS + 2]
+    with without_autocast(saved[0]), torch.enable_grad():
+        variables = [in_graph(t) for t in saved]
         return reference_gradients(variables, grads, mask, functools.partial(_plain, ctx.eps))
 
 

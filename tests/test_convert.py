@@ -16,7 +16,7 @@ import cbam_cuda
 from cbam_cuda import CBAM, functional, reference
 
 CHANNELS = 32
-SHAPES = {"volume": (2, CHANNELS, 4, 6, 5)}
+SHAPES = {"volume": (2, CHANNELS, 4, 6, 5), "late": (2, CHANNELS, 7, 7)}
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,13 @@ def test_what_computes_something_else_is_refused(name):
     assert list(model.modules()) == before
     cbam_cuda.convert(model, strict=False)
     assert isinstance(model[0], CBAM)
-    assert list(model[1].modules()) == list(before[before.index(model[1]) :])
+    assert refused_ones(model) == refused_ones(nn.ModuleList([before[0], model[1]]))
+
+
+def refused_ones(model: nn.Module) -> list[str]:
+    with pytest.raises(ValueError, match="that are known") as refused:
+        cbam_cuda.convert(model)
+    return [line.partition("(")[2] for line in str(refused.value).splitlines()[1:]]
 
 
 @pytest.mark.parametrize(
@@ -241,18 +247,119 @@ def test_random_numbers_of_the_caller_are_left_alone():
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_what_would_be_lost_is_refused():
-    hooked, tied, other = (Pair(CHANNELS) for _ in range(3))
-    hooked.ca.register_forward_hook(lambda *_: None)
+def hook(block):
+    block.ca.register_forward_hook(lambda *_: None)
+
+
+def parametrize(block):
+    nn.utils.parametrizations.weight_norm(block.sa.conv1)
+
+
+def hook_weight(block):
+    block.sa.conv1.weight.register_hook(lambda grad: grad)
+
+
+def hook_gradient(block):
+    block.sa.conv1.weight.register_post_accumulate_grad_hook(lambda weight: None)
+
+
+def tie_inside(block):
+    block.ca.fc[0], block.ca.fc[2] = (nn.Conv2d(CHANNELS, CHANNELS, 1) for _ in range(2))
+    block.ca.fc[2].weight = block.ca.fc[0].weight
+
+
+LOST = {
+    "hook": (hook, "ChannelAttention has hooks or parametrizations, which would be lost"),
+    "parametrization": (parametrize, "ParametrizedConv2d has hooks or parametrizations"),
+    "hook of a weight": (hook_weight, "a weight has hooks"),
+    "hook of a gradient": (hook_gradient, "a weight has hooks"),
+    "tied layers": (tie_inside, "two of its layers share weights"),
+    "compiled": (lambda block: block.compile(), "it is compiled"),
+}
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_what_would_be_lost_is_refused(what):
+    change, reason = LOST[what]
+    block = Pair(CHANNELS)
+    change(block)
+    with pytest.raises(ValueError, match=rf"known, got also\n- 0 \(Pair\): {reason}"):
+        cbam_cuda.convert(nn.Sequential(block, Pair(CHANNELS)))
+
+
+def test_what_is_in_common_with_others_is_refused():
+    tied, other, part, whole = (Pair(CHANNELS) for _ in range(4))
     other.sa.conv1.weight = tied.sa.conv1.weight
-    parametrized = Pair(CHANNELS)
-    nn.utils.parametrizations.weight_norm(parametrized.sa.conv1)
-    with pytest.raises(ValueError, match=r"model \(Pair\): ChannelAttention has hooks"):
-        cbam_cuda.convert(hooked)
     with pytest.raises(ValueError, match=r"(?s)0 \(Pair\): it shares weights.*1 \(Pair\)"):
         cbam_cuda.convert(nn.Sequential(tied, other))
-    with pytest.raises(ValueError, match=r"hooks, which would be lost|got none in Pair"):
-        cbam_cuda.convert(parametrized)
+    with pytest.raises(ValueError, match=r"0 \(Pair\): another module has its Channel.* too"):
+        cbam_cuda.convert(nn.Sequential(part, nn.ModuleDict({"gate": part.ca})))
+    with pytest.raises(ValueError, match="it is compiled"):
+        cbam_cuda.convert(nn.Sequential(torch.compile(whole)))
+
+
+def test_one_in_several_containers_stays_one():
+    block = Pair(CHANNELS)
+    model = cbam_cuda.convert(nn.Sequential(block, nn.Sequential(block), nn.Sequential(block)))
+    assert type(model[1]) is nn.Sequential
+    assert model[0] is model[1][0] is model[2][0]
+
+
+def test_gradients_that_are_there_go_along():
+    block = Official(CHANNELS)
+    block(torch.randn(2, CHANNELS, 9, 6)).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in block.named_parameters()}
+    back = cbam_cuda.revert(cbam_cuda.convert(block))
+    for name, parameter in back.named_parameters():
+        assert torch.equal(parameter.grad, expected[name])
+
+
+def test_other_layers_in_a_model_are_no_matter():
+    class Odd(nn.Conv2d):
+        """As layers are whose weights are made when they are called."""
+
+        def __init__(self):
+            super().__init__(3, 4, 1)
+            del self.weight
+
+    flat, lazy = nn.Conv2d(3, 4, 1), nn.LazyConv2d(4, 1)
+    flat.weight = nn.Parameter(torch.empty(0))
+    model = nn.Sequential(Odd(), flat, lazy, CbamInName(), Pair(CHANNELS))
+    cbam_cuda.convert(model)
+    assert [type(m) for m in model][3:] == [CbamInName, CBAM]
+
+
+class CbamInName(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+
+def test_where_tensors_are_made_elsewhere():
+    with torch.device("meta"):
+        model = cbam_cuda.convert(nn.Sequential(Official(CHANNELS)))
+        assert model[0].conv.weight.is_meta
+    with torch.inference_mode():
+        assert isinstance(cbam_cuda.convert(Pair(CHANNELS)), CBAM)
+
+
+def test_blocks_that_have_changed_are_not_reverted_silently():
+    hooked, folded, other = (cbam_cuda.convert(Official(CHANNELS)) for _ in range(3))
+    hooked.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"0 \(CBAM\): CBAM has hooks"):
+        cbam_cuda.revert(nn.Sequential(hooked))
+    folded.norm = None
+    with pytest.raises(ValueError, match=r"its layers were .*BatchNorm2d, now they are "):
+        cbam_cuda.revert(folded)
+    other.fc1 = nn.Linear(3, 4)
+    with pytest.raises(ValueError, match=r"its layers were Linear, .*now they are Linear, "):
+        cbam_cuda.revert(other)
+
+
+def test_norms_that_are_synchronized_since_stay_so():
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(cbam_cuda.convert(Official(CHANNELS)).eval())
+    back = cbam_cuda.revert(block)
+    assert type(back.SpatialGate.spatial.bn) is nn.SyncBatchNorm
+    assert not back.SpatialGate.spatial.bn.training
 
 
 def test_without_hidden_channels_it_is_refused():

@@ -10,6 +10,7 @@ from cases import DTYPES, device_of
 from tolerance import assert_as_good_as_eager
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
 
 from cbam_cuda import CBAM, functional, reference
 
@@ -199,6 +200,11 @@ def test_wrong_arguments_are_explained(backend):
         block(torch.zeros(2, 32, 6, 5, device=device_of(backend), dtype=torch.int32))
     with pytest.raises(ValueError, match=r"fc1_weight: expected .* for x with 16 channels"):
         block.eval()(torch.randn(2, 16, 6, 5, device=device_of(backend)))
+    block.train().conv.double()
+    with pytest.raises(TypeError, match="conv_weight: expected float32, the dtype of fc1_weight"):
+        block(torch.randn(2, 32, 6, 5, device=device_of(backend)))
+    with pytest.raises(TypeError, match="fc1_weight: expected float32, got float64"):
+        block.double()(torch.randn(2, 32, 6, 5, device=device_of(backend)))
 
 
 def test_transforms_take_the_plain_form():
@@ -243,6 +249,18 @@ def test_statistics_of_several_processes_take_the_plain_form(monkeypatch):
     with pytest.raises(RuntimeError, match="statistics from the batches of several processes"):
         ours(x)
     torch.testing.assert_close(ours.eval()(x), plain.eval()(x))
+
+
+def test_recomputed_in_the_backward_and_differentiated_again(backend):
+    torch.manual_seed(0)
+    block = CBAM(16, 4, 3, norm=True, device=device_of(backend), dtype=torch.float64)
+    block.backend = backend
+    x = torch.randn(2, 16, 6, 5, device=device_of(backend), dtype=torch.float64, requires_grad=True)
+    found = []
+    for call in (block, lambda v: checkpoint(block, v, use_reentrant=False)):
+        (dx,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), [x, *block.parameters()]))
+    torch.testing.assert_close(*found)
 
 
 def test_statistics_that_change_are_the_ones_used():
@@ -333,10 +351,14 @@ def test_traced():
     """By torch.fx with both modes of the norm; by torch.jit with statistics that may change."""
     ours, _ = pair()
     network = nn.Sequential(nn.Conv2d(3, 32, 3), ours).eval()
-    graph, x = torch.fx.symbolic_trace(network), torch.randn(2, 3, 9, 7)
+    x = torch.randn(2, 3, 9, 7)
+    with pytest.warns(UserWarning, match="plain PyTorch form as torch.fx traces a norm as a layer"):
+        graph = torch.fx.symbolic_trace(network)
     for training in (False, True):
         expected = copy.deepcopy(network).train(training)(x)
         torch.testing.assert_close(copy.deepcopy(graph).train(training)(x), expected)
+    double, wide = (copy.deepcopy(m).double() for m in (graph, network))
+    torch.testing.assert_close(double(x.double()), wide(x.double()))
     with torch.no_grad():
         traced = torch.jit.trace(network, x)
         ours.norm.running_mean += 1.0

@@ -141,6 +141,23 @@ class Normalised(Pair):
         self.sa.conv1 = nn.Sequential(self.sa.conv1, Activated(1))
 
 
+class Late(Pair):
+    """Layers made in another order than they are used in."""
+
+    def __init__(self, channels, ratio=16):
+        nn.Module.__init__(self)
+        hidden = channels // ratio
+        self.sa = SpatialAttention()
+        self.up = nn.Conv2d(hidden, channels, 1)
+        self.down = nn.Conv2d(channels, hidden, 1)
+
+    def ca(self, x):
+        """Pools that take one side for both."""
+        side = x.shape[2]
+        pooled = F.avg_pool2d(x, side), F.max_pool2d(x, side)
+        return torch.sigmoid(sum(self.up(self.down(v).relu_()) for v in pooled))
+
+
 class Volume(nn.Module):
     """Three dimensions."""
 
@@ -164,6 +181,7 @@ KNOWN = {
     "residual": Residual,
     "mask": Multiplied,
     "own norm": Normalised,
+    "late": Late,
     "volume": Volume,
 }
 
@@ -247,6 +265,51 @@ class WithMask(Pair):
         return y * mask, mask
 
 
+class EvenKernel(Pair):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.sa.conv1 = nn.Conv2d(2, 1, 4, padding="same")
+
+
+class Optional(Pair):
+    """Would take what says that gates are to be returned."""
+
+    def forward(self, x, spatial=True):
+        x = self.ca(x) * x
+        return self.sa(x) * x if spatial else x
+
+
+class Slow(nn.BatchNorm2d):
+    """Another rule of running statistics."""
+
+    def forward(self, z):
+        if not self.training:
+            return super().forward(z)
+        with torch.no_grad():
+            self.running_mean.lerp_(z.mean((0, 2, 3)), 0.5)
+            self.running_var.lerp_(z.var((0, 2, 3)), 0.5)
+        return F.batch_norm(z, None, None, self.weight, self.bias, True, eps=self.eps)
+
+
+class OtherStatistics(Pair):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.sa.conv1 = nn.Sequential(self.sa.conv1, Slow(1))
+
+
+class OwnSyncBN(nn.BatchNorm2d):
+    """As there are for several processes; alone it is the one that it is derived from."""
+
+    def forward(self, z):
+        return super().forward(z)
+
+
+class Synchronized(Pair):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.sa.conv1 = nn.Sequential(self.sa.conv1, OwnSyncBN(1))
+
+
 class Block(nn.Module):
     """The gates are called by what contains them, after other layers of its own."""
 
@@ -259,6 +322,14 @@ class Block(nn.Module):
         y = self.conv1(x)
         y = self.ca(y) * y
         return x + self.sa(y) * y
+
+
+class Halves(Block):
+    """With a whole one beside them."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.whole = Pair(channels)
 
 
 class Cbam1Channel(nn.Module):
@@ -278,10 +349,14 @@ REFUSED = {
     "two means": (TwoMeans, "computes something else"),
     "no sigmoid": (NoSigmoid, "computes something else"),
     "activation": (Smooth, "computes something else"),
-    "dropout": (Dropped, "computes something else"),
+    "dropout": (Dropped, "cannot be tried on random numbers: it draws random numbers"),
     "detached": (Detached, "computes something else"),
     "dilation": (Wide, "computes something else"),
     "tuple": (WithMask, "cannot be tried on random numbers: expected one tensor like x, got tuple"),
     "halves": (Block, "calls ca and sa, the halves of a CBAM"),
-    "even kernel": (lambda c: Pair(c, kernel_size=4), "cannot be tried|kernel_size: expected odd"),
+    "even kernel": (EvenKernel, "kernel_size: expected odd numbers, got .4, 4."),
+    "an option": (Optional, "its forward takes x, spatial, not x alone"),
+    "other statistics": (OtherStatistics, "computes something else"),
+    "statistics of its own": (Synchronized, "OwnSyncBN synchronizes in a way of its own"),
+    "names its halves": (Halves, "calls ca and sa, the halves of a CBAM"),
 }
