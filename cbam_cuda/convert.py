@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .forms import (
+    CONVOLUTIONS,
     NORMS,
     Form,
     Layers,
@@ -52,8 +53,10 @@ def convert(model: nn.Module, *, strict: bool = True) -> nn.Module:
     Known is what computes `cbam_cuda.cbam`, under any names of classes and weights: with an MLP of
     linear layers or of convolutions, the maximum before the mean or after it, with or without
     biases, with batch normalisation of the convolution's map, with x added at the end. It is found
-    out by trying a copy on random numbers. Where several elements are the maximum, the gradient of
-    the fused block goes to the first one.
+    out by trying a copy on random numbers. Not known is what draws random numbers itself, takes
+    other arguments than x, has hooks or parametrizations, shares layers or weights with other
+    modules, or is compiled. Where several elements are the maximum, the gradient of the fused block
+    goes to the first one.
 
     Weights that need another shape or order become new parameters: convert before the optimizer is
     made, and before DistributedDataParallel or torch.compile take the model.
@@ -75,7 +78,10 @@ def convert(model: nn.Module, *, strict: bool = True) -> nn.Module:
     survey = _Survey(_module(model))
     if strict and survey.refused:
         listed = "\n".join(f"- {one}" for one in survey.refused.values())
-        raise ValueError(f"model: expected CBAM modules that are known, got also\n{listed}")
+        raise ValueError(
+            "model: expected CBAM modules that are known (strict=False leaves others as they are), "
+            f"got\n{listed}"
+        )
     if not survey.found and not any(isinstance(m, CBAM) for m in model.modules()):
         raise ValueError(f"model: expected a CBAM in it, got none in {type(model).__name__}")
     return _swap(model, survey.found)
@@ -89,7 +95,8 @@ def revert(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: nothing in it has been converted, or a block has hooks or other layers since.
+        ValueError: nothing in it has been converted, or a block has hooks or other layers since,
+            shares weights, or is compiled.
     """
     former: dict[nn.Module, nn.Module] = {}
     ties = _Ties(_module(model))
@@ -141,12 +148,14 @@ class _Ties:
                 name = type(part).__name__
                 raise ValueError(f"{name} has hooks or parametrizations, which would be lost")
             if part is not module and not self._parents[part] <= inside:
-                raise ValueError(f"another module has its {type(part).__name__} too")
-            if part._compiled_call_impl is not None:
-                raise ValueError("it is compiled")
+                raise ValueError(f"its {type(part).__name__} is used by a module outside of it too")
+            if isinstance(part, (nn.Linear, *CONVOLUTIONS)) and _tensors(part) - {"weight", "bias"}:
+                raise ValueError(f"{type(part).__name__} has other tensors than weight and bias")
         around = inside | self._parents.get(module, set())
-        if any(type(m).__name__ == "OptimizedModule" for m in around):
-            raise ValueError("it is compiled")
+        if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl for m in around):
+            raise ValueError(
+                "it is under torch.compile, which would go on with what it has compiled"
+            )
         for parameter in module.parameters():
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise ValueError("a weight has hooks, which would be lost")
@@ -157,6 +166,10 @@ class _Ties:
                     if not inside.issuperset(owners)
                     else "two of its layers share weights"
                 )
+
+
+def _tensors(layer: nn.Module) -> set[str]:
+    return {*layer._parameters, *layer._buffers}
 
 
 class _Survey:
@@ -182,8 +195,9 @@ class _Survey:
 
     def _judge(self, path: str, module: nn.Module, inside: bool) -> bool:
         layers = layers_of(module)
-        # One around what was refused may be the whole of which that is a part.
-        if layers is not None and (not inside or layers in self.refused):
+        # One around what was refused may be the whole of which that is a part; a list is not.
+        whole = layers in self.refused and not isinstance(module, nn.Sequential)
+        if layers is not None and (not inside or whole):
             self._try(path, module, layers)
             return True
         reason = None if layers is not None else _halves(module)
@@ -256,9 +270,11 @@ def _former(block: CBAM) -> nn.Module:
         raise ValueError(f"its layers were {had}, now they are {has}")
     norm = layers.norm
     if norm is not None and now.norm is not None:
-        if type(norm) in NORMS and type(norm) is not type(now.norm):
-            _swap(module, {norm: now.norm})  # as where it is synchronized since
+        if type(norm) in NORMS:
+            _swap(module, {norm: now.norm})  # whatever it has become
+            layers = layers._replace(norm=now.norm)
         else:
+            norm.eps, norm.momentum = now.norm.eps, now.norm.momentum
             norm.train(now.norm.training)
     give_weights(layers.ordered(origin.form), now, origin.form)
     return module

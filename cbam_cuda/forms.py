@@ -2,9 +2,9 @@
 
 No list of the implementations that there are: a module is known by its layers, the two of the MLP
 and the convolution over two maps, and what it makes of them is tried. A copy of it gets random
-weights and must agree with `CBAM` in float64, with the maps in one order or the other, with x
-added or not, in inference and in training, up to the gradient of x. So what only looks alike is
-told apart.
+weights and must agree with `CBAM` in float64, with layers and maps in one order or the other, with
+x added or not, in inference and in training: in the output, the gradient of x and the statistics
+that a norm keeps. So what only looks alike is told apart.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ def with_weights(module: nn.Module) -> list[nn.Module]:
     """The modules in it that have parameters or buffers of their own."""
 
     def has(m: nn.Module) -> bool:
-        if isinstance(m, ParametrizationList):  # its tensors are those of a layer
-            return False
         own = (*m._parameters.values(), *m._buffers.values())
         return is_parametrized(m) or any(t is not None for t in own)
 
-    return [m for m in module.modules() if has(m)]
+    lists = [m for m in module.modules() if isinstance(m, ParametrizationList)]
+    of_layers = {part for m in lists for part in m.modules()}
+    return [m for m in module.modules() if m not in of_layers and has(m)]
 
 
 def is_mlp(layers: list[nn.Module]) -> bool:
@@ -138,10 +138,13 @@ def form_of(module: nn.Module, layers: Layers) -> Form:
     if layers.fc1.weight.numel() == 0:
         raise ValueError("its MLP has no hidden channels")
     if type(layers.norm) not in NORMS and re.search("sync", type(layers.norm).__name__, re.I):
-        raise ValueError(f"{type(layers.norm).__name__} synchronizes in a way of its own")
+        name = type(layers.norm).__name__
+        raise ValueError(f"{name} is a synchronized norm other than torch.nn.SyncBatchNorm")
     takes = list(inspect.signature(module.forward).parameters)
-    if len(takes) != 1 and type(module) is not reference.CBAM:
-        raise ValueError(f"its forward takes {', '.join(takes)}, not x alone")
+    if len(takes) != 1 and type(module).forward is not reference.CBAM.forward:
+        raise ValueError(
+            f"its forward takes {', '.join(takes)}, and a block of this package x alone"
+        )
     # Whatever mode, default device and random numbers the caller has.
     with torch.device("cpu"), torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         return _form_by_trial(module, layers)

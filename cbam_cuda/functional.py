@@ -7,15 +7,14 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from . import ops, reference, training
-from .arguments import DTYPES, Weights, check_call, check_tensors
+from . import ops, reference, training, training_normalised
+from .arguments import DTYPES, Weights, accumulator_dtype, check_call, check_tensors
 from .norm import fold, known
-from .training_normalised import forward_normalised
 
 BACKENDS = ("auto", "cuda", "cpu", "emulated", "reference")
 _VARIABLE = "CBAM_CUDA_BACKEND"
@@ -146,6 +145,10 @@ def run_normalised(
         take_plain_form(backend, f"norm takes its statistics from {why}")
         check_tensors(x, weights)
         return _plainly(x, weights, return_attention, norm)
+    if torch.compiler.is_compiling():
+        check_tensors(x, weights)
+        check_call(x, weights)
+        return _run_by_batch(x, weights, norm, return_attention, backend)
     try:
         return _run_by_batch(x, weights, norm, return_attention, backend)
     except Exception as error:
@@ -159,13 +162,13 @@ def _why_plain(norm: nn.Module) -> str | None:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and isinstance(norm, nn.SyncBatchNorm):
         return "the batches of several processes"
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return "the batch in a graph that is traced"
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
+        return "the batch in a graph of torch.jit"
     return None
 
 
 def _run_by_batch(
-    x: Tensor, weights: Weights, norm: nn.Module, return_attention: bool, backend: str
+    x: Tensor, weights: Weights, norm: Any, return_attention: bool, backend: str
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     if torch._C._is_any_autocast_enabled():
         x, weights = _cast_as_autocast(x, weights)
@@ -174,7 +177,11 @@ def _run_by_batch(
         return _plainly(x, weights, return_attention, norm)
     if any(w is not None and w.dtype != x.dtype for w in weights):
         check_call(x, weights)  # which the operators, given weights that are cast, would not
-    out, channel_gate, spatial_gate = forward_normalised(x, weights, norm, library)
+    acc = accumulator_dtype(x.dtype)
+    # What the backward takes from gradients of the weights wants more than 16 bits.
+    variables = [None if t is None else t.to(acc) for t in (*weights, norm.weight, norm.bias)]
+    train = ops.train_normalised if torch.compiler.is_compiling() else training_normalised.train
+    out, channel_gate, spatial_gate = train(library, norm, x, *variables)
     if return_attention:
         return out, channel_gate.to(x.dtype), spatial_gate.to(x.dtype)
     return out

@@ -53,8 +53,8 @@ class CBAM(reference.CBAM):
     A layer that has hooks (`register_forward_hook`, pruning), or was replaced by one that computes
     something else than its weights say (adapters, fake quantization), is called, which makes the
     block run in plain PyTorch: once with a warning, and not where a fused backend is named. The
-    same goes for a ``norm`` that takes its statistics from the batch inside of `torch.compile`, or
-    from those of several processes.
+    same goes for a ``norm`` in graphs of `torch.fx`, and for one that takes its statistics from the
+    batches of several processes, or from the batch in graphs of `torch.jit`.
     """
 
     origin: Any = None  # what `convert` made it from, if it did

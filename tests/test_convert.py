@@ -10,7 +10,16 @@ import pytest
 import torch
 from cases import device_of
 from torch import nn
-from variants import KNOWN, REFUSED, Block, ChannelAttention, Official, Pair, SpatialAttention
+from variants import (
+    KNOWN,
+    REFUSED,
+    Block,
+    ChannelAttention,
+    Official,
+    Optional,
+    Pair,
+    SpatialAttention,
+)
 
 import cbam_cuda
 from cbam_cuda import CBAM, functional, reference
@@ -105,7 +114,7 @@ def test_what_computes_something_else_is_refused(name):
     make, reason = REFUSED[name]
     model = nn.Sequential(Pair(CHANNELS), nn.ModuleDict({"inner": make(CHANNELS)}))
     before = list(model.modules())
-    with pytest.raises(ValueError, match=rf"(?s)also\n- 1\.inner.*{reason}") as refused:
+    with pytest.raises(ValueError, match=rf"(?s)got\n- 1\.inner.*{reason}") as refused:
         cbam_cuda.convert(model)
     assert str(refused.value).count("\n") == 1
     assert list(model.modules()) == before
@@ -273,8 +282,12 @@ LOST = {
     "parametrization": (parametrize, "ParametrizedConv2d has hooks or parametrizations"),
     "hook of a weight": (hook_weight, "a weight has hooks"),
     "hook of a gradient": (hook_gradient, "a weight has hooks"),
+    "more tensors": (
+        lambda block: block.ca.fc[0].register_buffer("more", torch.zeros(1)),
+        "Conv2d has other tensors than weight and bias",
+    ),
     "tied layers": (tie_inside, "two of its layers share weights"),
-    "compiled": (lambda block: block.compile(), "it is compiled"),
+    "compiled": (lambda block: block.compile(), "it is under torch.compile"),
 }
 
 
@@ -283,7 +296,7 @@ def test_what_would_be_lost_is_refused(what):
     change, reason = LOST[what]
     block = Pair(CHANNELS)
     change(block)
-    with pytest.raises(ValueError, match=rf"known, got also\n- 0 \(Pair\): {reason}"):
+    with pytest.raises(ValueError, match=rf"are known .*, got\n- 0 \(Pair\): {reason}"):
         cbam_cuda.convert(nn.Sequential(block, Pair(CHANNELS)))
 
 
@@ -292,9 +305,11 @@ def test_what_is_in_common_with_others_is_refused():
     other.sa.conv1.weight = tied.sa.conv1.weight
     with pytest.raises(ValueError, match=r"(?s)0 \(Pair\): it shares weights.*1 \(Pair\)"):
         cbam_cuda.convert(nn.Sequential(tied, other))
-    with pytest.raises(ValueError, match=r"0 \(Pair\): another module has its Channel.* too"):
+    with pytest.raises(
+        ValueError, match=r"0 \(Pair\): its Channel.* is used by a module outside of it too"
+    ):
         cbam_cuda.convert(nn.Sequential(part, nn.ModuleDict({"gate": part.ca})))
-    with pytest.raises(ValueError, match="it is compiled"):
+    with pytest.raises(ValueError, match=r"it is under torch\.compile"):
         cbam_cuda.convert(nn.Sequential(torch.compile(whole)))
 
 
@@ -334,6 +349,18 @@ class CbamInName(nn.Sequential):
         super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
 
 
+def test_a_list_of_one_that_is_refused_is_none():
+    with pytest.raises(ValueError, match=r"0 \(Optional\): its forward takes x, spatial, and a"):
+        cbam_cuda.convert(nn.Sequential(Optional(CHANNELS)))
+
+
+def test_parametrizations_with_tensors_are_refused_too():
+    block = Pair(CHANNELS)
+    nn.utils.parametrizations.spectral_norm(block.ca.fc[0])
+    with pytest.raises(ValueError, match="ParametrizedConv2d has hooks or parametrizations"):
+        cbam_cuda.convert(nn.Sequential(block, Pair(CHANNELS)))
+
+
 def test_where_tensors_are_made_elsewhere():
     with torch.device("meta"):
         model = cbam_cuda.convert(nn.Sequential(Official(CHANNELS)))
@@ -353,6 +380,17 @@ def test_blocks_that_have_changed_are_not_reverted_silently():
     other.fc1 = nn.Linear(3, 4)
     with pytest.raises(ValueError, match=r"its layers were Linear, .*now they are Linear, "):
         cbam_cuda.revert(other)
+
+
+@pytest.mark.parametrize("name", ["official", "own norm"])
+def test_norms_that_have_changed_stay_so(name):
+    block, x = known(name)
+    fused = cbam_cuda.convert(block.eval())
+    fused.norm.eps, fused.norm.momentum = 0.5, None
+    expected, back = fused(x), cbam_cuda.revert(fused)
+    torch.testing.assert_close(back(x), expected)
+    (norm,) = (m for m in back.modules() if isinstance(m, nn.BatchNorm2d))
+    assert norm.momentum is None
 
 
 def test_norms_that_are_synchronized_since_stay_so():

@@ -6,13 +6,14 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 from cases import DTYPES, device_of
 from tolerance import assert_as_good_as_eager
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-from cbam_cuda import CBAM, functional, reference
+from cbam_cuda import CBAM, functional, ops, reference
 
 SHAPES = {1: (3, 32, 50), 2: (3, 32, 12, 9), 3: (3, 32, 5, 6, 4)}
 
@@ -73,7 +74,7 @@ def differentiated(module, x, grad) -> dict[str, torch.Tensor]:
     gradients = torch.autograd.grad(out, [leaf, *weights.values()], grad)
     found = dict(zip(["out", "x", *weights], [out.detach(), *gradients], strict=True))
     # Two sums of their own, in either of which eager may happen to be right.
-    if of_norm := [found.pop(name) for name in weights if name.startswith("norm.")]:
+    if of_norm := [found.pop(name) for name in weights if "norm." in name]:
         found["norm"] = torch.cat(of_norm)
     return found
 
@@ -219,21 +220,12 @@ def test_transforms_take_the_plain_form():
         torch.func.jvp(ours, (x,), (t,))
 
 
-@pytest.mark.parametrize(
-    "trace",
-    [
-        lambda block, _: torch.compile(block, fullgraph=True, backend="aot_eager"),
-        lambda block, x: torch.jit.trace(copy.deepcopy(block), x, check_trace=False),
-    ],
-    ids=["compile", "jit"],
-)
-def test_training_that_is_traced_takes_the_plain_form_and_says_so(trace):
-    torch.compiler.reset()
+def test_training_that_jit_traces_takes_the_plain_form_and_says_so():
     ours, plain = (m.train() for m in pair())
     x = torch.randn(SHAPES[2])
-    with pytest.warns(UserWarning, match="plain PyTorch form as norm takes its statistics from"):
-        out = trace(ours, x)(x)
-    torch.testing.assert_close(out, plain(x))
+    with pytest.warns(UserWarning, match="form as norm takes its statistics from the batch in a"):
+        traced = torch.jit.trace(copy.deepcopy(ours), x, check_trace=False)
+    torch.testing.assert_close(traced(x), plain(x))
     ours.backend = "cpu"
     with pytest.raises(RuntimeError, match="'cpu' cannot be used: norm takes its statistics"):
         torch.jit.trace(ours, x)
@@ -334,17 +326,41 @@ def test_nothing_is_cast_where_statistics_are_taken(backend, again, cuda_autocas
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_compiled(backend):
+@MODES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled(backend, training, dtype):
+    """Graphs for batches of any size, with the statistics that move on."""
     torch.compiler.reset()
-    ours, _ = pair(device=device_of(backend))
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    x = torch.randn(SHAPES[2], device=device_of(backend), requires_grad=True)
-    torch.testing.assert_close(compiled(x), ours(x))
-    for module in (compiled, ours):
-        module(x).square().sum().backward()
-    first, second = (p.grad for p in (ours.norm.weight, ours.norm.bias))
-    assert first.abs() > 0
-    assert second.abs() > 0
+    ours = pair()[0].to(device_of(backend), dtype).train(training)
+    ours.backend, other = backend, copy.deepcopy(ours)
+    other.backend = backend
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(other, fullgraph=True, dynamic=True, backend=counter)
+    for samples in (2, 3, 5):
+        x = torch.randn(samples, *SHAPES[2][1:], device=device_of(backend), dtype=dtype)
+        found, expected = (differentiated(m, x, torch.ones_like(x)) for m in (compiled, ours))
+        torch.testing.assert_close([*found.values()], [*expected.values()])
+    torch.testing.assert_close(other.norm.state_dict(), ours.norm.state_dict())
+    # The second for batch normalisation in training, as in networks without a CBAM.
+    assert counter.frame_count == 1 + training
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_operators_are_what_they_say(backend, dim):
+    ours = pair(dim, conv_bias=False)[0].to(device_of(backend)).train()
+    name = ops.EMULATED if backend == "emulated" else ops.FUSED
+    library = getattr(torch.ops, name)
+    x = torch.randn(SHAPES[dim], device=device_of(backend), requires_grad=True)
+    given = (x, *ours.weights(), ours.norm.weight, ours.norm.bias)
+    torch.library.opcheck(library.train_normalised.default, (*given, ours.norm.eps))
+    with torch.no_grad():
+        out, _, *saved = library.train_normalised.default(*given, ours.norm.eps)
+        mask = [t is not None for t in given]
+        grads = (torch.ones_like(out), None, torch.ones_like(saved[1]))
+        torch.library.opcheck(
+            library.backward_normalised.default,
+            (*grads, *(None if t is None else t.detach() for t in given), *saved, mask),
+        )
 
 
 def test_traced():

@@ -355,8 +355,8 @@ REFUSED = {
     "tuple": (WithMask, "cannot be tried on random numbers: expected one tensor like x, got tuple"),
     "halves": (Block, "calls ca and sa, the halves of a CBAM"),
     "even kernel": (EvenKernel, "kernel_size: expected odd numbers, got .4, 4."),
-    "an option": (Optional, "its forward takes x, spatial, not x alone"),
+    "an option": (Optional, "its forward takes x, spatial, and a block"),
     "other statistics": (OtherStatistics, "computes something else"),
-    "statistics of its own": (Synchronized, "OwnSyncBN synchronizes in a way of its own"),
+    "statistics of its own": (Synchronized, "OwnSyncBN is a synchronized norm other than torch"),
     "names its halves": (Halves, "calls ca and sa, the halves of a CBAM"),
 }
