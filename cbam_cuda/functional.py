@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from . import ops, reference, training, training_normalised
+from . import ops, ops_normalised, reference, training, training_normalised
 from .arguments import DTYPES, Weights, accumulator_dtype, check_call, check_tensors
 from .norm import fold, known
 
@@ -180,8 +180,9 @@ def _run_by_batch(
     acc = accumulator_dtype(x.dtype)
     # What the backward takes from gradients of the weights wants more than 16 bits.
     variables = [None if t is None else t.to(acc) for t in (*weights, norm.weight, norm.bias)]
-    train = ops.train_normalised if torch.compiler.is_compiling() else training_normalised.train
-    out, channel_gate, spatial_gate = train(library, norm, x, *variables)
+    of = ops_normalised if torch.compiler.is_compiling() else training_normalised
+    results: tuple[Tensor, ...] = of.train(library, norm, x, *variables)
+    out, channel_gate, spatial_gate = results
     if return_attention:
         return out, channel_gate.to(x.dtype), spatial_gate.to(x.dtype)
     return out

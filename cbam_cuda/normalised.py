@@ -56,16 +56,17 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Saved]:
     """out, z [N, 1, *space], and the rest; weights are all in the dtype of sums."""
-    channel_gate, _, *others = library.forward_train.default(x, *weights)[1:]  # frees out
-    pooled, hidden, maps, *argmax = others
-    z = _convolved(maps, weights)
-    variance, mean = (t.view(1) for t in torch.var_mean(z, correction=0))
-    folded = fold(weights, Norm(mean, variance, weight, bias, eps))
-    out = library.forward.default(x, *folded)
-    rstd = (variance + eps).rsqrt()
-    zn = (z - mean) * rstd
-    logit = zn if weight is None else zn * weight
-    spatial_gate = torch.sigmoid(logit if bias is None else logit + bias)
+    with reference.without_autocast(x):
+        channel_gate, _, *others = library.forward_train.default(x, *weights)[1:]  # frees out
+        pooled, hidden, maps, *argmax = others
+        z = _convolved(maps, weights)
+        variance, mean = (t.view(1) for t in torch.var_mean(z, correction=0))
+        folded = fold(weights, Norm(mean, variance, weight, bias, eps))
+        out = library.forward.default(x, *folded)
+        rstd = (variance + eps).rsqrt()
+        zn = (z - mean) * rstd
+        logit = zn if weight is None else zn * weight
+        spatial_gate = torch.sigmoid(logit if bias is None else logit + bias)
     conv = folded.conv_weight, folded.conv_bias
     saved = Saved(channel_gate, spatial_gate, zn, rstd, *conv, pooled, hidden, maps, *argmax)  # type: ignore[arg-type]
     return out, z, saved

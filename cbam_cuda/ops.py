@@ -8,6 +8,8 @@ float64 for float64, else float32:
   pooled acc [N, 2, C], hidden acc [N, 2, R], maps in x's dtype [N, 2, *space], and the positions
   of the maxima, pixel_argmax int32 [N, C] and channel_argmax int32 [N, S].
 - ``backward`` returns a gradient for x and each weight, an empty tensor where not asked for.
+
+Two more, over these, are in `ops_normalised`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from . import normalised, reference
+from . import ops_normalised, reference
 from .arguments import Weights, accumulator_dtype, check_call
 
 # Libraries of operators: the same schemas, and for tensors on a CPU different kernels behind them.
@@ -217,7 +219,7 @@ def _backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
     through these and none through the saved tensors.
     """
     needed, saved = ctx.needs_input_grad[: 4 + _WEIGHTS], ctx.saved_tensors
-    with without_autocast(saved[3]):  # also around what derives the convolutions
+    with reference.without_autocast(saved[3]):  # also around what derives the convolutions
         with torch.enable_grad():
             inputs = [in_graph(t) for t in saved]
             incoming, variables = inputs[:3], inputs[3:]
@@ -232,11 +234,6 @@ def _backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
             create_graph=torch.is_grad_enabled(),
         )
     return (*second, *(None for _ in range(ctx.inputs - len(second))))
-
-
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """On CUDA, it casts even what derives convolutions. Of meta tensors there is none."""
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def reference_gradients(
@@ -291,79 +288,6 @@ def _differentiate(
     return [None if t is None else next(results) for t in inputs]
 
 
-# Training with batch normalisation, as one operator for what traces: in Python, over the others.
-_INPUTS = (
-    "Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
-    "Tensor conv_weight, Tensor? conv_bias, Tensor? norm_weight, Tensor? norm_bias"
-)
-_SAVED = ", ".join(f"Tensor {name}" for name in normalised.Saved._fields)
-_TRAIN_NORMALISED = f"train_normalised({_INPUTS}, float eps) -> (Tensor out, Tensor z, {_SAVED})"
-_BACKWARD_NORMALISED = (
-    "backward_normalised(Tensor? grad_out, Tensor? grad_channel_gate, Tensor? grad_spatial_gate, "
-    f"{_INPUTS}, {_SAVED.replace('conv_', 'folded_')}, bool[] output_mask) -> Tensor[]"
-)
-_VARIABLES = 1 + _WEIGHTS + 2
-
-
-def train_normalised(
-    name: str, norm: Any, x: Tensor, *variables: Tensor | None
-) -> tuple[Tensor, ...]:
-    """The output and the gates, by a library's operator; the norm's running statistics move on."""
-    operator = getattr(torch.ops, name).train_normalised.default
-    out, z, channel_gate, spatial_gate, *_ = operator(x, *variables, norm.eps)
-    with torch.no_grad():
-        reference.in_its_dtype(norm)(z)
-    return out, channel_gate, spatial_gate
-
-
-def _train_normalised(name: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *weights, weight, bias, eps = rest
-    library = getattr(torch.ops, name)
-    out, z, saved = normalised.forward(library, x, Weights(*weights), weight, bias, eps)
-    return out, z, *saved
-
-
-def _backward_normalised(name: str, *given: Any) -> list[Tensor]:
-    grads, (x, *weights), mask = given[:3], given[3 : 3 + _VARIABLES], given[-1]
-    saved = normalised.Saved(*given[3 + _VARIABLES : -1])
-    library, chosen = getattr(torch.ops, name), Weights(*weights[:_WEIGHTS])
-    found = normalised.backward(library, grads, x, chosen, weights[_WEIGHTS], saved, mask)
-    return [f if wanted else x.new_empty(0) for f, wanted in zip(found, mask, strict=True)]
-
-
-def _setup_normalised(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, z, _, _, *others = output
-    ctx.save_for_backward(*inputs[:-1], *output[2:])
-    ctx.mark_non_differentiable(z, *others)
-    ctx.set_materialize_grads(False)
-
-
-def _backward_of_normalised(
-    name: str, ctx: Any, grad_out: Tensor | None, _: None, *grads: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    mask = list(ctx.needs_input_grad[:-1])
-    operator = getattr(torch.ops, name).backward_normalised.default
-    found = operator(grad_out, *grads[:2], *ctx.saved_tensors, mask)
-    return (*(f if wanted else None for f, wanted in zip(found, mask, strict=True)), None)
-
-
-def _define_normalised(name: str) -> None:
-    for schema, implementation in (
-        (_TRAIN_NORMALISED, _train_normalised),
-        (_BACKWARD_NORMALISED, _backward_normalised),
-    ):
-        operator = f"{name}::{schema.partition('(')[0]}"
-        function = functools.partial(implementation, name)
-        library.define(operator, schema.partition("(")[1] + schema.partition("(")[2])
-        library.impl(operator, "CompositeExplicitAutograd")(function)
-        library.register_fake(operator, function)
-    library.register_autograd(
-        f"{name}::train_normalised",
-        functools.partial(_backward_of_normalised, name),
-        setup_context=_setup_normalised,
-    )
-
-
 # For each library, the types of device that it has kernels for.
 _KERNELS: dict[str, frozenset[str]] = {}
 
@@ -382,7 +306,7 @@ def _describe(name: str) -> None:
     library.register_autograd(
         f"{name}::backward", _backward_gradients, setup_context=_setup_backward
     )
-    _define_normalised(name)
+    ops_normalised.define(name)
     keys = {"cpu": "CPU", "cuda": "CUDA"}
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     _KERNELS[name] = frozenset(d for d, key in keys.items() if has(f"{name}::forward", key)) | {

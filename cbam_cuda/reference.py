@@ -5,6 +5,7 @@ S. Woo, J. Park, J.-Y. Lee, I. S. Kweon, "CBAM: Convolutional Block Attention Mo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -198,3 +199,8 @@ def in_its_dtype(layer: Any) -> _Layer:
 def in_dtype_of(v: Tensor, other: Tensor) -> Tensor:
     """v in the dtype that another tensor has when this is called, not when it is traced."""
     return v.to(other.dtype)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """On CUDA, it casts even what derives convolutions. Of meta tensors there is none."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import normalised, reference
 from .arguments import Weights
-from .ops import MemoryErrors, in_graph, reference_gradients, without_autocast
+from .ops import MemoryErrors, in_graph, reference_gradients
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _WEIGHTS = len(Weights._fields)
@@ -33,7 +33,7 @@ class _TrainNormalised(torch.autograd.Function):
         ctx.library, ctx.eps = getattr(torch.ops, name), norm.eps
         weights = Weights(*variables[:_WEIGHTS])  # type: ignore[arg-type]
         weight, bias = variables[_WEIGHTS:]
-        with _below_autograd(), without_autocast(x):
+        with _below_autograd():
             out, z, saved = normalised.forward(ctx.library, x, weights, weight, bias, norm.eps)
             reference.in_its_dtype(norm)(z)  # for its running statistics
         ctx.save_for_backward(x, *variables, *saved)
@@ -67,7 +67,7 @@ def _plain_gradients(
     """The same by PyTorch's own operators, to be differentiated."""
     x = variables[0]
     assert x is not None
-    with without_autocast(x), torch.enable_grad():
+    with reference.without_autocast(x), torch.enable_grad():
         inputs = [in_graph(t) for t in variables]
         return reference_gradients(inputs, grads, mask, functools.partial(_plain, eps))
 

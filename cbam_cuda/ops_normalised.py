@@ -1,0 +1,91 @@
+"""Training with batch normalisation as operators, which graphs can have.
+
+For a library of operators two more, in Python over the others, which `normalised` explains; acc =
+float64 for float64, else float32, in which the weights are:
+
+- ``train_normalised`` returns out, z acc [N, 1, *space], and `normalised.Saved`.
+- ``backward_normalised`` returns a gradient for x, each weight, and the norm's weight and bias, an
+  empty tensor where not asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, library
+
+from . import normalised, reference
+from .arguments import Weights
+
+_WEIGHTS = len(Weights._fields)
+_INPUTS = (
+    "Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
+    "Tensor conv_weight, Tensor? conv_bias, Tensor? norm_weight, Tensor? norm_bias"
+)
+_SAVED = ", ".join(f"Tensor {name}" for name in normalised.Saved._fields)
+_TRAIN_NORMALISED = f"train_normalised({_INPUTS}, float eps) -> (Tensor out, Tensor z, {_SAVED})"
+_BACKWARD_NORMALISED = (
+    "backward_normalised(Tensor? grad_out, Tensor? grad_channel_gate, Tensor? grad_spatial_gate, "
+    f"{_INPUTS}, {_SAVED.replace('conv_', 'folded_')}, bool[] output_mask) -> Tensor[]"
+)
+_VARIABLES = 1 + _WEIGHTS + 2
+
+
+def train(name: str, norm: Any, x: Tensor, *variables: Tensor | None) -> tuple[Tensor, ...]:
+    """The output and the gates, by a library's operator; the norm's running statistics move on."""
+    operator = getattr(torch.ops, name).train_normalised.default
+    out, z, channel_gate, spatial_gate, *_ = operator(x, *variables, norm.eps)
+    with torch.no_grad():
+        reference.in_its_dtype(norm)(z)
+    return out, channel_gate, spatial_gate
+
+
+def _train_normalised(name: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *weights, weight, bias, eps = rest
+    operators = getattr(torch.ops, name)
+    out, z, saved = normalised.forward(operators, x, Weights(*weights), weight, bias, eps)
+    return out, z, *saved
+
+
+def _backward_normalised(name: str, *given: Any) -> list[Tensor]:
+    grads, (x, *weights), mask = given[:3], given[3 : 3 + _VARIABLES], given[-1]
+    saved = normalised.Saved(*given[3 + _VARIABLES : -1])
+    operators, chosen = getattr(torch.ops, name), Weights(*weights[:_WEIGHTS])
+    found = normalised.backward(operators, grads, x, chosen, weights[_WEIGHTS], saved, mask)
+    return [f if wanted else x.new_empty(0) for f, wanted in zip(found, mask, strict=True)]
+
+
+def _setup_normalised(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, z, _, _, *others = output
+    ctx.save_for_backward(*inputs[:-1], *output[2:])
+    ctx.mark_non_differentiable(z, *others)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_normalised(
+    name: str, ctx: Any, grad_out: Tensor | None, _: None, *grads: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    mask = list(ctx.needs_input_grad[:-1])
+    operator = getattr(torch.ops, name).backward_normalised.default
+    found = operator(grad_out, *grads[:2], *ctx.saved_tensors, mask)
+    return (*(f if wanted else None for f, wanted in zip(found, mask, strict=True)), None)
+
+
+def define(name: str) -> None:
+    """Add both to a library that is loaded."""
+    for schema, implementation in (
+        (_TRAIN_NORMALISED, _train_normalised),
+        (_BACKWARD_NORMALISED, _backward_normalised),
+    ):
+        operator, _, signature = schema.partition("(")
+        operator, function = f"{name}::{operator}", functools.partial(implementation, name)
+        library.define(operator, f"({signature}")
+        library.impl(operator, "CompositeExplicitAutograd")(function)
+        library.register_fake(operator, function)
+    library.register_autograd(
+        f"{name}::train_normalised",
+        functools.partial(_backward_of_normalised, name),
+        setup_context=_setup_normalised,
+    )
