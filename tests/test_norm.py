@@ -327,17 +327,16 @@ def test_nothing_is_cast_where_statistics_are_taken(backend, again, cuda_autocas
 
 
 @MODES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled(backend, training, dtype):
+def test_compiled(backend, training):
     """Graphs for batches of any size, with the statistics that move on."""
     torch.compiler.reset()
-    ours = pair()[0].to(device_of(backend), dtype).train(training)
+    ours = pair()[0].to(device_of(backend)).train(training)
     ours.backend, other = backend, copy.deepcopy(ours)
     other.backend = backend
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(other, fullgraph=True, dynamic=True, backend=counter)
     for samples in (2, 3, 5):
-        x = torch.randn(samples, *SHAPES[2][1:], device=device_of(backend), dtype=dtype)
+        x = torch.randn(samples, *SHAPES[2][1:], device=device_of(backend))
         found, expected = (differentiated(m, x, torch.ones_like(x)) for m in (compiled, ours))
         torch.testing.assert_close([*found.values()], [*expected.values()])
     torch.testing.assert_close(other.norm.state_dict(), ours.norm.state_dict())
@@ -345,12 +344,11 @@ def test_compiled(backend, training, dtype):
     assert counter.frame_count == 1 + training
 
 
-@pytest.mark.parametrize("dim", [1, 2])
-def test_operators_are_what_they_say(backend, dim):
-    ours = pair(dim, conv_bias=False)[0].to(device_of(backend)).train()
+def test_operators_are_what_they_say(backend):
+    ours = pair(1, conv_bias=False)[0].to(device_of(backend)).train()
     name = ops.EMULATED if backend == "emulated" else ops.FUSED
     library = getattr(torch.ops, name)
-    x = torch.randn(SHAPES[dim], device=device_of(backend), requires_grad=True)
+    x = torch.randn(SHAPES[1], device=device_of(backend), requires_grad=True)
     given = (x, *ours.weights(), ours.norm.weight, ours.norm.bias)
     torch.library.opcheck(library.train_normalised.default, (*given, ours.norm.eps))
     with torch.no_grad():
