@@ -436,3 +436,24 @@ def test_timm():
     assert type(cbam_cuda.revert(fused)) is cbam.CbamModule
     with pytest.raises(ValueError, match=r"LightCbamModule\): expected an MLP"):
         cbam_cuda.convert(cbam.LightCbamModule(40))
+
+
+def test_a_network_of_timm():
+    """All of its blocks, in a step of training and in inference."""
+    contestants = pytest.importorskip("benchmarks.contestants")
+    contestants._make_torchvision_importable()
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    plain = timm.create_model("resnet18", block_args={"attn_layer": "cbam"}).double()
+    for name, parameter in plain.named_parameters():
+        if name.endswith("bn2.weight"):  # 0 at first, which hides what comes before
+            nn.init.uniform_(parameter, 0.2, 0.6)
+    fused = cbam_cuda.convert(copy.deepcopy(plain))
+    assert sum(isinstance(m, CBAM) for m in fused.modules()) == 8
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for network in (plain, fused):
+        network(x).square().sum().backward()
+    cbam_cuda.revert(fused)
+    gradients = [{name: p.grad for name, p in m.named_parameters()} for m in (fused, plain)]
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(cbam_cuda.convert(fused.eval())(x), plain.eval()(x))
