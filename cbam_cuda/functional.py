@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -130,9 +130,7 @@ def run(
     try:
         return _run(x, weights, return_attention, backend, forward_train)
     except Exception as error:
-        if (explained := _explained(error, x, weights)) is None:
-            raise
-        raise explained from None
+        _explain(error, x, weights)
 
 
 def run_normalised(
@@ -152,9 +150,7 @@ def run_normalised(
     try:
         return _run_by_batch(x, weights, norm, return_attention, backend)
     except Exception as error:
-        if (explained := _explained(error, x, weights)) is None:
-            raise
-        raise explained from None
+        _explain(error, x, weights)
 
 
 def _why_plain(norm: nn.Module) -> str | None:
@@ -218,14 +214,16 @@ def _run(
     return ops.forward(x, weights, library)
 
 
-def _explained(error: Exception, x: Tensor, weights: Weights) -> Exception | None:
-    """What is wrong with the arguments of a call that failed, or with the GPU, if it is they."""
+def _explain(error: Exception, x: Tensor, weights: Weights) -> NoReturn:
+    """Raise what is wrong with a call that failed: its arguments, or the GPU; or else the error."""
     try:
         check_tensors(x, weights)
         check_call(*_cast_as_autocast(x, weights))
     except (TypeError, ValueError) as refused:
-        return refused
-    return ops.memory_error(error)
+        raise refused from None
+    if (explained := ops.memory_error(error)) is not None:
+        raise explained from None
+    raise error
 
 
 def _needs_grad(x: Tensor, weights: Weights) -> bool:

@@ -48,7 +48,7 @@ class Saved(NamedTuple):
 
 
 def forward(
-    library: Any,
+    operators: Any,
     x: Tensor,
     weights: Weights,
     weight: Tensor | None,
@@ -57,12 +57,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, Saved]:
     """out, z [N, 1, *space], and the rest; weights are all in the dtype of sums."""
     with reference.without_autocast(x):
-        channel_gate, _, *others = library.forward_train.default(x, *weights)[1:]  # frees out
+        channel_gate, _, *others = operators.forward_train.default(x, *weights)[1:]  # frees out
         pooled, hidden, maps, *argmax = others
         z = _convolved(maps, weights)
         variance, mean = (t.view(1) for t in torch.var_mean(z, correction=0))
         folded = fold(weights, Norm(mean, variance, weight, bias, eps))
-        out = library.forward.default(x, *folded)
+        out = operators.forward.default(x, *folded)
         rstd = (variance + eps).rsqrt()
         zn = (z - mean) * rstd
         logit = zn if weight is None else zn * weight
@@ -81,7 +81,7 @@ def _convolved(maps: Tensor, weights: Weights) -> Tensor:
 
 
 def backward(
-    library: Any,
+    operators: Any,
     grads: Sequence[Tensor | None],
     x: Tensor,
     weights: Weights,
@@ -106,7 +106,7 @@ def backward(
         wanted: Sequence[bool],
     ) -> Sequence[Tensor]:
         kept = (saved.channel_gate, gate, saved.pooled, saved.hidden, maps)
-        gradients: Sequence[Tensor] = library.backward.default(
+        gradients: Sequence[Tensor] = operators.backward.default(
             *(d_out, d_channel_gate, d_gate, x, *weights[:_FC], *conv),
             *(*kept, saved.pixel_argmax, saved.channel_argmax, list(wanted)),
         )

@@ -20,9 +20,12 @@ from . import normalised, reference
 from .arguments import Weights
 
 _WEIGHTS = len(Weights._fields)
-_INPUTS = (
-    "Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
-    "Tensor conv_weight, Tensor? conv_bias, Tensor? norm_weight, Tensor? norm_bias"
+_INPUTS = ", ".join(
+    (
+        "Tensor x",
+        *(f"Tensor{'?' if name.endswith('_bias') else ''} {name}" for name in Weights._fields),
+        "Tensor? norm_weight, Tensor? norm_bias",
+    )
 )
 _SAVED = ", ".join(f"Tensor {name}" for name in normalised.Saved._fields)
 _TRAIN_NORMALISED = f"train_normalised({_INPUTS}, float eps) -> (Tensor out, Tensor z, {_SAVED})"

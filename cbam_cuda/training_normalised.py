@@ -30,11 +30,11 @@ class _TrainNormalised(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, name: str, norm: Any, x: Tensor, *variables: Tensor | None) -> Any:
-        ctx.library, ctx.eps = getattr(torch.ops, name), norm.eps
+        ctx.operators, ctx.eps = getattr(torch.ops, name), norm.eps
         weights = Weights(*variables[:_WEIGHTS])  # type: ignore[arg-type]
         weight, bias = variables[_WEIGHTS:]
         with _below_autograd():
-            out, z, saved = normalised.forward(ctx.library, x, weights, weight, bias, norm.eps)
+            out, z, saved = normalised.forward(ctx.operators, x, weights, weight, bias, norm.eps)
             reference.in_its_dtype(norm)(z)  # for its running statistics
         ctx.save_for_backward(x, *variables, *saved)
         ctx.set_materialize_grads(False)
@@ -53,7 +53,9 @@ class _TrainNormalised(torch.autograd.Function):
             else:
                 weights, weight = Weights(*variables[:_WEIGHTS]), variables[_WEIGHTS]
                 with _below_autograd():
-                    found = normalised.backward(ctx.library, grads, x, weights, weight, saved, mask)
+                    found = normalised.backward(
+                        ctx.operators, grads, x, weights, weight, saved, mask
+                    )
         wanted = (f if wanted else None for f, wanted in zip(found, mask, strict=True))
         return (None, None, *wanted)
 

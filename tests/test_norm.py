@@ -9,7 +9,7 @@ import torch
 import torch._dynamo.testing
 from cases import DTYPES, device_of
 from tolerance import assert_as_good_as_eager
-from torch import nn
+from torch import library, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
@@ -347,16 +347,16 @@ def test_compiled(backend, training):
 def test_operators_are_what_they_say(backend):
     ours = pair(1, conv_bias=False)[0].to(device_of(backend)).train()
     name = ops.EMULATED if backend == "emulated" else ops.FUSED
-    library = getattr(torch.ops, name)
+    operators = getattr(torch.ops, name)
     x = torch.randn(SHAPES[1], device=device_of(backend), requires_grad=True)
     given = (x, *ours.weights(), ours.norm.weight, ours.norm.bias)
-    torch.library.opcheck(library.train_normalised.default, (*given, ours.norm.eps))
+    library.opcheck(operators.train_normalised.default, (*given, ours.norm.eps))
     with torch.no_grad():
-        out, _, *saved = library.train_normalised.default(*given, ours.norm.eps)
+        out, _, *saved = operators.train_normalised.default(*given, ours.norm.eps)
         mask = [t is not None for t in given]
         grads = (torch.ones_like(out), None, torch.ones_like(saved[1]))
-        torch.library.opcheck(
-            library.backward_normalised.default,
+        library.opcheck(
+            operators.backward_normalised.default,
             (*grads, *(None if t is None else t.detach() for t in given), *saved, mask),
         )
 

@@ -136,9 +136,11 @@ class Activated(nn.BatchNorm2d):
 class Normalised(Pair):
     """Batch normalisation of a class of its own."""
 
+    norm: type[nn.Module] = Activated
+
     def __init__(self, channels, ratio=16, kernel_size=3):
         super().__init__(channels, ratio, kernel_size)
-        self.sa.conv1 = nn.Sequential(self.sa.conv1, Activated(1))
+        self.sa.conv1 = nn.Sequential(self.sa.conv1, self.norm(1))
 
 
 class Late(Pair):
@@ -291,10 +293,8 @@ class Slow(nn.BatchNorm2d):
         return F.batch_norm(z, None, None, self.weight, self.bias, True, eps=self.eps)
 
 
-class OtherStatistics(Pair):
-    def __init__(self, channels):
-        super().__init__(channels)
-        self.sa.conv1 = nn.Sequential(self.sa.conv1, Slow(1))
+class OtherStatistics(Normalised):
+    norm = Slow
 
 
 class OwnSyncBN(nn.BatchNorm2d):
@@ -304,10 +304,8 @@ class OwnSyncBN(nn.BatchNorm2d):
         return super().forward(z)
 
 
-class Synchronized(Pair):
-    def __init__(self, channels):
-        super().__init__(channels)
-        self.sa.conv1 = nn.Sequential(self.sa.conv1, OwnSyncBN(1))
+class Synchronized(Normalised):
+    norm = OwnSyncBN
 
 
 class Block(nn.Module):
