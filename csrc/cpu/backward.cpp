@@ -62,8 +62,7 @@ class Backward {
     A* pixel_sum(bool channels_first) const { return channels_first ? col_sum : row_sum; }
   };
 
-  template <class Run>
-  void before_gate(int64_t first, int64_t last, Workspace& ws, Run run) const {
+  void before_gate(int64_t first, int64_t last, Workspace& ws, const Run& run) const {
     for (int64_t n = first; n < last; ++n) {
       sum_products(n, ws, run);
       gradient_of_logits(n, ws);
@@ -77,8 +76,7 @@ class Backward {
   }
 
   // davg / S and dtop.
-  template <class Run>
-  void gate(int64_t first, int64_t last, Run run) const {
+  void gate(int64_t first, int64_t last, const Run& run) const {
     if (!p_.gradients.x && !p_.gradients.fc1_weight && !p_.gradients.fc1_bias) return;
     const int64_t samples = last - first;
     mlp_.second_layer_backward(batch_.d_logits(first), samples, t_.hidden(first),
@@ -89,8 +87,7 @@ class Backward {
       for (int64_t c = 0; c < shape_.channels; ++c) d_pooled(n)[c] /= static_cast<A>(t_.pixels);
   }
 
-  template <class Run>
-  void after_gate(int64_t first, int64_t last, int64_t end, Workspace& ws, Run run) const {
+  void after_gate(int64_t first, int64_t last, int64_t end, Workspace& ws, const Run& run) const {
     if (!p_.gradients.x) return;
     for (int64_t n = first; n < last; ++n) {
       const Reach<A> reach{ws.maps[n - first], d_pooled(n)};
@@ -116,8 +113,7 @@ class Backward {
   }
 
   // to[j] = sum over row blocks of partial[block][j]
-  template <class Run>
-  void merge_partials(const A* partial, A* to, Run run) const {
+  void merge_partials(const A* partial, A* to, const Run& run) const {
     run((t_.cols + kColumnTile - 1) / kColumnTile, [&](int64_t first, int64_t last) {
       const int64_t begin = first * kColumnTile;
       const int64_t end = last * kColumnTile < t_.cols ? last * kColumnTile : t_.cols;
@@ -128,8 +124,7 @@ class Backward {
   }
 
   // sum_s p a into the channels' sums and sum_c p g into the pixels'.
-  template <class Run>
-  void sum_products(int64_t n, Workspace& ws, Run run) const {
+  void sum_products(int64_t n, Workspace& ws, const Run& run) const {
     const A* row_factor = t_.channels_first ? t_.channel_gate(n) : t_.spatial_gate(n);
     const A* col_factor = t_.channels_first ? t_.spatial_gate(n) : t_.channel_gate(n);
     run(row_blocks(t_.rows), [&](int64_t first, int64_t last) {
@@ -160,8 +155,7 @@ class Backward {
     planes_.insert(dz, 0, t_.pixels, ws.planes);
   }
 
-  template <class Run>
-  void gradient_of_conv(int64_t n, Workspace& ws, Run run) const {
+  void gradient_of_conv(int64_t n, Workspace& ws, const Run& run) const {
     A* maps = ws.planes + planes_.size();
     const T* saved = static_cast<const T*>(p_.saved.maps) + n * 2 * t_.pixels;
     for (int64_t m = 0; m < 2; ++m)
@@ -185,8 +179,7 @@ class Backward {
   }
 
   // dmean / C and dmax.
-  template <class Run>
-  void gradient_of_maps(const Workspace& ws, const MapGradients<A>& maps, Run run) const {
+  void gradient_of_maps(const Workspace& ws, const MapGradients<A>& maps, const Run& run) const {
     run(planes_.image_rows(), [&](int64_t begin, int64_t end) {
       const int64_t width = shape_.width;
       for (int64_t row = begin; row < end; ++row) {
@@ -200,8 +193,7 @@ class Backward {
   }
 
   // dg: adds to the channels' sums what reaches the gate through the maps.
-  template <class Run>
-  void add_map_terms(int64_t n, Workspace& ws, const MapGradients<A>& maps, Run run) const {
+  void add_map_terms(int64_t n, Workspace& ws, const MapGradients<A>& maps, const Run& run) const {
     if (t_.channels_first) {
       run(t_.rows, [&](int64_t begin, int64_t end) {
         for_rows<2 * kRowsTogether>(begin, end, [&](auto together, int64_t c) {

@@ -35,11 +35,11 @@ class BatchGradients {
   // Once all samples are done.
   void finish(const ThreadPool& pool) const {
     const int64_t products = shape_.samples * shape_.channels * shape_.hidden;
-    const ThreadPool workers{products < kSmallestSplit ? 1 : pool.threads, pool.run};
+    const Run run = products < kSmallestSplit ? Run() : Run(pool);
     for_weight_type<T>(p_.weights.dtype, [&](auto type) {
       using W = typename decltype(type)::type;
-      second_layer<W>(workers);
-      first_layer<W>(workers);
+      second_layer<W>(run);
+      first_layer<W>(run);
       convolution<W>();
     });
   }
@@ -47,10 +47,10 @@ class BatchGradients {
  private:
   // dW1 and db1. Each sample counts twice: with the hidden vector of its mean, and of its maximum.
   template <class W>
-  void second_layer(const ThreadPool& workers) const {
+  void second_layer(const Run& run) const {
     const int64_t channels = shape_.channels;
     const auto d = [&](int64_t i) { return d_logits(i / 2); };
-    outer_sums(workers, 2 * shape_.samples, channels, d, static_cast<const A*>(p_.saved.hidden),
+    outer_sums(run, 2 * shape_.samples, channels, d, static_cast<const A*>(p_.saved.hidden),
                shape_.hidden, static_cast<W*>(p_.gradients.fc2_weight));
     sum_vectors(shape_.samples, channels, channels, d_logits_, A(2),
                 static_cast<W*>(p_.gradients.fc2_bias));
@@ -58,10 +58,10 @@ class BatchGradients {
 
   // dW0 and db0.
   template <class W>
-  void first_layer(const ThreadPool& workers) const {
+  void first_layer(const Run& run) const {
     const int64_t vectors = 2 * shape_.samples, hidden = shape_.hidden;
     const auto d = [&](int64_t i) { return d_hidden_ + i * hidden; };
-    outer_sums(workers, vectors, hidden, d, static_cast<const A*>(p_.saved.pooled), shape_.channels,
+    outer_sums(run, vectors, hidden, d, static_cast<const A*>(p_.saved.pooled), shape_.channels,
                static_cast<W*>(p_.gradients.fc1_weight));
     sum_vectors(vectors, hidden, hidden, d_hidden_, A(1), static_cast<W*>(p_.gradients.fc1_bias));
   }
@@ -82,10 +82,10 @@ class BatchGradients {
   // out[r][j] = sum over i of d(i)[r] * vectors[i][j], in the order of i; nothing where out is
   // null. So below.
   template <class D, class W>
-  static void outer_sums(const ThreadPool& workers, int64_t count, int64_t rows, D d,
-                         const A* vectors, int64_t n, W* out) {
+  static void outer_sums(const Run& run, int64_t count, int64_t rows, D d, const A* vectors,
+                         int64_t n, W* out) {
     if (!out) return;
-    OverThreads{workers}(rows, [&](int64_t begin, int64_t end) {
+    run(rows, [&](int64_t begin, int64_t end) {
       combine(
           begin, end, count, [&](int64_t i, int64_t r) { return d(i)[r]; }, vectors, n,
           [&](int64_t r) { return out + r * n; });

@@ -34,8 +34,8 @@ class ColumnParts {
   }
 
   // The parts of m[r][c] * factor[r], where there are several.
-  template <bool kScaled, bool kArgmax, class Run>
-  void reduce(const Matrix<const T>& m, const A* factor, const Results& to, Run run) const {
+  template <bool kScaled, bool kArgmax>
+  void reduce(const Matrix<const T>& m, const A* factor, const Results& to, const Run& run) const {
     if (count_ == 1) return;
     const int64_t tiles = (m.cols + kColumnTile - 1) / kColumnTile;
     run(count_, [&](int64_t first, int64_t last) {

@@ -51,20 +51,17 @@ class Forward {
     }
   };
 
-  template <class Run>
-  void before_gate(int64_t first, int64_t last, Workspace& ws, Run run) const {
+  void before_gate(int64_t first, int64_t last, Workspace& ws, const Run& run) const {
     for (int64_t n = first; n < last; ++n) pool(n, ws, run);
   }
 
-  template <class Run>
-  void gate(int64_t first, int64_t last, Run run) const {
+  void gate(int64_t first, int64_t last, const Run& run) const {
     mlp_.first_layer(pooled(first), last - first, hidden(first), run);
     mlp_.second_layer(hidden(first), last - first, sums_ + first * shape_.hidden,
                       channel_gate(first), run);
   }
 
-  template <class Run>
-  void after_gate(int64_t first, int64_t last, int64_t end, Workspace& ws, Run run) const {
+  void after_gate(int64_t first, int64_t last, int64_t end, Workspace& ws, const Run& run) const {
     for (int64_t n = first; n < last; ++n) {
       maps(n, ws, run);
       A* spatial =
@@ -113,8 +110,7 @@ class Forward {
       p_.saved.pixel_argmax[n * shape_.channels + c] = static_cast<int32_t>(argmax);
   }
 
-  template <class Run>
-  void pool(int64_t n, Workspace& ws, Run run) const {
+  void pool(int64_t n, Workspace& ws, const Run& run) const {
     if (channels_first_) {
       run(shape_.channels, [&](int64_t begin, int64_t end) {
         for_rows<kPooledTogether>(begin, end, [&](auto together, int64_t c) {
@@ -136,8 +132,8 @@ class Forward {
   }
 
   // Channels last.
-  template <bool kArgmax, class Run>
-  void pool_columns(int64_t n, Workspace& ws, Run run) const {
+  template <bool kArgmax>
+  void pool_columns(int64_t n, Workspace& ws, const Run& run) const {
     const int64_t channels = shape_.channels;
     columns_.template reduce<false, kArgmax>(x(n), nullptr, ws.columns, run);
     A sum[kColumnTile], max[kColumnTile];
@@ -151,16 +147,15 @@ class Forward {
   }
 
   // Mean and maximum over channels of x * channel_gate, into the planes.
-  template <class Run>
-  void maps(int64_t n, Workspace& ws, Run run) const {
+  void maps(int64_t n, Workspace& ws, const Run& run) const {
     if (p_.training())
       make_maps<true>(n, ws, run);
     else
       make_maps<false>(n, ws, run);
   }
 
-  template <bool kArgmax, class Run>
-  void make_maps(int64_t n, Workspace& ws, Run run) const {
+  template <bool kArgmax>
+  void make_maps(int64_t n, Workspace& ws, const Run& run) const {
     if (channels_first_)
       columns_.template reduce<true, kArgmax>(x(n), channel_gate(n), ws.columns, run);
     run((pixels_ + kColumnTile - 1) / kColumnTile, [&](int64_t first, int64_t last) {

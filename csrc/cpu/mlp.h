@@ -9,20 +9,21 @@
 namespace cbam::cpu {
 namespace {
 
-// put(r, v, sum over n elements of row r of a matrix times vector v) for kRows rows and kVectors
-// vectors: enough sums side by side to hide the latency of an addition, few enough for registers.
-// Each is made in the same order, whichever others are made with it.
-template <int kRows, int kVectors, class W, class A, class Put>
-CBAM_INLINE void some_products(const W* matrix, const A* vectors, int64_t n, Put put) {
+// out[v][r] = sum over j of m[r][j] * vectors[v][j] for kRows rows and kVectors vectors from these
+// on: enough sums side by side to hide the latency of an addition, few enough for registers. Each
+// is made in the same order, whichever others are made with it.
+template <int kRows, int kVectors, class W, class A>
+CBAM_INLINE void some_products(Matrix<const W> m, int64_t row, Matrix<const A> vectors,
+                               int64_t vector, Matrix<A> out) {
   A total[kRows * kVectors] = {};
-  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
-    const int64_t end = n - begin < kSumBlock ? n : begin + kSumBlock;
+  for (int64_t begin = 0; begin < m.cols; begin += kSumBlock) {
+    const int64_t end = m.cols - begin < kSumBlock ? m.cols : begin + kSumBlock;
     vec_t<A> sum[kRows * kVectors] = {};
     for_row_vectors<A>(begin, end, [&](int64_t j, auto lanes) {
       vec_t<A> x[kVectors];
-      for (int v = 0; v < kVectors; ++v) x[v] = lanes.load(vectors + v * n + j);
+      for (int v = 0; v < kVectors; ++v) x[v] = lanes.load(vectors.row(vector + v) + j);
       for (int r = 0; r < kRows; ++r) {
-        const vec_t<A> w = lanes.load(matrix + r * n + j);
+        const vec_t<A> w = lanes.load(m.row(row + r) + j);
         for (int v = 0; v < kVectors; ++v) sum[r * kVectors + v] += w * x[v];
       }
     });
@@ -31,65 +32,58 @@ CBAM_INLINE void some_products(const W* matrix, const A* vectors, int64_t n, Put
     for (int i = 0; i < kRows * kVectors; ++i) total[i] += of_block[i];
   }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) put(r, v, total[r * kVectors + v]);
+    for (int v = 0; v < kVectors; ++v) out.row(vector + v)[row + r] = total[r * kVectors + v];
 }
 
-// The same for rows [begin, end) of a matrix and all vectors [count, n]; each kRows rows stay in
-// the nearest cache until all vectors have met them.
-template <int kRows, class W, class A, class Put>
-CBAM_INLINE void products_by_rows(const W* matrix, int64_t begin, int64_t end, const A* vectors,
-                                  int64_t count, int64_t n, Put put) {
+// The same for rows [begin, end) and all vectors; each kRows rows stay in the nearest cache until
+// all vectors have met them.
+template <int kRows, class W, class A>
+CBAM_INLINE void products_by_rows(Matrix<const W> m, int64_t begin, int64_t end,
+                                  Matrix<const A> vectors, Matrix<A> out) {
   constexpr int kMost = 4;
-  for_rows<kRows>(begin, end, [&](auto together, int64_t first) {
-    for (int64_t from = 0; from < count; from += kMost)
-      for_count<kMost>(count - from < kMost ? count - from : kMost, [&](auto some) {
-        some_products<decltype(together)::value, decltype(some)::value>(
-            matrix + first * n, vectors + from * n, n,
-            [&](int r, int v, A sum) { put(first + r, from + v, sum); });
+  for_rows<kRows>(begin, end, [&](auto together, int64_t row) {
+    for (int64_t v = 0; v < vectors.rows; v += kMost)
+      for_count<kMost>(vectors.rows - v < kMost ? vectors.rows - v : kMost, [&](auto some) {
+        some_products<decltype(together)::value, decltype(some)::value>(m, row, vectors, v, out);
       });
   });
 }
-template <class W, class A, class Put>
-void products(const W* matrix, int64_t begin, int64_t end, const A* vectors, int64_t count,
-              int64_t n, Put put) {
-  if (kRegisters < 32 && count > 2)
-    products_by_rows<2>(matrix, begin, end, vectors, count, n, put);
+template <class W, class A>
+void products(Matrix<const W> m, int64_t begin, int64_t end, Matrix<const A> vectors,
+              Matrix<A> out) {
+  if (kRegisters < 32 && vectors.rows > 2)
+    products_by_rows<2>(m, begin, end, vectors, out);
   else
-    products_by_rows<kRowsTogether>(matrix, begin, end, vectors, count, n, put);
+    products_by_rows<kRowsTogether>(m, begin, end, vectors, out);
 }
 
-// kRows rows, from `first` on, of what transposed_products adds up in columns [begin, begin + n).
-template <int kRows, class W, class Factor, class Out>
-CBAM_INLINE void add_some_rows(const W* matrix, int64_t first, int64_t cols, int64_t begin,
-                               int64_t n, int64_t count, Factor factor, Out out) {
-  using A = acc_t<W>;
-  const W* rows = matrix + first * cols + begin;
-  for (int64_t k = 0; k < count; ++k) {
-    A f[kRows];
-    for (int i = 0; i < kRows; ++i) f[i] = factor(first + i, k);
-    A* to = out(k) + begin;
-    for_row_vectors<A>(0, n, [&](int64_t j, auto lanes) {
+// kRows rows, from r on, of what transposed_products adds up in columns [begin, end).
+template <int kRows, class W, class A>
+CBAM_INLINE void add_some_rows(Matrix<const W> m, int64_t r, int64_t begin, int64_t end,
+                               Matrix<const A> vectors, Matrix<A> out) {
+  for (int64_t v = 0; v < vectors.rows; ++v) {
+    const OfRows<kRows, A> factor(vectors.row(v) + r);
+    A* to = out.row(v) + begin;
+    for_row_vectors<A>(0, end - begin, [&](int64_t j, auto lanes) {
       vec_t<A> sum = lanes.load(to + j);
-      for (int i = 0; i < kRows; ++i) sum += f[i] * lanes.load(rows + i * cols + j);
+      for (int i = 0; i < kRows; ++i) sum += factor[i] * lanes.load(m.row(r + i) + begin + j);
       lanes.store(to + j, sum);
     });
   }
 }
 
-// out(k)[j] = sum over r, in its order, of factor(r, k) * matrix[r][j] for columns j in [from, end)
-// and k < count.
-template <class W, class Factor, class Out>
-void transposed_products(const W* matrix, int64_t rows, int64_t cols, int64_t from, int64_t end,
-                         int64_t count, Factor factor, Out out) {
-  using A = acc_t<W>;
+// out[v][j] = sum over r, in its order, of vectors[v][r] * m[r][j] for columns j in [from, end).
+template <class W, class A>
+void transposed_products(Matrix<const W> m, int64_t from, int64_t end, Matrix<const A> vectors,
+                         Matrix<A> out) {
   constexpr int kRows = 8;
-  for (int64_t k = 0; k < count; ++k) std::memset(out(k) + from, 0, (end - from) * sizeof(A));
+  for (int64_t v = 0; v < vectors.rows; ++v)
+    std::memset(out.row(v) + from, 0, (end - from) * sizeof(A));
   for (int64_t begin = from; begin < end; begin += kColumnTile) {
-    const int64_t n = end - begin < kColumnTile ? end - begin : kColumnTile;
-    int64_t r = 0;
-    for (; r + kRows <= rows; r += kRows)
-      add_some_rows<kRows>(matrix, r, cols, begin, n, count, factor, out);
-    for (; r < rows; ++r) add_some_rows<1>(matrix, r, cols, begin, n, count, factor, out);
+    const int64_t stop = end - begin < kColumnTile ? end : begin + kColumnTile;
+    for_rows<kRows>(0, m.rows, [&](auto together, int64_t r) {
+      add_some_rows<decltype(together)::value>(m, r, begin, stop, vectors, out);
+    });
   }
 }
 
@@ -123,51 +117,48 @@ class Mlp {
       : channels_(shape.channels), hidden_(shape.hidden), weights_(weights) {}
 
   // pooled [samples, 2, channels] -> hidden [samples, 2, hidden] = relu(W0 pooled + b0)
-  template <class Run>
-  void first_layer(const A* pooled, int64_t samples, A* hidden, Run run) const {
+  void first_layer(const A* pooled, int64_t samples, A* hidden, const Run& run) const {
     for_parts<kRowsTogether>(hidden_, run, [&](int64_t begin, int64_t end, auto type) {
       using W = typename decltype(type)::type;
+      products(fc1<W>(), begin, end, rows_of(pooled, 2 * samples, channels_),
+               rows_of(hidden, 2 * samples, hidden_));
       const W* bias = static_cast<const W*>(weights_.fc1_bias);
-      products(static_cast<const W*>(weights_.fc1_weight), begin, end, pooled, 2 * samples,
-               channels_, [&](int64_t r, int64_t i, A sum) {
-                 hidden[i * hidden_ + r] = relu(sum + (bias ? load_one(bias + r) : A(0)));
-               });
+      for (int64_t i = 0; i < 2 * samples; ++i)
+        for (int64_t r = begin; r < end; ++r) {
+          A& unit = hidden[i * hidden_ + r];
+          unit = relu(unit + (bias ? load_one(bias + r) : A(0)));
+        }
     });
   }
 
   // gate [samples, channels] = sigmoid(W1 (hidden of mean + hidden of max) + 2 b1).
   // `sums` holds samples * hidden.
-  template <class Run>
-  void second_layer(const A* hidden, int64_t samples, A* sums, A* gate, Run run) const {
+  void second_layer(const A* hidden, int64_t samples, A* sums, A* gate, const Run& run) const {
     for (int64_t n = 0; n < samples; ++n)
       for (int64_t r = 0; r < hidden_; ++r)
         sums[n * hidden_ + r] = hidden[2 * n * hidden_ + r] + hidden[(2 * n + 1) * hidden_ + r];
     for_parts<kRowsTogether>(channels_, run, [&](int64_t begin, int64_t end, auto type) {
       using W = typename decltype(type)::type;
+      products(fc2<W>(), begin, end, rows_of<const A>(sums, samples, hidden_),
+               rows_of(gate, samples, channels_));
       const W* bias = static_cast<const W*>(weights_.fc2_bias);
-      products(static_cast<const W*>(weights_.fc2_weight), begin, end, sums, samples, hidden_,
-               [&](int64_t c, int64_t n, A sum) {
-                 gate[n * channels_ + c] = sum + (bias ? A(2) * load_one(bias + c) : A(0));
-               });
       for (int64_t n = 0; n < samples; ++n)
         for_vectors<A>(end - begin, [&](int64_t j, auto lanes) {
           A* some = gate + n * channels_ + begin + j;
-          lanes.store(some, sigmoid<A>(lanes.load(some)));
+          const vec_t<A> b = bias ? lanes.load(bias + begin + j) : vec_t<A>{};
+          lanes.store(some, sigmoid<A>(lanes.load(some) + A(2) * b));
         });
     });
   }
 
   // d_logits [samples, channels] -> d_hidden [samples, 2, hidden]: W1^T d_logits where the ReLU
   // passes.
-  template <class Run>
   void second_layer_backward(const A* d_logits, int64_t samples, const A* hidden, A* d_hidden,
-                             Run run) const {
+                             const Run& run) const {
     for_parts<kLanes<A>>(hidden_, run, [&](int64_t begin, int64_t end, auto type) {
       using W = typename decltype(type)::type;
-      transposed_products(
-          static_cast<const W*>(weights_.fc2_weight), channels_, hidden_, begin, end, samples,
-          [&](int64_t c, int64_t n) { return d_logits[n * channels_ + c]; },
-          [&](int64_t n) { return d_hidden + 2 * n * hidden_; });
+      transposed_products(fc2<W>(), begin, end, rows_of(d_logits, samples, channels_),
+                          {d_hidden, samples, hidden_, 2 * hidden_});
       for (int64_t n = 0; n < samples; ++n)
         for (int64_t r = begin; r < end; ++r) {
           A* of_mean = d_hidden + 2 * n * hidden_ + r;
@@ -180,35 +171,42 @@ class Mlp {
   }
 
   // d_hidden [samples, 2, hidden] -> d_pooled [samples, 2, channels]: W0^T d_hidden.
-  template <class Run>
-  void first_layer_backward(const A* d_hidden, int64_t samples, A* d_pooled, Run run) const {
+  void first_layer_backward(const A* d_hidden, int64_t samples, A* d_pooled, const Run& run) const {
     for_parts<kLanes<A>>(channels_, run, [&](int64_t begin, int64_t end, auto type) {
       using W = typename decltype(type)::type;
-      transposed_products(
-          static_cast<const W*>(weights_.fc1_weight), hidden_, channels_, begin, end, 2 * samples,
-          [&](int64_t r, int64_t i) { return d_hidden[i * hidden_ + r]; },
-          [&](int64_t i) { return d_pooled + i * channels_; });
+      transposed_products(fc1<W>(), begin, end, rows_of(d_hidden, 2 * samples, hidden_),
+                          rows_of(d_pooled, 2 * samples, channels_));
     });
   }
 
  private:
   // Calls body(begin, end, Type<W>{}) for parts of what a layer makes `count` of, each of them, but
   // for the last, made of as many as are walked together.
-  template <int kTogether, class Run, class Body>
-  void for_parts(int64_t count, Run run, Body body) const {
+  template <int kTogether, class Body>
+  void for_parts(int64_t count, const Run& run, Body body) const {
     const auto part = [&](int64_t first, int64_t last) {
       const int64_t end = last * kTogether < count ? last * kTogether : count;
       for_weight_type<T>(weights_.dtype, [&](auto type) { body(first * kTogether, end, type); });
     };
     const int64_t parts = (count + kTogether - 1) / kTogether;
-    if (channels_ * hidden_ < kSmallestLayer)
-      part(0, parts);
-    else
-      run(parts, part);
+    (channels_ * hidden_ < kSmallestLayer ? Run() : run)(parts, part);
+  }
+
+  template <class E>
+  static Matrix<E> rows_of(E* data, int64_t rows, int64_t cols) {
+    return {data, rows, cols, cols};
+  }
+  template <class W>
+  Matrix<const W> fc1() const {
+    return rows_of(static_cast<const W*>(weights_.fc1_weight), hidden_, channels_);
+  }
+  template <class W>
+  Matrix<const W> fc2() const {
+    return rows_of(static_cast<const W*>(weights_.fc2_weight), channels_, hidden_);
   }
 
   int64_t channels_, hidden_;
-  const Weights& weights_;  // [hidden, channels], [hidden], [channels, hidden], [channels]
+  const Weights& weights_;
 };
 
 }  // namespace

@@ -40,30 +40,34 @@ inline bool is_large(const ForwardProblem& p) {
          kStreamedBytes;
 }
 
+// Out of line, so that a body is compiled once for one thread and for many.
+template <class Body>
+__attribute__((noinline)) void run_task(void* body, int64_t task) {
+  (*static_cast<Body*>(body))(task);
+}
 template <class Body>
 void parallel_tasks(const ThreadPool& pool, int64_t tasks, Body body) {
-  if (tasks == 1) return body(0);
-  pool.run(tasks, [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); }, &body);
+  if (tasks == 1) return run_task<Body>(&body, 0);
+  pool.run(tasks, run_task<Body>, &body);
 }
 
-// A stage's units, all on this thread.
-struct OnOneThread {
+// How a stage's units are run: all on this thread, or in as many runs as a pool has threads.
+class Run {
+ public:
+  Run() = default;
+  explicit Run(const ThreadPool& pool) : pool_(pool) {}
+
+  // Calls body(begin, end) for runs of units.
   template <class Body>
   void operator()(int64_t units, Body body) const {
-    body(0, units);
-  }
-};
-
-// A stage's units, in as many runs as there are threads.
-struct OverThreads {
-  const ThreadPool& pool;
-
-  template <class Body>
-  void operator()(int64_t units, Body body) const {
-    const int64_t tasks = units < pool.threads ? units : pool.threads;
-    parallel_tasks(pool, tasks,
+    const int64_t most = units < pool_.threads ? units : pool_.threads;
+    const int64_t tasks = most < 1 ? 1 : most;
+    parallel_tasks(pool_, tasks,
                    [&](int64_t t) { body(units * t / tasks, units * (t + 1) / tasks); });
   }
+
+ private:
+  ThreadPool pool_{1, nullptr};
 };
 
 // Hands out 64-byte aligned arrays from `base`; with base null it only adds up what they need.
@@ -199,14 +203,13 @@ class Schedule {
     else if (split_.whole > 0)
       apart();
     for (int64_t n = split_.whole; n < samples_; ++n)
-      take(n, n + 1, samples_, spaces_.make(0), OverThreads{pool_});
+      take(n, n + 1, samples_, spaces_.make(0), Run(pool_));
   }
 
  private:
   using Workspace = typename Direction::Workspace;
 
-  template <class Run>
-  void take(int64_t first, int64_t last, int64_t end, Workspace& ws, Run run) const {
+  void take(int64_t first, int64_t last, int64_t end, Workspace& ws, const Run& run) const {
     direction_.before_gate(first, last, ws, run);
     direction_.gate(first, last, run);
     direction_.after_gate(first, last, end, ws, run);
@@ -226,19 +229,18 @@ class Schedule {
     for_workers([&](int64_t worker, int64_t first, int64_t last) {
       Workspace& own = spaces_.make(worker);
       for (; first < last; first += split_.group)
-        take(first, last - first < split_.group ? last : first + split_.group, last, own,
-             OnOneThread{});
+        take(first, last - first < split_.group ? last : first + split_.group, last, own, Run());
     });
   }
 
   // Every worker its samples, but all of them the MLP.
   void together() {
     for_workers([&](int64_t worker, int64_t first, int64_t last) {
-      direction_.before_gate(first, last, spaces_.make(worker), OnOneThread{});
+      direction_.before_gate(first, last, spaces_.make(worker), Run());
     });
-    direction_.gate(0, split_.whole, OverThreads{pool_});
+    direction_.gate(0, split_.whole, Run(pool_));
     for_workers([&](int64_t worker, int64_t first, int64_t last) {
-      direction_.after_gate(first, last, last, spaces_[worker], OnOneThread{});
+      direction_.after_gate(first, last, last, spaces_[worker], Run());
     });
   }
 
