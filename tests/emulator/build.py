@@ -33,13 +33,13 @@ SANITIZERS = "-fsanitize=address,undefined"
 # Other dtypes take the same branches, and a build of all of them takes long.
 FLOAT32, AND_FLOAT16 = "-DCBAM_DTYPES=1", "-DCBAM_DTYPES=2"
 KERNEL_FLAGS = {
-    "plain": "-O2",
+    "plain": "-O1",
     "asan": f"-O1 -fno-omit-frame-pointer {SANITIZERS} -fno-sanitize-recover=undefined {FLOAT32}",
     # What is instrumented calls our functions: libtsan is not linked.
     "race": f"-O1 -fsanitize=thread --param tsan-instrument-func-entry-exit=0 {AND_FLOAT16}",
 }
 HOST_FLAGS = {
-    "plain": "-O2",
+    "plain": "-O1",
     "asan": KERNEL_FLAGS["asan"],
     "race": "-O2 -DCBAM_EMULATOR_RACE",
 }
