@@ -171,13 +171,10 @@ def _run_by_batch(
     library = _choose(backend, x.device)
     if library is None or x.shape[0] == 0:  # no samples have no statistics
         return _plainly(x, weights, return_attention, norm)
-    if any(w is not None and w.dtype != x.dtype for w in weights):
-        check_call(x, weights)  # which the operators, given weights that are cast, would not
     acc = accumulator_dtype(x.dtype)
-    # What the backward takes from gradients of the weights wants more than 16 bits.
-    variables = [None if t is None else t.to(acc) for t in (*weights, norm.weight, norm.bias)]
+    affine = (None if t is None else t.to(acc) for t in (norm.weight, norm.bias))
     of = ops_normalised if torch.compiler.is_compiling() else training_normalised
-    results: tuple[Tensor, ...] = of.train(library, norm, x, *variables)
+    results: tuple[Tensor, ...] = of.train(library, norm, x, *weights, *affine)
     out, channel_gate, spatial_gate = results
     if return_attention:
         return out, channel_gate.to(x.dtype), spatial_gate.to(x.dtype)

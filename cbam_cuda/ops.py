@@ -9,6 +9,14 @@ float64 for float64, else float32:
   of the maxima, pixel_argmax int32 [N, C] and channel_argmax int32 [N, S].
 - ``backward`` returns a gradient for x and each weight, an empty tensor where not asked for.
 
+Where something is done to the logits of the spatial gate, a step is made of four, without autograd:
+
+- ``logits`` returns what forward_train does, but for out and with the logits as spatial_gate.
+- ``scale`` returns out = x * channel_gate * spatial_gate.
+- ``scale_backward`` returns the gradients of both gates, through out alone.
+- ``logits_backward`` is ``backward`` from what reaches channel_gate, that through out included, and
+  from what reaches the logits; the gradient of x has its part through out as well.
+
 Two more, over these, are in `ops_normalised`.
 """
 
@@ -150,6 +158,20 @@ def _fake_forward_train(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...
         x.new_empty((samples, channels), dtype=torch.int32),
         x.new_empty((samples, math.prod(space)), dtype=torch.int32),
     )
+
+
+def _fake_logits(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
+    return _fake_forward_train(x, *weights)[1:]
+
+
+def _fake_scale(x: Tensor, channel_gate: Tensor, spatial_gate: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_scale_backward(
+    grad_out: Tensor, x: Tensor, channel_gate: Tensor, spatial_gate: Tensor
+) -> tuple[Tensor, Tensor]:
+    return channel_gate.new_empty(channel_gate.shape), spatial_gate.new_empty(spatial_gate.shape)
 
 
 def _fake_backward(
@@ -294,9 +316,16 @@ _KERNELS: dict[str, frozenset[str]] = {}
 
 def _describe(name: str) -> None:
     """Register tracing and autograd for a library that is loaded, and note what it has."""
-    library.register_fake(f"{name}::forward", _fake_forward)
-    library.register_fake(f"{name}::forward_train", _fake_forward_train)
-    library.register_fake(f"{name}::backward", _fake_backward)
+    for operator, description in (
+        ("forward", _fake_forward),
+        ("forward_train", _fake_forward_train),
+        ("backward", _fake_backward),
+        ("logits", _fake_logits),
+        ("logits_backward", _fake_backward),
+        ("scale", _fake_scale),
+        ("scale_backward", _fake_scale_backward),
+    ):
+        library.register_fake(f"{name}::{operator}", description)
     backward = getattr(torch.ops, name).backward
     library.register_autograd(
         f"{name}::forward_train",

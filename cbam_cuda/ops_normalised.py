@@ -1,7 +1,7 @@
 """Training with batch normalisation as operators, which graphs can have.
 
 For a library of operators two more, in Python over the others, which `normalised` explains; acc =
-float64 for float64, else float32, in which the weights are:
+float64 for float64, else float32, in which the norm's weight and bias are:
 
 - ``train_normalised`` returns out, z acc [N, 1, *space], and `normalised.Saved`.
 - ``backward_normalised`` returns a gradient for x, each weight, and the norm's weight and bias, an
@@ -31,7 +31,7 @@ _SAVED = ", ".join(f"Tensor {name}" for name in normalised.Saved._fields)
 _TRAIN_NORMALISED = f"train_normalised({_INPUTS}, float eps) -> (Tensor out, Tensor z, {_SAVED})"
 _BACKWARD_NORMALISED = (
     "backward_normalised(Tensor? grad_out, Tensor? grad_channel_gate, Tensor? grad_spatial_gate, "
-    f"{_INPUTS}, {_SAVED.replace('conv_', 'folded_')}, bool[] output_mask) -> Tensor[]"
+    f"{_INPUTS}, {_SAVED}, bool[] output_mask) -> Tensor[]"
 )
 _VARIABLES = 1 + _WEIGHTS + 2
 

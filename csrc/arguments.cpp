@@ -75,6 +75,22 @@ void expect_indices(const char* name, const Tensor& t, int64_t below) {
   STD_TORCH_CHECK(inside, name, ": expected indices in [0, ", below, ")");
 }
 
+// The extents of x; the others are 1.
+Shape check_x(const Tensor& x) {
+  dtype_of(x);
+  const int64_t dim = x.dim() - 2;
+  STD_TORCH_CHECK(dim >= 1 && dim <= 3, "x: expected 3, 4 or 5 dimensions, got ", dim + 2);
+  Shape s{x.size(0), x.size(1), 1, 1, 1, 1, 1, 1, 1};
+  // Spatial dimensions fill up from the last one.
+  int64_t* const space[] = {&s.width, &s.height, &s.depth};
+  for (int64_t i = 0; i < dim; ++i) *space[i] = x.size(dim + 1 - i);
+  STD_TORCH_CHECK(s.channels > 0 && s.pixels() > 0,
+                  "x: expected no empty channel or spatial dimension");
+  STD_TORCH_CHECK(s.pixels() < INT32_MAX && s.channels < INT32_MAX,
+                  "x: expected fewer than 2^31 - 1 channels and spatial positions");
+  return s;
+}
+
 int32_t code_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double: return aoti_torch_dtype_float64();
@@ -114,6 +130,13 @@ Tensor empty_as(const Tensor& x) {
   } catch (const std::exception&) {
     no_memory(x, x.sizes());
   }
+}
+
+// Not contiguous(): an empty tensor counts as that whatever its strides.
+Tensor contiguous_copy(const Tensor& t) {
+  Tensor copy = empty(t, t.sizes(), t.scalar_type());
+  torch::stable::copy_(copy, t);
+  return copy;
 }
 
 // Whether the weights of the convolution are as channels_last has them.
@@ -180,30 +203,20 @@ ScalarType accumulator_of(const Tensor& x) {
 }
 
 Shape check_forward(const Tensor& x, const WeightArguments& w) {
-  dtype_of(x);
-  const auto x_sizes = x.sizes(), k = w.conv_weight.sizes();
-  const int64_t dim = static_cast<int64_t>(x_sizes.size()) - 2;
-  STD_TORCH_CHECK(dim >= 1 && dim <= 3, "x: expected 3, 4 or 5 dimensions, got ", dim + 2);
+  Shape s = check_x(x);
+  const int64_t dim = x.dim() - 2;
+  const auto k = w.conv_weight.sizes();
   STD_TORCH_CHECK(static_cast<int64_t>(k.size()) == dim + 2, "conv_weight: expected ", dim + 2,
                   " dimensions, got ", k.size());
   for (const int64_t given : {w.fc1_weight.dim(), w.fc2_weight.dim()})
     STD_TORCH_CHECK(given == 2 || given == dim + 2, "fc1_weight and fc2_weight: expected 2 or ",
                     dim + 2, " dimensions");
-
-  // Spatial dimensions fill up from the last one.
-  int64_t space[3] = {1, 1, 1}, kernel[3] = {1, 1, 1};
-  for (int64_t i = 0; i < dim; ++i) {
-    space[3 - dim + i] = x_sizes[2 + i];
-    kernel[3 - dim + i] = k[2 + i];
-  }
-  const Shape s{x_sizes[0], x_sizes[1], w.fc1_weight.size(0),
-                space[0],   space[1],   space[2],
-                kernel[0],  kernel[1],  kernel[2]};
-  STD_TORCH_CHECK(s.channels > 0 && s.hidden > 0 && s.pixels() > 0,
-                  "x and fc1_weight: expected no empty channel, hidden or spatial dimension");
-  STD_TORCH_CHECK(s.pixels() < INT32_MAX && s.channels < INT32_MAX && s.hidden < INT32_MAX,
-                  "expected fewer than 2^31 - 1 channels, hidden channels and spatial positions");
-  STD_TORCH_CHECK(kernel[0] % 2 && kernel[1] % 2 && kernel[2] % 2,
+  s.hidden = w.fc1_weight.size(0);
+  int64_t* const kernel[] = {&s.kernel_width, &s.kernel_height, &s.kernel_depth};
+  for (int64_t i = 0; i < dim; ++i) *kernel[i] = k[k.size() - 1 - i];
+  STD_TORCH_CHECK(s.hidden > 0 && s.hidden < INT32_MAX,
+                  "fc1_weight: expected 1 to 2^31 - 2 hidden channels, got ", s.hidden);
+  STD_TORCH_CHECK(s.kernel_depth % 2 && s.kernel_height % 2 && s.kernel_width % 2,
                   "conv_weight: expected odd kernel sizes");
 
   const ScalarType dtype = w.fc1_weight.scalar_type();
@@ -217,6 +230,14 @@ Shape check_forward(const Tensor& x, const WeightArguments& w) {
   if (w.fc1_bias) expect_tensor("fc1_bias", *w.fc1_bias, {s.hidden}, x, dtype);
   if (w.fc2_bias) expect_tensor("fc2_bias", *w.fc2_bias, {s.channels}, x, dtype);
   if (w.conv_bias) expect_tensor("conv_bias", *w.conv_bias, {1}, x, dtype);
+  return s;
+}
+
+Shape check_scale(const Tensor& x, const Tensor& channel_gate, const Tensor& spatial_gate) {
+  const Shape s = check_x(x);
+  const ScalarType acc = accumulator_of(x);
+  expect_tensor("channel_gate", channel_gate, over_point(x.dim(), s.samples, s.channels), x, acc);
+  expect_tensor("spatial_gate", spatial_gate, over_space(x, s.samples, 1), x, acc);
   return s;
 }
 
@@ -311,15 +332,11 @@ Tensor in_layout_of(const Tensor& like, const Tensor& t) {
   return copy;
 }
 
+Tensor in_native_layout(const Tensor& t) { return native_strides(t) ? t : contiguous_copy(t); }
+
 std::pair<Tensor, Tensor> in_one_layout(const Tensor& a, const Tensor& b) {
   if (same_kind(native_strides(a), native_strides(b))) return {a, b};
-  // Not contiguous(): an empty tensor counts as that whatever its strides.
-  const auto copy_of = [](const Tensor& t) {
-    Tensor copy = empty(t, t.sizes(), t.scalar_type());
-    torch::stable::copy_(copy, t);
-    return copy;
-  };
-  return {copy_of(a), copy_of(b)};
+  return {contiguous_copy(a), contiguous_copy(b)};
 }
 
 Output::Output(const Tensor& x) : result(empty_as(x)), native(result) {

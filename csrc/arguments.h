@@ -47,6 +47,8 @@ struct SavedTensors {
 
 // Throws unless every tensor has the sizes, dtype and device that x and the weights' sizes ask for.
 Shape check_forward(const Tensor& x, const WeightArguments& weights);
+// The same of the last pass, which has no weights: hidden and the kernel's extents are 1.
+Shape check_scale(const Tensor& x, const Tensor& channel_gate, const Tensor& spatial_gate);
 
 // Throws unless the gradients that arrive look like the outputs they belong to.
 void check_gradients(const Tensor& x, const Shape& shape, const Tensor& grad_out,
@@ -73,6 +75,9 @@ ScalarType accumulator_of(const Tensor& x);
 // The strides of a tensor whose pixels are evenly spaced and which has pixel or channel stride 1;
 // nothing for any other.
 std::optional<Strides> native_strides(const Tensor& x);
+
+// `t` itself if its layout is native, else a contiguous copy.
+Tensor in_native_layout(const Tensor& t);
 
 // `t` itself if it has the kind of layout that `like` has, else a copy that does. `like` is dense
 // and native.

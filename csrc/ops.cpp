@@ -52,16 +52,8 @@ struct Cuda {
 
 STABLE_TORCH_LIBRARY(cbam_cuda, m) { CBAM_DEFINE_OPERATORS(m); }
 
-STABLE_TORCH_LIBRARY_IMPL(cbam_cuda, CPU, m) {
-  m.impl("forward", TORCH_BOX(&cbam::forward<cbam::Cpu>));
-  m.impl("forward_train", TORCH_BOX(&cbam::forward_train<cbam::Cpu>));
-  m.impl("backward", TORCH_BOX(&cbam::backward<cbam::Cpu>));
-}
+STABLE_TORCH_LIBRARY_IMPL(cbam_cuda, CPU, m) { CBAM_IMPLEMENT_OPERATORS(m, cbam::Cpu); }
 
 #if defined(CBAM_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(cbam_cuda, CUDA, m) {
-  m.impl("forward", TORCH_BOX(&cbam::forward<cbam::Cuda>));
-  m.impl("forward_train", TORCH_BOX(&cbam::forward_train<cbam::Cuda>));
-  m.impl("backward", TORCH_BOX(&cbam::backward<cbam::Cuda>));
-}
+STABLE_TORCH_LIBRARY_IMPL(cbam_cuda, CUDA, m) { CBAM_IMPLEMENT_OPERATORS(m, cbam::Cuda); }
 #endif

@@ -27,9 +27,10 @@ void run_forward(const Tensor& x_given, const Shape& shape, const WeightArgument
   if (shape.samples == 0) return;
   const Tensor x = in_layout_of(out.native, x_given);
   const DenseWeights weights(w);
-  Backend::forward({dtype_of(x), shape, *native_strides(x), *native_strides(out.native),
-                    x.const_data_ptr(), out.native.mutable_data_ptr(), weights.view, saved},
-                   x);
+  Backend::forward(
+      {dtype_of(x), shape, *native_strides(x), *native_strides(out.native), x.const_data_ptr(),
+       out.native.mutable_data_ptr(), weights.view, saved, Part::kAll},
+      x);
   out.finish();
 }
 
@@ -69,6 +70,75 @@ TrainOutputs forward_train(const Tensor& x, const Tensor& fc1_weight,
           saved.hidden, saved.maps,         saved.pixel_argmax, saved.channel_argmax};
 }
 
+using LogitsOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class Backend>
+LogitsOutputs logits(const Tensor& x_given, const Tensor& fc1_weight,
+                     const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
+                     const OptionalTensor& fc2_bias, const Tensor& conv_weight,
+                     const OptionalTensor& conv_bias) {
+  const WeightArguments w{fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias};
+  const Shape s = check_forward(x_given, w);
+  const SavedTensors saved = SavedTensors::make(x_given, s);
+  if (s.samples > 0) {
+    const Tensor x = in_native_layout(x_given);
+    const Strides strides = *native_strides(x);
+    const DenseWeights weights(w);
+    Backend::forward({dtype_of(x), s, strides, strides, x.const_data_ptr(), nullptr, weights.view,
+                      saved.view(), Part::kLogits},
+                     x);
+  }
+  return {saved.channel_gate, saved.spatial_gate, saved.pooled,        saved.hidden,
+          saved.maps,         saved.pixel_argmax, saved.channel_argmax};
+}
+
+// Both gates alone, as what a forward saves.
+inline Saved gates(const Tensor& channel_gate, const Tensor& spatial_gate) {
+  Saved saved{};
+  saved.channel_gate = channel_gate.mutable_data_ptr();
+  saved.spatial_gate = spatial_gate.mutable_data_ptr();
+  return saved;
+}
+
+template <class Backend>
+Tensor scale(const Tensor& x_given, const Tensor& channel_gate, const Tensor& spatial_gate) {
+  const Shape s = check_scale(x_given, channel_gate, spatial_gate);
+  Output out(x_given);
+  if (s.samples == 0) return out.result;
+  const Tensor x = in_layout_of(out.native, x_given);
+  const Tensor channel = dense(channel_gate), spatial = dense(spatial_gate);
+  Backend::forward(
+      {dtype_of(x), s, *native_strides(x), *native_strides(out.native), x.const_data_ptr(),
+       out.native.mutable_data_ptr(), Weights{}, gates(channel, spatial), Part::kScale},
+      x);
+  out.finish();
+  return out.result;
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> scale_backward(const Tensor& grad_out, const Tensor& x_given,
+                                          const Tensor& channel_gate, const Tensor& spatial_gate) {
+  const Shape s = check_scale(x_given, channel_gate, spatial_gate);
+  check_gradients(x_given, s, grad_out, std::nullopt, std::nullopt);
+  const auto [x, dout] = in_one_layout(x_given, grad_out);
+  const Tensor channel = dense(channel_gate), spatial = dense(spatial_gate);
+  const Tensor d_channel = empty(x, channel.sizes(), accumulator_of(x)),
+               d_spatial = empty(x, spatial.sizes(), accumulator_of(x));
+  BackwardProblem p{};
+  p.dtype = dtype_of(x);
+  p.shape = s;
+  p.strides = *native_strides(x);
+  p.x = x.const_data_ptr();
+  p.saved = gates(channel, spatial);
+  p.part = Part::kScale;
+  p.dout_strides = *native_strides(dout);
+  p.dout = dout.const_data_ptr();
+  p.gradients.channel_gate = d_channel.mutable_data_ptr();
+  p.gradients.spatial_gate = d_spatial.mutable_data_ptr();
+  if (s.samples > 0) Backend::backward(p, x);
+  return {d_channel, d_spatial};
+}
+
 // The gradient of a weight, for a kernel to write; empty where nobody asked for it.
 inline Tensor weight_gradient(const Tensor& x, const OptionalTensor& weight, bool wanted) {
   return wanted ? empty(x, weight->sizes(), weight->scalar_type()) : empty(x, {0}, x.scalar_type());
@@ -86,7 +156,8 @@ inline void expect_mask(const std::vector<bool>& mask, const WeightArguments& w)
 
 using InputGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <class Backend>
+// `part`: kAll or kLogits, in which `grad_spatial_gate` is that of the logits.
+template <class Backend, Part part>
 InputGradients backward(const Tensor& grad_out, const OptionalTensor& grad_channel_gate,
                         const OptionalTensor& grad_spatial_gate, const Tensor& x_given,
                         const Tensor& fc1_weight, const OptionalTensor& fc1_bias,
@@ -127,6 +198,7 @@ InputGradients backward(const Tensor& grad_out, const OptionalTensor& grad_chann
   p.x = x.const_data_ptr();
   p.weights = weights.view;
   p.saved = saved.view();
+  p.part = part;
   p.dout_strides = *native_strides(dout);
   p.dout = dout.const_data_ptr();
   p.d_channel_gate = d_gate ? d_gate->const_data_ptr() : nullptr;
@@ -141,7 +213,9 @@ InputGradients backward(const Tensor& grad_out, const OptionalTensor& grad_chann
                  written(3, d2),
                  written(4, d2b),
                  written(5, dc),
-                 written(6, dcb)};
+                 written(6, dcb),
+                 nullptr,
+                 nullptr};
   Backend::backward(p, x);
   if (dx) dx->finish();
   return {dx ? dx->result : empty(x, {0}, x.scalar_type()), d1, d1b, d2, d2b, dc, dcb};
@@ -156,13 +230,30 @@ InputGradients backward(const Tensor& grad_out, const OptionalTensor& grad_chann
   "Tensor channel_gate, Tensor spatial_gate, Tensor pooled, Tensor hidden, Tensor maps, " \
   "Tensor pixel_argmax, Tensor channel_argmax"
 
+#define CBAM_GRADIENTS "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+
 // Shapes and dtypes: cbam_cuda/ops.py, where the same outputs are described for tracing. A gradient
 // that output_mask leaves out is an empty tensor.
-#define CBAM_DEFINE_OPERATORS(m)                                                         \
-  m.def("forward(Tensor x, " CBAM_WEIGHTS ") -> Tensor");                                \
-  m.def("forward_train(Tensor x, " CBAM_WEIGHTS ") -> (Tensor out, " CBAM_SAVED ")");    \
-  m.def(                                                                                 \
-      "backward(Tensor grad_out, Tensor? grad_channel_gate, Tensor? grad_spatial_gate, " \
-      "Tensor x, " CBAM_WEIGHTS ", " CBAM_SAVED                                          \
-      ", bool[] output_mask) -> "                                                        \
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+#define CBAM_DEFINE_OPERATORS(m)                                                             \
+  m.def("forward(Tensor x, " CBAM_WEIGHTS ") -> Tensor");                                    \
+  m.def("forward_train(Tensor x, " CBAM_WEIGHTS ") -> (Tensor out, " CBAM_SAVED ")");        \
+  m.def(                                                                                     \
+      "backward(Tensor grad_out, Tensor? grad_channel_gate, Tensor? grad_spatial_gate, "     \
+      "Tensor x, " CBAM_WEIGHTS ", " CBAM_SAVED ", bool[] output_mask) -> " CBAM_GRADIENTS); \
+  m.def("logits(Tensor x, " CBAM_WEIGHTS ") -> (" CBAM_SAVED ")");                           \
+  m.def(                                                                                     \
+      "logits_backward(Tensor grad_out, Tensor? grad_channel_gate, Tensor? grad_logits, "    \
+      "Tensor x, " CBAM_WEIGHTS ", " CBAM_SAVED ", bool[] output_mask) -> " CBAM_GRADIENTS); \
+  m.def("scale(Tensor x, Tensor channel_gate, Tensor spatial_gate) -> Tensor");              \
+  m.def(                                                                                     \
+      "scale_backward(Tensor grad_out, Tensor x, Tensor channel_gate, "                      \
+      "Tensor spatial_gate) -> (Tensor, Tensor)")
+
+#define CBAM_IMPLEMENT_OPERATORS(m, Backend)                                             \
+  m.impl("forward", TORCH_BOX(&cbam::forward<Backend>));                                 \
+  m.impl("forward_train", TORCH_BOX(&cbam::forward_train<Backend>));                     \
+  m.impl("backward", TORCH_BOX((&cbam::backward<Backend, cbam::Part::kAll>)));           \
+  m.impl("logits", TORCH_BOX(&cbam::logits<Backend>));                                   \
+  m.impl("logits_backward", TORCH_BOX((&cbam::backward<Backend, cbam::Part::kLogits>))); \
+  m.impl("scale", TORCH_BOX(&cbam::scale<Backend>));                                     \
+  m.impl("scale_backward", TORCH_BOX(&cbam::scale_backward<Backend>))

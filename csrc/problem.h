@@ -72,15 +72,26 @@ struct Saved {
   int32_t* channel_argmax;  // [samples, pixels]: the channel that holds a pixel's maximum; or null
 };
 
+// What of a direction a call runs. Where the spatial gate's logits are normalised over the batch,
+// the caller does that between two calls: forwards kLogits and kScale, backwards kScale and
+// kLogits.
+enum class Part {
+  kAll,
+  kLogits,  // forwards all but the sigmoid and the last pass; backwards from what reaches the
+            // logits
+  kScale,   // out = x * channel_gate * spatial_gate for gates that are given, and what reaches them
+};
+
 struct ForwardProblem {
   DType dtype;
   Shape shape;
   Strides strides;      // of x
   Strides out_strides;  // same kind as strides
   const void* x;
-  void* out;
-  Weights weights;
-  Saved saved;
+  void* out;        // null in kLogits
+  Weights weights;  // null in kScale
+  Saved saved;  // in kLogits the logits stand for the spatial gate; in kScale both gates are read
+  Part part;
 
   CBAM_INLINE_MEMBER bool training() const { return saved.spatial_gate != nullptr; }
 };
@@ -94,6 +105,9 @@ struct Gradients {
   void* fc2_bias;
   void* conv_weight;
   void* conv_bias;
+  void* channel_gate;  // acc [samples, channels]; this and the following in kScale, where they are
+                       // all
+  void* spatial_gate;  // acc [samples, pixels]
 
   CBAM_INLINE_MEMBER bool mlp() const { return fc1_weight || fc1_bias || fc2_weight || fc2_bias; }
   CBAM_INLINE_MEMBER bool conv() const { return conv_weight || conv_bias; }
@@ -104,8 +118,9 @@ struct BackwardProblem : ForwardProblem {
   Strides dout_strides;        // same kind as strides
   Strides dx_strides;          // same kind as strides
   const void* dout;            // x's dtype
-  const void* d_channel_gate;  // acc [samples, channels] or null: what else reached the gate
-  const void* d_spatial_gate;  // acc [samples, pixels] or null
+  const void* d_channel_gate;  // acc [samples, channels] or null: what else reached the gate; in
+                               // kLogits all that did, but for what comes through the logits
+  const void* d_spatial_gate;  // acc [samples, pixels] or null; in kLogits what reached the logits
   Gradients gradients;
 };
 

@@ -35,7 +35,7 @@ class Backward {
         batch_(batch),
         d_pooled_(d_pooled),
         flipped_(flipped) {
-    flip_weights();
+    if (p_.part != Part::kScale) flip_weights();
   }
 
   struct Workspace {
@@ -64,7 +64,14 @@ class Backward {
 
   void before_gate(int64_t first, int64_t last, Workspace& ws, const Run& run) const {
     for (int64_t n = first; n < last; ++n) {
-      sum_products(n, ws, run);
+      if (p_.part == Part::kLogits)
+        begin_sums(ws);
+      else
+        sum_products(n, ws, run);
+      if (p_.part == Part::kScale) {
+        put_sums(n, ws);
+        continue;
+      }
       gradient_of_logits(n, ws);
       if (p_.gradients.conv()) gradient_of_conv(n, ws, run);
       if (!reaches_gate_) continue;
@@ -143,15 +150,29 @@ class Backward {
     merge_partials(ws.partial, ws.col_sum, run);
   }
 
+  // The same where they are part of what comes in.
+  void begin_sums(Workspace& ws) const {
+    std::memset(ws.row_sum, 0, t_.rows * sizeof(A));
+    std::memset(ws.col_sum, 0, t_.cols * sizeof(A));
+  }
+  // Where they are what is asked for.
+  void put_sums(int64_t n, const Workspace& ws) const {
+    std::memcpy(static_cast<A*>(p_.gradients.channel_gate) + n * t_.channels,
+                ws.channel_sum(t_.channels_first), t_.channels * sizeof(A));
+    std::memcpy(static_cast<A*>(p_.gradients.spatial_gate) + n * t_.pixels,
+                ws.pixel_sum(t_.channels_first), t_.pixels * sizeof(A));
+  }
+
   // dz, into the first plane.
   void gradient_of_logits(int64_t n, Workspace& ws) const {
     A* dz = ws.pixel_sum(t_.channels_first);
     const A* gate = t_.spatial_gate(n);
     if (p_.d_spatial_gate)
       add_scaled(static_cast<const A*>(p_.d_spatial_gate) + n * t_.pixels, A(1), dz, t_.pixels);
-    for_vectors<A>(t_.pixels, [&](int64_t j, auto lanes) {
-      lanes.store(dz + j, lanes.load(dz + j) * sigmoid_derivative<A>(lanes.load(gate + j)));
-    });
+    if (p_.part != Part::kLogits)
+      for_vectors<A>(t_.pixels, [&](int64_t j, auto lanes) {
+        lanes.store(dz + j, lanes.load(dz + j) * sigmoid_derivative<A>(lanes.load(gate + j)));
+      });
     planes_.insert(dz, 0, t_.pixels, ws.planes);
   }
 

@@ -4,6 +4,7 @@
 #include "column_parts.h"
 #include "kernels.h"
 #include "mlp.h"
+#include "output.h"
 #include "schedule.h"
 #include "stencil.h"
 
@@ -25,7 +26,7 @@ class Forward {
         pixels_(problem.shape.pixels()),
         channels_first_(problem.strides.channels_first()),
         columns_(columns_of(problem)),
-        large_(is_large(problem)),
+        output_(problem),
         sums_(sums) {}
 
   struct Workspace {
@@ -68,11 +69,10 @@ class Forward {
           p_.training() ? static_cast<A*>(p_.saved.spatial_gate) + n * pixels_ : ws.spatial;
       run(planes_.image_rows(),
           [&](int64_t from, int64_t to) { spatial_gate(ws, spatial, from, to); });
-      const A* gate = channel_gate(n);
+      if (p_.part == Part::kLogits) continue;
       const int64_t next = sample_to_fetch(n, last - first, end);
       run(x(n).rows, [&](int64_t from, int64_t to) {
-        scale_rows(x(n), out(n), from, to, channels_first_ ? gate : spatial,
-                   channels_first_ ? spatial : gate, large_, x(next));
+        output_.write(n, channel_gate(n), spatial, from, to, next);
       });
     }
   }
@@ -88,14 +88,7 @@ class Forward {
     return {channels, pixels, eighth < kMapRows ? kMapRows : eighth};
   }
 
-  Matrix<const T> x(int64_t n) const { return matrix(static_cast<const T*>(p_.x), p_.strides, n); }
-  Matrix<T> out(int64_t n) const { return matrix(static_cast<T*>(p_.out), p_.out_strides, n); }
-  template <class E>
-  Matrix<E> matrix(E* base, const Strides& s, int64_t n) const {
-    E* data = base + n * s.sample;
-    return channels_first_ ? Matrix<E>{data, shape_.channels, pixels_, s.channel}
-                           : Matrix<E>{data, pixels_, shape_.channels, s.pixel};
-  }
+  Matrix<const T> x(int64_t n) const { return output_.x(n); }
 
   A* pooled(int64_t n) const { return static_cast<A*>(p_.saved.pooled) + n * 2 * shape_.channels; }
   A* hidden(int64_t n) const { return static_cast<A*>(p_.saved.hidden) + n * 2 * shape_.hidden; }
@@ -205,10 +198,11 @@ class Forward {
     for (int64_t j = 0; j < end - begin; ++j) channel[j] = static_cast<int32_t>(argmax[j]);
   }
 
-  // Image rows [begin, end) of sigmoid(conv(maps) + bias).
+  // Image rows [begin, end) of conv(maps) + bias, and of the sigmoid where that is what follows.
   void spatial_gate(const Workspace& ws, A* gate, int64_t begin, int64_t end) const {
     for (int64_t row = begin; row < end; ++row)
       correlate_row(planes_, ws.planes, 2, ws.taps, ws.bias, row, gate + row * shape_.width);
+    if (p_.part == Part::kLogits) return;
     A* rows = gate + begin * shape_.width;
     for_vectors<A>((end - begin) * shape_.width, [&](int64_t j, auto lanes) {
       lanes.store(rows + j, sigmoid<A>(lanes.load(rows + j)));
@@ -227,13 +221,14 @@ class Forward {
   int64_t pixels_;
   bool channels_first_;
   ColumnParts<T> columns_;
-  bool large_;  // the output
-  A* sums_;     // [samples, hidden]: of the hidden vectors
+  LastPass<T> output_;
+  A* sums_;  // [samples, hidden]: of the hidden vectors
 };
 
 template <class T>
 void run(const ForwardProblem& problem, const ThreadPool& pool) {
   using A = acc_t<T>;
+  if (problem.part == Part::kScale) return scale<T>(problem, pool);
   A* sums = nullptr;
   Scratch scratch;
   scratch.carve([&](Carver& carver) {

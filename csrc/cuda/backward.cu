@@ -15,8 +15,9 @@ class BackwardGroup {
                 const BackwardScratch& bytes, void* scratch)
       : p_(problem), plan_(plan), first_(problem.strides.channels_first()) {
     ScratchParts parts(scratch);
-    const Sums rows{parts.take(bytes.cross_rows), plan.cross.tiles};
-    const Sums cols{parts.take(bytes.cross_cols), plan.cross.splits};
+    const bool sums = problem.part != Part::kLogits;  // else they are part of what comes in
+    const Sums rows{parts.take(bytes.cross_rows), sums ? plan.cross.tiles : 0};
+    const Sums cols{parts.take(bytes.cross_cols), sums ? plan.cross.splits : 0};
     d_spatial_ = first_ ? cols : rows;
     d_channel_ = first_ ? rows : cols;
     d_maps_ = parts.take(bytes.d_maps);
@@ -35,6 +36,14 @@ class BackwardGroup {
             first_ ? d_spatial_ : d_channel_};
   }
 
+  TotalSums total_sums() const {
+    const int channels = static_cast<int>(p_.shape.channels),
+              pixels = static_cast<int>(p_.shape.pixels());
+    const Gradients& g = p_.gradients;
+    return {p_.shape.samples, channels,       pixels,        d_channel_,
+            d_spatial_,       g.channel_gate, g.spatial_gate};
+  }
+
   Stencil stencil(void* d_conv) const {
     const Shape& s = p_.shape;
     Stencil g{};
@@ -43,7 +52,7 @@ class BackwardGroup {
     g.geometry = plan_.stencil;
     g.d_spatial = d_spatial_;
     g.d_spatial_gate = p_.d_spatial_gate;
-    g.spatial_gate = p_.saved.spatial_gate;
+    g.spatial_gate = p_.part == Part::kLogits ? nullptr : p_.saved.spatial_gate;
     g.maps = p_.saved.maps;
     g.weight_dtype = p_.weights.dtype;
     g.conv_weight = p_.weights.conv_weight;
@@ -188,7 +197,11 @@ void run_streaming(const BackwardProblem& problem, const BackwardPlan& plan,
     select_samples(part, first, count);
     const BackwardGroup group(part, plan, bytes, memory);
     const BackwardGrids grid = grids(plan, part, count);
-    cross_sums(part.dtype, group.cross_sums(), grid.cross, stream);
+    if (part.part != Part::kLogits) cross_sums(part.dtype, group.cross_sums(), grid.cross, stream);
+    if (part.part == Part::kScale) {
+      total_sums(part.dtype, group.total_sums(), grid.totals, stream);
+      continue;
+    }
     stencil(part.dtype,
             group.stencil(further(sums.d_conv, first * boxes * (2 * s.taps() + 1), acc)),
             grid.stencil, stream);

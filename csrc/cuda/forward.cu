@@ -91,6 +91,10 @@ void run_streaming(const ForwardProblem& problem, const ForwardPlan& plan, void*
     select_samples(part, first, count);
     const ForwardGroup group(part, plan, bytes, memory);
     const ForwardGrids grid = grids(plan, part, count);
+    if (part.part == Part::kScale) {
+      scale(part.dtype, group.spatial_gate(), grid.scale, stream);
+      continue;
+    }
     reduce(part.dtype, group.pool(), grid.pool, stream);
     if (plan.mlp.together) {
       both_layers(group.channel_gate(), grid.hidden, stream);
@@ -99,7 +103,8 @@ void run_streaming(const ForwardProblem& problem, const ForwardPlan& plan, void*
       gate_layer(group.channel_gate(), grid.gate, stream);
     }
     reduce(part.dtype, group.maps(), grid.maps, stream);
-    spatial_gate(part.dtype, group.spatial_gate(), grid.scale, stream);
+    const auto last = part.part == Part::kLogits ? spatial_logits : spatial_gate;
+    last(part.dtype, group.spatial_gate(), grid.scale, stream);
   }
 }
 

@@ -320,6 +320,7 @@ ForwardGrids grids(const ForwardPlan& plan, const ForwardProblem& p, int64_t sam
 
 ForwardScratch scratch(const ForwardPlan& plan, const ForwardProblem& p) {
   if (const auto& r = plan.resident) return {0, 0, 0, 0, r->exchanged()};
+  if (p.part == Part::kScale) return {};
   const int64_t acc = bytes_of_accumulator(p.dtype), samples = plan.group.samples;
   const int64_t pooled = samples * plan.pool.splits * p.shape.channels;
   const int64_t mapped = samples * plan.maps.splits * p.shape.pixels();

@@ -114,7 +114,7 @@ inline bool takes_both_layers(const BackwardPlan& plan, const BackwardProblem& p
 
 // As in a forward; here the second layer comes first.
 struct BackwardGrids {
-  Grid cross, stencil, terms, gate, hidden, input;
+  Grid cross, totals, stencil, terms, gate, hidden, input;
 };
 Grid resident_grid(const BackwardPlan& plan, const BackwardProblem& problem);
 BackwardGrids grids(const BackwardPlan& plan, const BackwardProblem& problem, int64_t samples);

@@ -150,9 +150,10 @@ BackwardGrids grids_of(const BackwardPlan& plan, const BackwardProblem& p, int64
   const Shape& s = p.shape;
   const MlpBackwardGeometry& mlp = plan.mlp;
   const bool both = takes_both_layers(plan, p);
-  return {
+  BackwardGrids grids = {
       grid_of(plan, samples * plan.cross.blocks_per_sample(), kThreads,
               shared_bytes<CrossShared<A>>(plan.cross)),
+      grid_of(plan, ceil_div(samples * (s.channels + s.pixels()), kThreads), kThreads, 0),
       grid_of(plan, samples * plan.stencil.boxes(), kThreads, stencil_bytes<A>(plan.stencil, p)),
       grid_of(plan, samples * plan.terms.blocks_per_sample(), kThreads,
               shared_bytes<TermsShared<A>>(plan.terms, p.strides.channels_first())),
@@ -166,6 +167,9 @@ BackwardGrids grids_of(const BackwardPlan& plan, const BackwardProblem& p, int64
       grid_of(plan, samples * plan.input.blocks_per_sample(), kThreads,
               shared_bytes<InputGradientShared<A>>(plan.input)),
   };
+  // As the first launch it would not wait before it reads the weights.
+  grids.stencil.overlaps &= p.part != Part::kLogits;
+  return grids;
 }
 
 int launches_of(const BackwardProblem& p) { return takes_layers_together(p) ? 5 : 6; }
@@ -248,6 +252,11 @@ WeightGrids weight_grids(const BackwardPlan& plan, const BackwardProblem& p) {
 BackwardScratch scratch(const BackwardPlan& plan, const BackwardProblem& p) {
   const Shape& s = p.shape;
   const int64_t acc = bytes_of_accumulator(p.dtype), samples = plan.group.samples;
+  const bool first = p.strides.channels_first();
+  const int64_t rows = first ? s.channels : s.pixels(), cols = first ? s.pixels() : s.channels;
+  const int64_t cross_rows = padded(samples * plan.cross.tiles * rows * acc),
+                cross_cols = padded(samples * plan.cross.splits * cols * acc);
+  if (p.part == Part::kScale) return {cross_rows, cross_cols, 0, 0, 0, 0, 0, 0, 0};
   const int64_t conv = p.gradients.conv() ? s.samples * plan.conv_shares() : 0;
   BackwardScratch bytes{};
   bytes.dm = padded(s.samples * s.channels * acc);
@@ -259,11 +268,11 @@ BackwardScratch scratch(const BackwardPlan& plan, const BackwardProblem& p) {
     bytes.dm = bytes.d_hidden = 0;
     return bytes;
   }
-  const bool first = p.strides.channels_first();
-  const int64_t rows = first ? s.channels : s.pixels(), cols = first ? s.pixels() : s.channels;
   const int64_t term_parts = first ? plan.terms.tiles : plan.terms.splits;
-  bytes.cross_rows = padded(samples * plan.cross.tiles * rows * acc);
-  bytes.cross_cols = padded(samples * plan.cross.splits * cols * acc);
+  if (p.part != Part::kLogits) {
+    bytes.cross_rows = cross_rows;
+    bytes.cross_cols = cross_cols;
+  }
   bytes.d_maps = padded(samples * 2 * s.pixels() * acc);
   bytes.terms = padded(samples * term_parts * s.channels * acc);
   bytes.d_pooled = padded(samples * 2 * s.channels * acc);

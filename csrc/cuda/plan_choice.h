@@ -42,6 +42,8 @@ template <class Plan, class Problem, class Streaming>
 Plan held_plan(const Problem& p, const DeviceLimits& device, const Strategy& strategy,
                Streaming streaming) {
   Plan plan{};
+  plan.reason = "a part of a direction is streamed";
+  if (p.part != Part::kAll) return plan;
   plan.reason = "asked for";
   if (strategy.kind == Strategy::kStreaming) return plan;
   const bool forced = strategy.kind != Strategy::kAuto;

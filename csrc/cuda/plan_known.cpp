@@ -17,8 +17,8 @@ constexpr size_t kMostKnown = 1024;
 class Key {
  public:
   Key(const ForwardProblem& p, const DeviceLimits& device, const Strategy& strategy) {
-    const auto& [dtype, shape, strides, out_strides, x, out, weights, saved] = p;
-    numbers(dtype);
+    const auto& [dtype, shape, strides, out_strides, x, out, weights, saved, part] = p;
+    numbers(dtype, part);
     of(strategy);
     of(shape);
     of(strides);
@@ -68,8 +68,8 @@ class Key {
     tensors(channel, pooled, hidden, spatial, maps, pixel_argmax, channel_argmax);
   }
   void of(const Gradients& g) {
-    const auto& [x, fc1, fc1_bias, fc2, fc2_bias, conv, conv_bias] = g;
-    tensors(x, fc1, fc1_bias, fc2, fc2_bias, conv, conv_bias);
+    const auto& [x, fc1, fc1_bias, fc2, fc2_bias, conv, conv_bias, channel_gate, spatial_gate] = g;
+    tensors(x, fc1, fc1_bias, fc2, fc2_bias, conv, conv_bias, channel_gate, spatial_gate);
   }
   void of(const Strategy& s) {
     const auto& [kind, way] = s;

@@ -43,7 +43,9 @@ ScaleGeometry plan_last_pass(const ForwardProblem& p, int64_t samples, int map_s
   const bool first = p.strides.channels_first();
   const auto in = ColumnAccess(View(p, p.strides, p.x), vector).of_two_rows(vector);
   const auto out = ColumnAccess(View(p, p.out_strides, p.out), vector).of_two_rows(vector);
-  const int64_t most_chunks = std::max<int64_t>(1, s.channels / pieces_of(p, samples).channels);
+  const bool gate_alone = p.part == Part::kLogits;
+  const int64_t most_chunks =
+      gate_alone ? 1 : std::max<int64_t>(1, s.channels / pieces_of(p, samples).channels);
   ScaleGeometry g{};
   g.access = in.access == out.access ? in.access : Access::kScalar;
   g.chunk = static_cast<int>(std::min(s.channels, kMostChannels));  // what room they may need
@@ -64,7 +66,10 @@ ScaleGeometry plan_last_pass(const ForwardProblem& p, int64_t samples, int map_s
   const bool packed = g.access == Access::kPacked;
   g.period = in.period;
   g.row_group = packed ? in.row_group : 1;
-  if (packed && !first) {
+  if (gate_alone) {
+    g.chunk = 0;
+    g.chunks = 1;
+  } else if (packed && !first) {
     g.chunk = static_cast<int>(s.channels);
     g.chunks = 1;
   } else {

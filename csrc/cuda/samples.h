@@ -40,6 +40,8 @@ inline void select_samples(BackwardProblem& p, int64_t first, int64_t count) {
   p.d_channel_gate = further(p.d_channel_gate, first * s.channels, acc);
   p.d_spatial_gate = further(p.d_spatial_gate, first * s.pixels(), acc);
   p.gradients.x = further(p.gradients.x, first * p.dx_strides.sample, element);
+  p.gradients.channel_gate = further(p.gradients.channel_gate, first * s.channels, acc);
+  p.gradients.spatial_gate = further(p.gradients.spatial_gate, first * s.pixels(), acc);
   select_samples(static_cast<ForwardProblem&>(p), first, count);
 }
 

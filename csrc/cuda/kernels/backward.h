@@ -91,6 +91,16 @@ struct CrossSums {
 };
 void cross_sums(DType dtype, const CrossSums& p, const Grid& grid, Stream stream);
 
+// total_sums.cu: the parts of both, added up.
+struct TotalSums {
+  int64_t samples;
+  int rows, cols;
+  Sums row_parts, col_parts;
+  void* row_totals;  // acc [samples, rows]
+  void* col_totals;  // acc [samples, cols]
+};
+void total_sums(DType dtype, const TotalSums& p, const Grid& grid, Stream stream);
+
 // map_terms.cu: sum_s x * (d_mean[s] + d_max[s] where c is s's maximum).
 struct MapTerms {
   Matrix x;
@@ -110,7 +120,7 @@ struct Stencil {
   BoxGeometry geometry;
   Sums d_spatial;
   const void* d_spatial_gate;  // acc [samples, pixels], or null: what else reached the gate
-  const void* spatial_gate;    // acc [samples, pixels]
+  const void* spatial_gate;    // acc [samples, pixels], or null: d is that of the logits
   const void* maps;            // x's dtype [samples, 2, pixels]
   DType weight_dtype;
   ConvWeight conv_weight;

@@ -87,11 +87,11 @@ __device__ __forceinline__ void correlate_run(const Box& box, const Space& s, co
   }
 }
 
-// put(index within the box, pixel of the image, gate) for every pixel of the box, kCount neighbours
-// to kSharing threads side by side, each of which takes some of the kernel's rows.
+// put(index within the box, pixel of the image, logit) for every pixel of the box, kCount
+// neighbours to kSharing threads side by side, each of which takes some of the kernel's rows.
 template <int kCount, int kSharing, class A, class Put>
-__device__ __forceinline__ void gate_box(const Box& box, const Space& s, const A* staged,
-                                         const A* weight, Put put) {
+__device__ __forceinline__ void logit_box(const Box& box, const Space& s, const A* staged,
+                                          const A* weight, Put put) {
   const A bias = weight[2 * s.taps()];
   const int runs = (box.width + kCount - 1) / kCount, total = runs * box.height * box.depth;
   const int part = threadIdx.x % kSharing;
@@ -104,9 +104,16 @@ __device__ __forceinline__ void gate_box(const Box& box, const Space& s, const A
 #pragma unroll
     for (int k = 0; k < kCount; ++k)
       if (i < total && k % kSharing == part && x + k < box.width)
-        put((z * box.height + y) * box.width + x + k, box.pixel(s, z, y, x + k),
-            sigmoid(sum[k] + bias));
+        put((z * box.height + y) * box.width + x + k, box.pixel(s, z, y, x + k), sum[k] + bias);
   }
+}
+
+// The same of the gates.
+template <int kCount, int kSharing, class A, class Put>
+__device__ __forceinline__ void gate_box(const Box& box, const Space& s, const A* staged,
+                                         const A* weight, Put put) {
+  logit_box<kCount, kSharing>(box, s, staged, weight,
+                              [&](int at, int pixel, A logit) { put(at, pixel, sigmoid(logit)); });
 }
 
 // The same, by a thread or by two for a pixel where there are so many.

@@ -283,7 +283,8 @@ struct ScaleGeometry : BoxGeometry {
   int threads_along;      // threads side by side along a group of rows; kPacked only
 };
 
-// spatial_gate.cu: sigmoid(conv(maps) + bias), and out = x * channel_gate * spatial_gate.
+// spatial_gate.cu: sigmoid(conv(maps) + bias), and out = x * channel_gate * spatial_gate; or one
+// half of it, spatial_logits or scale.
 struct SpatialGate {
   Matrix x;
   void* out;
@@ -297,8 +298,9 @@ struct SpatialGate {
   DType weight_dtype;
   ConvWeight conv_weight;
   const void* conv_bias;  // [1] or null
-  void* saved_gate;       // acc [samples, pixels]; this and the following null in inference
-  void* saved_maps;       // x's dtype [samples, 2, pixels]
+  void* saved_gate;  // acc [samples, pixels]: spatial_logits writes logits here, scale reads it;
+                     // this and the following null in inference
+  void* saved_maps;  // x's dtype [samples, 2, pixels]
   int32_t* saved_argmax;  // [samples, pixels]; null where maps.argmax is that already
 };
 
@@ -306,6 +308,8 @@ struct SpatialGate {
 constexpr int kScaleBlocks = 3;
 
 void spatial_gate(DType dtype, const SpatialGate& p, const Grid& grid, Stream stream);
+void spatial_logits(DType dtype, const SpatialGate& p, const Grid& grid, Stream stream);
+void scale(DType dtype, const SpatialGate& p, const Grid& grid, Stream stream);
 
 template <class A>
 struct ScaleShared {

@@ -224,6 +224,23 @@ __device__ __forceinline__ void scale_packed(const SpatialGate& p, const ScaleBl
   }
 }
 
+template <class A>
+__device__ __forceinline__ void stage(const SpatialGate& p, const ScaleBlock& block, A* staged) {
+  if (p.maps.splits == 1)
+    stage_whole(p, block, staged);
+  else
+    stage_merged(p, block, staged);
+}
+
+template <Access kAccess, bool kChannelsFirst, class T, class A>
+__device__ __forceinline__ void scale_block(const SpatialGate& p, const ScaleBlock& block,
+                                            const ScaleShared<A>& shared) {
+  if constexpr (kAccess == Access::kPacked)
+    scale_packed<T>(p, block, shared);
+  else
+    scale_rows<kAccess, kChannelsFirst, T>(p, block, shared);
+}
+
 template <class T, Access kAccess, bool kChannelsFirst>
 __global__ void __launch_bounds__(kThreads, kScaleBlocks) spatial_gate_kernel(const SpatialGate p) {
   using A = acc_t<T>;
@@ -234,18 +251,58 @@ __global__ void __launch_bounds__(kThreads, kScaleBlocks) spatial_gate_kernel(co
   stage_conv_weights<T>(p.conv_weight, p.conv_bias, p.weight_dtype, p.space, shared.weight);
   wait_for_previous_launch();
   stage_constants(p, block, shared);
-  if (p.maps.splits == 1)
-    stage_whole(p, block, shared.maps);
-  else
-    stage_merged(p, block, shared.maps);
+  stage(p, block, shared.maps);
   __syncthreads();
   if (block.saves) save_block<T>(p, block, shared.maps);
   gate_pixels(p, block, shared);
   __syncthreads();
-  if constexpr (kAccess == Access::kPacked)
-    scale_packed<T>(p, block, shared);
-  else
-    scale_rows<kAccess, kChannelsFirst, T>(p, block, shared);
+  scale_block<kAccess, kChannelsFirst, T>(p, block, shared);
+}
+
+// The first half by itself:
+//
+//   saved_gate[s] = sum over m, k of conv_weight[m][k] * maps[m][s + k] + conv_bias
+//
+// grid    samples * boxes blocks of 256 threads; a block takes a box of pixels and no channels
+// shared  as above, but for the channels
+// bytes   every block reads the maps of its box and halo and the weights; writes a logit, and what
+//         backward reads of the maps
+template <class T>
+__global__ void __launch_bounds__(kThreads, kScaleBlocks)
+    spatial_logits_kernel(const SpatialGate p) {
+  using A = acc_t<T>;
+  const ScaleBlock block(p);
+  SharedCarver carver(dynamic_shared_memory());
+  const ScaleShared<A> shared(carver, p.geometry, p.space);
+  stage_conv_weights<T>(p.conv_weight, p.conv_bias, p.weight_dtype, p.space, shared.weight);
+  wait_for_previous_launch();
+  stage(p, block, shared.maps);
+  __syncthreads();
+  save_block<T>(p, block, shared.maps);
+  A* logits = static_cast<A*>(p.saved_gate) + block.sample * p.space.pixels();
+  logit_box<1, 1>(block, p.space, shared.maps, shared.weight,
+                  [&](int, int pixel, A logit) { logits[pixel] = logit; });
+}
+
+// The second half by itself, for a gate that is given:
+//
+//   out[c][s] = x[c][s] * channel_gate[c] * saved_gate[s]
+//
+// grid, shared  as above
+// bytes         reads x once, writes out once; every block reads its pixels' and channels' gates
+template <class T, Access kAccess, bool kChannelsFirst>
+__global__ void __launch_bounds__(kThreads, kScaleBlocks) scale_kernel(const SpatialGate p) {
+  using A = acc_t<T>;
+  const ScaleBlock block(p);
+  SharedCarver carver(dynamic_shared_memory());
+  const ScaleShared<A> shared(carver, p.geometry, p.space);
+  wait_for_previous_launch();
+  stage_constants(p, block, shared);
+  const A* gate = static_cast<const A*>(p.saved_gate) + block.sample * p.space.pixels();
+  for (int i = threadIdx.x; i < block.pixels(); i += kThreads)
+    shared.spatial[i] = gate[shared.pixel[i]];  // which this thread has staged
+  __syncthreads();
+  scale_block<kAccess, kChannelsFirst, T>(p, block, shared);
 }
 
 }  // namespace
@@ -256,6 +313,21 @@ void spatial_gate(DType dtype, const SpatialGate& p, const Grid& grid, Stream st
         using T = typename decltype(storage)::type;
         launch("spatial_gate", spatial_gate_kernel<T, access.value, first.value>, grid, stream, p);
       });
+}
+
+void spatial_logits(DType dtype, const SpatialGate& p, const Grid& grid, Stream stream) {
+  with_storage(dtype, [&](auto storage) {
+    using T = typename decltype(storage)::type;
+    launch("spatial_logits", spatial_logits_kernel<T>, grid, stream, p);
+  });
+}
+
+void scale(DType dtype, const SpatialGate& p, const Grid& grid, Stream stream) {
+  with_layout(dtype, p.geometry.access, p.channels_first,
+              [&](auto storage, auto access, auto first) {
+                using T = typename decltype(storage)::type;
+                launch("scale", scale_kernel<T, access.value, first.value>, grid, stream, p);
+              });
 }
 
 }  // namespace cbam::cuda

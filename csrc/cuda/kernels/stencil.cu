@@ -1,6 +1,8 @@
 // The spatial gate backwards, from the sums over channels that the first pass left:
 //
-//   dz[s]        = (d_spatial[s] + what else reached the gate) * gate[s] * (1 - gate[s])
+//   dz[s]        = (d_spatial[s] + what else reached the gate) * gate[s] * (1 - gate[s]), or
+//   without
+//                  these factors where it reached the logits
 //   d_maps[m][s] = sum_k dz[s - k] * conv_weight[m][k], the first divided by the channels
 //   d_conv[m][k] = sum_s maps[m][s] * dz[s - k]      d_bias = sum_s dz[s]
 //
@@ -39,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 2 : 4)
     if (pixel >= 0) {
       const A d = total_of<A>(p.d_spatial, box.sample, pixels, pixel) +
                   (more ? __ldg(more + box.sample * pixels + pixel) : A(0));
-      dz = d * sigmoid_derivative<A>(gate[pixel]);
+      dz = p.spatial_gate ? d * sigmoid_derivative<A>(gate[pixel]) : d;
     }
     stage_dz(box, i, dz, shared.dz);
   });

@@ -91,6 +91,9 @@ void watch_gradients(const Watched& watched, const BackwardProblem& p) {
   watched.write("gradients", g.fc2_bias, s.channels * size);
   watched.write("gradients", g.conv_weight, 2 * s.taps() * size);
   watched.write("gradients", g.conv_bias, size);
+  const int64_t acc = bytes_of_accumulator(p.dtype);
+  watched.write("d_channel_gate", g.channel_gate, s.samples * s.channels * acc);
+  watched.write("d_spatial_gate", g.spatial_gate, s.samples * s.pixels() * acc);
 }
 
 struct Emulated {
@@ -103,8 +106,12 @@ struct Emulated {
     watched.write("out", p.out, extent(p, p.out_strides));
     watched.write("scratch", memory.mutable_data_ptr(), bytes);
     watch_weights(watched, p);
-    watch_saved(
-        p, [&](const char* name, void* data, int64_t size) { watched.write(name, data, size); });
+    watch_saved(p, [&](const char* name, void* data, int64_t size) {
+      if (p.part == Part::kScale)
+        watched.read(name, data, size);
+      else
+        watched.write(name, data, size);
+    });
     cuda::run(p, plan, memory.mutable_data_ptr(), nullptr);
   }
   static void backward(const BackwardProblem& p, const Tensor& x) {
@@ -137,9 +144,7 @@ struct Emulated {
 STABLE_TORCH_LIBRARY(cbam_cuda_emulated, m) { CBAM_DEFINE_OPERATORS(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(cbam_cuda_emulated, CPU, m) {
-  m.impl("forward", TORCH_BOX(&cbam::forward<cbam::Emulated>));
-  m.impl("forward_train", TORCH_BOX(&cbam::forward_train<cbam::Emulated>));
-  m.impl("backward", TORCH_BOX(&cbam::backward<cbam::Emulated>));
+  CBAM_IMPLEMENT_OPERATORS(m, cbam::Emulated);
 }
 
 #pragma GCC visibility push(default)

@@ -1,0 +1,64 @@
+// The last pass of the forward: out = x * channel_gate * spatial_gate.
+#pragma once
+
+#include "../problem.h"
+#include "reduce.h"
+#include "schedule.h"
+
+namespace cbam::cpu {
+namespace {
+
+template <class T>
+class LastPass {
+ public:
+  using A = acc_t<T>;
+
+  explicit LastPass(const ForwardProblem& problem)
+      : p_(problem), first_(problem.strides.channels_first()), large_(is_large(problem)) {}
+
+  Matrix<const T> x(int64_t n) const { return matrix(static_cast<const T*>(p_.x), p_.strides, n); }
+
+  // Rows [begin, end) of a sample. Those of the sample `next` are asked for meanwhile; n itself for
+  // none.
+  void write(int64_t n, const A* channel_gate, const A* spatial_gate, int64_t begin, int64_t end,
+             int64_t next) const {
+    const auto out = matrix(static_cast<T*>(p_.out), p_.out_strides, n);
+    scale_rows(x(n), out, begin, end, first_ ? channel_gate : spatial_gate,
+               first_ ? spatial_gate : channel_gate, large_, x(next));
+  }
+
+ private:
+  template <class E>
+  Matrix<E> matrix(E* base, const Strides& s, int64_t n) const {
+    const int64_t channels = p_.shape.channels, pixels = p_.shape.pixels();
+    E* data = base + n * s.sample;
+    return first_ ? Matrix<E>{data, channels, pixels, s.channel}
+                  : Matrix<E>{data, pixels, channels, s.pixel};
+  }
+
+  const ForwardProblem& p_;
+  bool first_;  // the channels
+  bool large_;  // the output
+};
+
+// By itself, for gates that are given.
+template <class T>
+void scale(const ForwardProblem& p, const ThreadPool& pool) {
+  using A = acc_t<T>;
+  const Shape& s = p.shape;
+  const LastPass<T> output(p);
+  const int64_t rows = p.strides.channels_first() ? s.channels : s.pixels();
+  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
+  const bool small = s.samples * s.channels * s.pixels() < kSmallestSplit;
+  (small ? Run() : Run(pool))(s.samples * blocks, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t n = i / blocks, begin = i % blocks * kRowBlock;
+      output.write(n, static_cast<const A*>(p.saved.channel_gate) + n * s.channels,
+                   static_cast<const A*>(p.saved.spatial_gate) + n * s.pixels(), begin,
+                   rows - begin < kRowBlock ? rows : begin + kRowBlock, n);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace cbam::cpu
