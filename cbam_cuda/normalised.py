@@ -1,8 +1,8 @@
 """Batch normalisation in the spatial gate by statistics of the batch, forward and backward.
 
 A library has operators for what stands before the normalisation and for what stands behind it, so
-that x is read no more often than without one. What is between them is one value a position, and
-PyTorch's.
+that the CPU reads x no more often than without one. CUDA streams it, as samples cannot stay on the
+chip until all have been seen. What is between them is one value a position, and PyTorch's.
 
 Backward, with zn = (z - mean) / sqrt(variance + eps), the logit zn * weight + bias, dl what comes
 in for the logit, and n positions in the batch::
@@ -17,9 +17,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import Weights
+
+# Sums of so many values PyTorch shares among the threads of a CPU, as many as there are.
+_SHARED, _BLOCK = 32768, 4096
 
 
 class Saved(NamedTuple):
@@ -46,13 +50,20 @@ def forward(
 ) -> tuple[Tensor, Tensor, Saved]:
     """out, z [N, 1, *space], and the rest; the norm's weight and bias are in the dtype of sums."""
     channel_gate, z, *others = operators.logits.default(x, *weights)
-    variance, mean = (t.view(1) for t in torch.var_mean(z, correction=0))
-    rstd = (variance + eps).rsqrt()
-    zn = (z - mean) * rstd
+    centred = z - _total(z) / z.numel()
+    rstd = (_total(centred.square()) / z.numel() + eps).rsqrt()
+    zn = centred * rstd
     logit = zn if weight is None else zn * weight
-    spatial_gate = torch.sigmoid(logit if bias is None else logit + bias)
-    out = operators.scale.default(x, channel_gate, spatial_gate)
+    logit = logit if bias is None else logit + bias
+    out, spatial_gate = operators.scale.default(x, channel_gate, logit)
     return out, z, Saved(channel_gate, spatial_gate, zn, rstd, *others)
+
+
+def _total(t: Tensor) -> Tensor:
+    """The sum, [1]: for any number of threads the same, that of blocks' sums."""
+    if t.device.type != "cpu" or t.numel() < _SHARED:
+        return t.sum().view(1)
+    return _total(F.pad(t.flatten(), (0, -t.numel() % _BLOCK)).view(-1, _BLOCK).sum(1))
 
 
 def backward(
@@ -70,6 +81,8 @@ def backward(
     be there or empty.
     """
     d_out = torch.zeros_like(x) if grads[0] is None else grads[0]
+    if d_out.stride() != x.stride():  # else both calls would bring it to x's layout
+        d_out = torch.empty_like(x).copy_(d_out)
     gates = saved.channel_gate, saved.spatial_gate
     d_channel_gate, d_spatial_gate = (
         d if more is None else d + more
@@ -78,7 +91,7 @@ def backward(
         )
     )
     dl = d_spatial_gate * saved.spatial_gate * (1 - saved.spatial_gate)
-    d_bias, d_weight = dl.sum().view(1), (dl * saved.zn).sum().view(1)
+    d_bias, d_weight = _total(dl), _total(dl * saved.zn)
     scale = saved.rstd if weight is None else saved.rstd * weight
     dz = (dl - (d_bias + saved.zn * d_weight) / dl.numel()) * scale
     found = operators.logits_backward.default(

@@ -12,7 +12,7 @@ float64 for float64, else float32:
 Where something is done to the logits of the spatial gate, a step is made of four, without autograd:
 
 - ``logits`` returns what forward_train does, but for out and with the logits as spatial_gate.
-- ``scale`` returns out = x * channel_gate * spatial_gate.
+- ``scale`` returns out = x * channel_gate * spatial_gate, and the spatial gate of its logits.
 - ``scale_backward`` returns the gradients of both gates, through out alone.
 - ``logits_backward`` is ``backward`` from what reaches channel_gate, that through out included, and
   from what reaches the logits; the gradient of x has its part through out as well.
@@ -164,8 +164,8 @@ def _fake_logits(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
     return _fake_forward_train(x, *weights)[1:]
 
 
-def _fake_scale(x: Tensor, channel_gate: Tensor, spatial_gate: Tensor) -> Tensor:
-    return torch.empty_like(x)
+def _fake_scale(x: Tensor, channel_gate: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), logits.new_empty(logits.shape)
 
 
 def _fake_scale_backward(

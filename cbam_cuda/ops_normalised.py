@@ -60,6 +60,25 @@ def _backward_normalised(name: str, *given: Any) -> list[Tensor]:
     return [f if wanted else x.new_empty(0) for f, wanted in zip(found, mask, strict=True)]
 
 
+def _fake_train_normalised(name: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    weights = rest[:_WEIGHTS]
+    channel_gate, z, *others = getattr(torch.ops, name).logits.default(x, *weights)
+    saved = channel_gate, torch.empty_like(z), torch.empty_like(z), z.new_empty(1), *others
+    return torch.empty_like(x), z, *saved
+
+
+def _fake_backward_normalised(name: str, *given: Any) -> list[Tensor]:
+    (x, *weights), mask = given[3 : 3 + _VARIABLES], given[-1]
+    saved = normalised.Saved(*given[3 + _VARIABLES : -1])
+    gates = saved.channel_gate, saved.spatial_gate
+    found = getattr(torch.ops, name).logits_backward.default(
+        *(x, None, None, x, *weights[:_WEIGHTS], *gates, saved.pooled, saved.hidden, saved.maps),
+        *(saved.pixel_argmax, saved.channel_argmax, list(mask[:-2])),
+    )
+    of_norm = (saved.rstd.new_empty(1) if wanted else x.new_empty(0) for wanted in mask[-2:])
+    return [*found, *of_norm]
+
+
 def _setup_normalised(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, z, _, _, *others = output
     ctx.save_for_backward(*inputs[:-1], *output[2:])
@@ -78,15 +97,15 @@ def _backward_of_normalised(
 
 def define(name: str) -> None:
     """Add both to a library that is loaded."""
-    for schema, implementation in (
-        (_TRAIN_NORMALISED, _train_normalised),
-        (_BACKWARD_NORMALISED, _backward_normalised),
+    for schema, implementation, fake in (
+        (_TRAIN_NORMALISED, _train_normalised, _fake_train_normalised),
+        (_BACKWARD_NORMALISED, _backward_normalised, _fake_backward_normalised),
     ):
         operator, _, signature = schema.partition("(")
-        operator, function = f"{name}::{operator}", functools.partial(implementation, name)
+        operator = f"{name}::{operator}"
         library.define(operator, f"({signature}")
-        library.impl(operator, "CompositeExplicitAutograd")(function)
-        library.register_fake(operator, function)
+        library.impl(operator, "CompositeExplicitAutograd")(functools.partial(implementation, name))
+        library.register_fake(operator, functools.partial(fake, name))
     library.register_autograd(
         f"{name}::train_normalised",
         functools.partial(_backward_of_normalised, name),

@@ -57,17 +57,15 @@ def cbam(
         x,
         lambda pooled: convolve(pooled.to(fc1.dtype), fc1, fc1_bias),
         lambda hidden: convolve(hidden, fc2, fc2_bias),
-        lambda maps: convolved(maps, conv_weight, conv_bias),
+        lambda maps: convolve(
+            maps.to(conv_weight.dtype),
+            conv_weight,
+            conv_bias,
+            padding=[size // 2 for size in conv_weight.shape[2:]],
+        ),
         return_attention,
         normalise,
     )
-
-
-def convolved(maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[N, 1, *space] of maps [N, 2, *space], in the weight's dtype."""
-    padding = [size // 2 for size in weight.shape[2:]]
-    result: Tensor = _CONV[maps.dim() - 2](maps.to(weight.dtype), weight, bias, padding=padding)
-    return result
 
 
 _Layer = Callable[[Tensor], Tensor]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import normalised, reference
-from .arguments import Weights
+from .arguments import Weights, accumulator_dtype
 from .ops import MemoryErrors, in_graph, reference_gradients
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -75,7 +75,9 @@ def _plain_gradients(
 
 
 def _plain(eps: float, x: Tensor, *variables: Tensor | None, return_attention: bool) -> Any:
-    *weights, weight, bias = variables
+    # In 16 bits second derivatives overflow.
+    acc = accumulator_dtype(x.dtype)
+    *weights, weight, bias = (None if v is None else v.to(acc) for v in variables)
 
     def normalise(z: Tensor) -> Tensor:
         return F.batch_norm(z, None, None, weight, bias, training=True, eps=eps)

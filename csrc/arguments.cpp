@@ -233,11 +233,12 @@ Shape check_forward(const Tensor& x, const WeightArguments& w) {
   return s;
 }
 
-Shape check_scale(const Tensor& x, const Tensor& channel_gate, const Tensor& spatial_gate) {
+Shape check_scale(const Tensor& x, const Tensor& channel_gate, const char* name,
+                  const Tensor& spatial) {
   const Shape s = check_x(x);
   const ScalarType acc = accumulator_of(x);
   expect_tensor("channel_gate", channel_gate, over_point(x.dim(), s.samples, s.channels), x, acc);
-  expect_tensor("spatial_gate", spatial_gate, over_space(x, s.samples, 1), x, acc);
+  expect_tensor(name, spatial, over_space(x, s.samples, 1), x, acc);
   return s;
 }
 
@@ -294,16 +295,17 @@ Saved SavedTensors::view() const {
           static_cast<int32_t*>(channel_argmax.mutable_data_ptr())};
 }
 
-void check_gradients(const Tensor& x, const Shape& s, const Tensor& grad_out,
+void check_gradients(Part part, const Tensor& x, const Shape& s, const Tensor& grad_out,
                      const std::optional<Tensor>& grad_channel_gate,
-                     const std::optional<Tensor>& grad_spatial_gate) {
+                     const std::optional<Tensor>& grad_spatial) {
   const ScalarType acc = accumulator_of(x);
   expect_tensor("grad_out", grad_out, x.sizes(), x, x.scalar_type());
   if (grad_channel_gate)
     expect_tensor("grad_channel_gate", *grad_channel_gate,
                   over_point(x.dim(), s.samples, s.channels), x, acc);
-  if (grad_spatial_gate)
-    expect_tensor("grad_spatial_gate", *grad_spatial_gate, over_space(x, s.samples, 1), x, acc);
+  if (grad_spatial)
+    expect_tensor(part == Part::kLogits ? "grad_logits" : "grad_spatial_gate", *grad_spatial,
+                  over_space(x, s.samples, 1), x, acc);
 }
 
 std::optional<Strides> native_strides(const Tensor& x) {

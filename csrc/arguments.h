@@ -48,12 +48,15 @@ struct SavedTensors {
 // Throws unless every tensor has the sizes, dtype and device that x and the weights' sizes ask for.
 Shape check_forward(const Tensor& x, const WeightArguments& weights);
 // The same of the last pass, which has no weights: hidden and the kernel's extents are 1.
-Shape check_scale(const Tensor& x, const Tensor& channel_gate, const Tensor& spatial_gate);
+// `spatial`, of this name, are the spatial gate or its logits.
+Shape check_scale(const Tensor& x, const Tensor& channel_gate, const char* name,
+                  const Tensor& spatial);
 
-// Throws unless the gradients that arrive look like the outputs they belong to.
-void check_gradients(const Tensor& x, const Shape& shape, const Tensor& grad_out,
+// Throws unless the gradients that arrive look like the outputs they belong to; the last one is
+// that of the spatial gate, in kLogits that of its logits.
+void check_gradients(Part part, const Tensor& x, const Shape& shape, const Tensor& grad_out,
                      const std::optional<Tensor>& grad_channel_gate,
-                     const std::optional<Tensor>& grad_spatial_gate);
+                     const std::optional<Tensor>& grad_spatial);
 
 // A new contiguous tensor on the device of `like`. Past the dispatcher, which costs more than small
 // kernels do.

@@ -20,18 +20,30 @@ namespace cbam {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Runs the forward on x and the weights in a form that kernels read, into `out`.
-template <class Backend>
-void run_forward(const Tensor& x_given, const Shape& shape, const WeightArguments& w,
-                 const Saved& saved, Output& out) {
-  if (shape.samples == 0) return;
+// What x in a native layout says of a problem.
+inline ForwardProblem problem_of(Part part, const Tensor& x, const Shape& shape) {
+  ForwardProblem p{};
+  p.part = part;
+  p.dtype = dtype_of(x);
+  p.shape = shape;
+  p.strides = p.out_strides = *native_strides(x);
+  p.x = x.const_data_ptr();
+  return p;
+}
+
+// Runs what ends with out, on x in a form that kernels read; fill(p) says all but x and out.
+template <class Backend, class Fill>
+Tensor run_forward(Part part, const Tensor& x_given, const Shape& shape, Fill fill) {
+  Output out(x_given);
+  if (shape.samples == 0) return out.result;
   const Tensor x = in_layout_of(out.native, x_given);
-  const DenseWeights weights(w);
-  Backend::forward(
-      {dtype_of(x), shape, *native_strides(x), *native_strides(out.native), x.const_data_ptr(),
-       out.native.mutable_data_ptr(), weights.view, saved, Part::kAll},
-      x);
+  ForwardProblem p = problem_of(part, x, shape);
+  p.out_strides = *native_strides(out.native);
+  p.out = out.native.mutable_data_ptr();
+  fill(p);
+  Backend::forward(p, x);
   out.finish();
+  return out.result;
 }
 
 template <class Backend>
@@ -46,12 +58,13 @@ Tensor forward(const Tensor& x, const Tensor& fc1_weight, const OptionalTensor& 
   const Tensor scratch = empty(x, {gate + pooled + hidden}, accumulator_of(x));
   char* memory = static_cast<char*>(scratch.mutable_data_ptr());
   const int64_t size = bytes_of_accumulator(dtype_of(x));
-  Output out(x);
-  run_forward<Backend>(x, s, w,
-                       {memory, memory + gate * size, memory + (gate + pooled) * size, nullptr,
-                        nullptr, nullptr, nullptr},
-                       out);
-  return out.result;
+  const DenseWeights weights(w);
+  return run_forward<Backend>(Part::kAll, x, s, [&](ForwardProblem& p) {
+    p.weights = weights.view;
+    p.saved.channel_gate = memory;
+    p.saved.pooled = memory + gate * size;
+    p.saved.hidden = memory + (gate + pooled) * size;
+  });
 }
 
 using TrainOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -64,9 +77,12 @@ TrainOutputs forward_train(const Tensor& x, const Tensor& fc1_weight,
   const WeightArguments w{fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias};
   const Shape s = check_forward(x, w);
   const SavedTensors saved = SavedTensors::make(x, s);
-  Output out(x);
-  run_forward<Backend>(x, s, w, saved.view(), out);
-  return {out.result,   saved.channel_gate, saved.spatial_gate, saved.pooled,
+  const DenseWeights weights(w);
+  const Tensor out = run_forward<Backend>(Part::kAll, x, s, [&](ForwardProblem& p) {
+    p.weights = weights.view;
+    p.saved = saved.view();
+  });
+  return {out,          saved.channel_gate, saved.spatial_gate, saved.pooled,
           saved.hidden, saved.maps,         saved.pixel_argmax, saved.channel_argmax};
 }
 
@@ -82,55 +98,43 @@ LogitsOutputs logits(const Tensor& x_given, const Tensor& fc1_weight,
   const SavedTensors saved = SavedTensors::make(x_given, s);
   if (s.samples > 0) {
     const Tensor x = in_native_layout(x_given);
-    const Strides strides = *native_strides(x);
     const DenseWeights weights(w);
-    Backend::forward({dtype_of(x), s, strides, strides, x.const_data_ptr(), nullptr, weights.view,
-                      saved.view(), Part::kLogits},
-                     x);
+    ForwardProblem p = problem_of(Part::kLogits, x, s);
+    p.weights = weights.view;
+    p.saved = saved.view();
+    Backend::forward(p, x);
   }
   return {saved.channel_gate, saved.spatial_gate, saved.pooled,        saved.hidden,
           saved.maps,         saved.pixel_argmax, saved.channel_argmax};
 }
 
-// Both gates alone, as what a forward saves.
-inline Saved gates(const Tensor& channel_gate, const Tensor& spatial_gate) {
-  Saved saved{};
-  saved.channel_gate = channel_gate.mutable_data_ptr();
-  saved.spatial_gate = spatial_gate.mutable_data_ptr();
-  return saved;
-}
-
 template <class Backend>
-Tensor scale(const Tensor& x_given, const Tensor& channel_gate, const Tensor& spatial_gate) {
-  const Shape s = check_scale(x_given, channel_gate, spatial_gate);
-  Output out(x_given);
-  if (s.samples == 0) return out.result;
-  const Tensor x = in_layout_of(out.native, x_given);
-  const Tensor channel = dense(channel_gate), spatial = dense(spatial_gate);
-  Backend::forward(
-      {dtype_of(x), s, *native_strides(x), *native_strides(out.native), x.const_data_ptr(),
-       out.native.mutable_data_ptr(), Weights{}, gates(channel, spatial), Part::kScale},
-      x);
-  out.finish();
-  return out.result;
+std::tuple<Tensor, Tensor> scale(const Tensor& x, const Tensor& channel_gate,
+                                 const Tensor& logits) {
+  const Shape s = check_scale(x, channel_gate, "logits", logits);
+  const Tensor channel = dense(channel_gate), given = dense(logits);
+  const Tensor spatial_gate = empty(x, given.sizes(), accumulator_of(x));
+  const Tensor out = run_forward<Backend>(Part::kScale, x, s, [&](ForwardProblem& p) {
+    p.saved.channel_gate = channel.mutable_data_ptr();
+    p.saved.spatial_gate = spatial_gate.mutable_data_ptr();
+    p.logits = given.const_data_ptr();
+  });
+  return {out, spatial_gate};
 }
 
 template <class Backend>
 std::tuple<Tensor, Tensor> scale_backward(const Tensor& grad_out, const Tensor& x_given,
                                           const Tensor& channel_gate, const Tensor& spatial_gate) {
-  const Shape s = check_scale(x_given, channel_gate, spatial_gate);
-  check_gradients(x_given, s, grad_out, std::nullopt, std::nullopt);
+  const Shape s = check_scale(x_given, channel_gate, "spatial_gate", spatial_gate);
+  check_gradients(Part::kScale, x_given, s, grad_out, std::nullopt, std::nullopt);
   const auto [x, dout] = in_one_layout(x_given, grad_out);
   const Tensor channel = dense(channel_gate), spatial = dense(spatial_gate);
   const Tensor d_channel = empty(x, channel.sizes(), accumulator_of(x)),
                d_spatial = empty(x, spatial.sizes(), accumulator_of(x));
   BackwardProblem p{};
-  p.dtype = dtype_of(x);
-  p.shape = s;
-  p.strides = *native_strides(x);
-  p.x = x.const_data_ptr();
-  p.saved = gates(channel, spatial);
-  p.part = Part::kScale;
+  static_cast<ForwardProblem&>(p) = problem_of(Part::kScale, x, s);
+  p.saved.channel_gate = channel.mutable_data_ptr();
+  p.saved.spatial_gate = spatial.mutable_data_ptr();
   p.dout_strides = *native_strides(dout);
   p.dout = dout.const_data_ptr();
   p.gradients.channel_gate = d_channel.mutable_data_ptr();
@@ -171,7 +175,7 @@ InputGradients backward(const Tensor& grad_out, const OptionalTensor& grad_chann
   const SavedTensors given{channel_gate, spatial_gate, pooled,        hidden,
                            maps,         pixel_argmax, channel_argmax};
   const Shape s = check_forward(x_given, w);
-  check_gradients(x_given, s, grad_out, grad_channel_gate, grad_spatial_gate);
+  check_gradients(part, x_given, s, grad_out, grad_channel_gate, grad_spatial_gate);
   given.check(x_given, s);
   expect_mask(output_mask, w);
 
@@ -192,13 +196,9 @@ InputGradients backward(const Tensor& grad_out, const OptionalTensor& grad_chann
                dcb = weight_gradient(x, conv_bias, output_mask[6]);
 
   BackwardProblem p{};
-  p.dtype = dtype_of(x);
-  p.shape = s;
-  p.strides = *native_strides(x);
-  p.x = x.const_data_ptr();
+  static_cast<ForwardProblem&>(p) = problem_of(part, x, s);
   p.weights = weights.view;
   p.saved = saved.view();
-  p.part = part;
   p.dout_strides = *native_strides(dout);
   p.dout = dout.const_data_ptr();
   p.d_channel_gate = d_gate ? d_gate->const_data_ptr() : nullptr;
@@ -244,7 +244,7 @@ InputGradients backward(const Tensor& grad_out, const OptionalTensor& grad_chann
   m.def(                                                                                     \
       "logits_backward(Tensor grad_out, Tensor? grad_channel_gate, Tensor? grad_logits, "    \
       "Tensor x, " CBAM_WEIGHTS ", " CBAM_SAVED ", bool[] output_mask) -> " CBAM_GRADIENTS); \
-  m.def("scale(Tensor x, Tensor channel_gate, Tensor spatial_gate) -> Tensor");              \
+  m.def("scale(Tensor x, Tensor channel_gate, Tensor logits) -> (Tensor, Tensor)");          \
   m.def(                                                                                     \
       "scale_backward(Tensor grad_out, Tensor x, Tensor channel_gate, "                      \
       "Tensor spatial_gate) -> (Tensor, Tensor)")

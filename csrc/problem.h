@@ -79,7 +79,8 @@ enum class Part {
   kAll,
   kLogits,  // forwards all but the sigmoid and the last pass; backwards from what reaches the
             // logits
-  kScale,   // out = x * channel_gate * spatial_gate for gates that are given, and what reaches them
+  kScale,   // from the channel gate and the logits to the spatial gate and out; backwards what
+            // reaches both gates through out
 };
 
 struct ForwardProblem {
@@ -90,7 +91,9 @@ struct ForwardProblem {
   const void* x;
   void* out;        // null in kLogits
   Weights weights;  // null in kScale
-  Saved saved;  // in kLogits the logits stand for the spatial gate; in kScale both gates are read
+  Saved saved;      // in kLogits the logits stand for the spatial gate; in kScale there are gates
+                    // alone, of which the channel's is read
+  const void* logits;  // acc [samples, pixels] in kScale, else null
   Part part;
 
   CBAM_INLINE_MEMBER bool training() const { return saved.spatial_gate != nullptr; }

@@ -86,6 +86,18 @@ def operators(backend: str) -> Any:
     return getattr(torch.ops, "cbam_cuda_emulated" if backend == "emulated" else "cbam_cuda")
 
 
+def step_by_parts(library: Any, x: Tensor, weights: Weights, grad: Tensor) -> tuple[Tensor, ...]:
+    """All that comes out of a forward and a backward that are made of their parts."""
+    channel_gate, logits, *others = library.logits(x, *weights)
+    out, gate = library.scale(x, channel_gate, logits)
+    of_channels, of_positions = library.scale_backward(grad, x, channel_gate, gate)
+    of_logits = of_positions * gate * (1 - gate)
+    saved = channel_gate, gate, *others
+    mask = [w is not None for w in (x, *weights)]
+    found = library.logits_backward(grad, of_channels, of_logits, x, *weights, *saved, mask)
+    return (out, channel_gate, logits, *others, gate, of_channels, of_positions, *found)
+
+
 def _contiguous(x: Tensor) -> Tensor:
     return x.contiguous()
 

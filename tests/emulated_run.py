@@ -21,7 +21,16 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from cases import CASES, LAYOUTS, NATIVE_LAYOUTS, Case, make_weights, make_x, operators
+from cases import (
+    CASES,
+    LAYOUTS,
+    NATIVE_LAYOUTS,
+    Case,
+    make_weights,
+    make_x,
+    operators,
+    step_by_parts,
+)
 from emulator.build import asan_environment, build, library
 from regimes import NOT_POSSIBLE, SPLITS
 
@@ -87,7 +96,10 @@ def by_strategies(function) -> list[tuple[torch.Tensor, ...]]:
 
 
 def digests(*dtypes: str) -> dict[str, str]:
-    """Of every case, in these dtypes or in both (float32 in every layout), by every strategy."""
+    """Of every case, in these dtypes or in both (float32 in every layout), by every strategy.
+
+    And by parts, in one dtype and two layouts.
+    """
     found, run = {}, operators("emulated")
     for case in CASES:
         for dtype in [getattr(torch, name) for name in dtypes] or TWO_DTYPES:
@@ -100,6 +112,9 @@ def digests(*dtypes: str) -> dict[str, str]:
                 arguments = (grad, *saved[:2], *given, *saved, [True] * 7)
                 backwards = by_strategies(functools.partial(run.backward, *arguments))
                 tensors = itertools.chain(*forwards, *backwards)
+                if dtype == torch.float32 and layout in NATIVE_LAYOUTS:
+                    parts = step_by_parts(run, x, given[1:], grad)
+                    tensors = itertools.chain(tensors, parts)
                 found[f"{case}, {dtype}, {layout}"] = digest_of(tensors)
     return found
 
@@ -160,10 +175,12 @@ def count_bytes(problems: list[dict]) -> list[dict[str, list[int]]]:
         os.environ["CBAM_CUDA_STRATEGY"] = "streaming"
         saved = run.forward_train(x, *weights) if direction == "backward" else ()
         os.environ["CBAM_CUDA_STRATEGY"] = problem["strategy"]
+        grad = LAYOUTS[problem["layout"]](make_x(case, dtype, seed=2))
         library.emulator_reset_counts()
         if direction == "backward":
-            grad = LAYOUTS[problem["layout"]](make_x(case, dtype, seed=2))
             run.backward(grad, None, None, x, *weights, *saved[1:], [True] * 7)
+        elif direction == "by parts":
+            step_by_parts(run, x, weights, grad)
         else:
             (run.forward_train if direction == "training" else run.forward)(x, *weights)
         lines = library.emulator_counts().decode().splitlines()

@@ -259,7 +259,7 @@ def test_operator_called_directly(what):
     ("x", "message"),
     [
         (torch.zeros(2, 8), "x: expected 3, 4 or 5 dimensions, got 2"),
-        (torch.zeros(2, 8, 0, 5), "no empty channel, hidden or spatial"),
+        (torch.zeros(2, 8, 0, 5), "no empty channel or spatial"),
         (torch.zeros(2, 8, 6, 5).int(), "x: expected float32"),
         (torch.zeros(2, 8, 6), "conv_weight: expected 3 dimensions"),
     ],

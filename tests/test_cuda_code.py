@@ -33,13 +33,14 @@ PASSES = (
     "reduce_packed_rows",
     "reduce_columns",
     "spatial_gate",
+    "scale",
     "cross_sums",
     "map_terms",
     "input_gradient",
 )
 
 REGISTERS_OF_SM = 65536
-WRITES = ("spatial_gate", "input_gradient")  # and those that write one
+WRITES = ("spatial_gate", "scale", "input_gradient")  # and those that write one
 RESIDENT = ("resident_forward", "resident_backward")  # and those that hold them on the chip
 THREADS = {
     "gate_layer": 128,
@@ -195,7 +196,7 @@ def test_loops_over_x_are_unrolled(sass, kind, architecture):
     for kernel, code in kernels_of(sass, architecture, kind).items():
         if reads_vectors(kernel):
             # Packed, the gates and rows of a vector's elements take the registers of more.
-            packed = kind == "spatial_gate" and "packed" in kernel.words
+            packed = kind in ("spatial_gate", "scale") and "packed" in kernel.words
             floor = 2 if packed or kind == "input_gradient" else 4
             loop = code.main_loop() if code.x_loops() else []
             loads = sum(is_vector_load(i.opcode) for i in loop)
@@ -252,7 +253,14 @@ def test_rows_are_handed_over_to_bulk_copies(sass, kind, architecture):
 
 
 # What reads the operator's weights, or asks for x or its gradient, while the launch before runs.
-READS_AHEAD = ("hidden_layer", "gate_layer", "both_layers", "spatial_gate", "stencil")
+READS_AHEAD = (
+    "hidden_layer",
+    "gate_layer",
+    "both_layers",
+    "spatial_gate",
+    "spatial_logits",
+    "stencil",
+)
 PREFETCHES_AHEAD = ("reduce_columns", "spatial_gate", "map_terms", "input_gradient")
 
 
@@ -312,6 +320,8 @@ BLOCKS = {
     "reduce_packed_rows": 4,
     "reduce_columns": 3,
     "spatial_gate": 3,
+    "spatial_logits": 3,
+    "scale": 3,
     "cross_sums": 2,
     "map_terms": 2,
     "input_gradient": 2,

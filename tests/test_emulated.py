@@ -245,6 +245,19 @@ def test_weights_that_stay_are_read_once_by_a_team(direction):
         assert counts["mlp_weights"] == [found["traffic"]["weights_read"], 0]
 
 
+def test_parts_read_as_often_as_the_whole():
+    """x thrice forwards and twice backwards, its gradient twice; and not what nobody needs."""
+    listed = counting([(2, 256, 14, 14)], "float32", [("by parts", "streaming")])
+    size = 4 * 2 * 256 * 14 * 14
+    for counts in run("race", "bytes", json.dumps(listed)):
+        assert {name: counts[name] for name in LARGE} == {
+            "x": [5 * size, 0],
+            "dout": [2 * size, 0],
+            "out": [0, size],
+            "dx": [0, size],
+        }
+
+
 RESNET = ((256, 256, 56, 56), (256, 512, 28, 28), (256, 1024, 14, 14), (256, 2048, 7, 7))
 LARGE_BATCHES = counting(RESNET, "float32", RUNS)
 

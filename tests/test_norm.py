@@ -143,6 +143,32 @@ def test_gradcheck(backend, training):
         assert torch.autograd.gradcheck(part, [x, *tensors], fast_mode=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(13, 32, 57, 56), (1, 32, 300, 301), (3, 32, 50000)], ids=str)
+def test_any_number_of_threads_gives_the_same(threads, shape, dtype):
+    """Sums of the batch are over more values than PyTorch leaves to one thread."""
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        ours = pair(len(shape) - 2)[0].to(dtype).train()
+        torch.manual_seed(1)
+        x = torch.randn(shape, dtype=dtype)
+        results = differentiated(ours, x, torch.randn_like(x))
+        found.append([*results.values(), ours.norm.running_mean, ours.norm.running_var])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_second_derivatives_in_16_bits_do_not_overflow(backend):
+    """The plain form's products in 16 bits would."""
+    ours = pair()[0].to(device_of(backend), torch.float16).train()
+    ours.backend = backend
+    x = torch.randn(SHAPES[2], device=device_of(backend)).half().requires_grad_()
+    (first,) = torch.autograd.grad(64 * ours(x).float().square().sum(), x, create_graph=True)
+    second = torch.autograd.grad(first.float().square().mean(), [x, *ours.parameters()])
+    assert all(gradient.isfinite().all() for gradient in second)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"affine": False}, {"eps": 0.5}, {"track_running_stats": False}, {"momentum": None}],

@@ -37,6 +37,7 @@ CASES = tuple(
 
 
 ALL_CALLS = ("inference", "attention", "training")
+BY_PARTS = "by parts"  # which are streamed
 
 
 class Watched(NamedTuple):
@@ -141,9 +142,10 @@ def _make_calls(problem: Watched, device: str, tallies: Mapping[str, Tally]) -> 
         "attention": lambda: forward(True),
         "training": lambda: train(x, weights, grad),
         "backward": lambda: operator_backward(x, weights, saved_by_forward(x, weights), grad),
+        BY_PARTS: lambda: cases.step_by_parts(torch.ops.cbam_cuda, x, weights, grad),
     }
     for strategy, way in problem.ways().items():
-        for name in problem.calls:
+        for name in (*problem.calls, BY_PARTS) if way == "streaming" else problem.calls:
             with tallies[strategy].problem(f"{problem}, {name}"), forced(way):
                 # The copies wait for the kernels, and an error of theirs is raised here.
                 finite = [torch.isfinite(tensor.cpu()).all().item() for tensor in calls[name]()]

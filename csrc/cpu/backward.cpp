@@ -4,7 +4,8 @@
 //   dy = dout a + dmean / C + dmax [c is s's argmax]             dg[c] = sum_s dy x
 //   dl = dg g (1 - g)                   (davg, dtop)[c] = MLP^T(dl)
 //   dx = dy g + davg / S + dtop [s is c's argmax]
-// Three walks over a sample: x and dout (both sums of p), x (the maps' part of dg), dout (dx).
+// Three walks over a sample: x and dout (both sums of p), x (the maps' part of dg), dout (dx). Of
+// its parts (problem.h) one is the first walk, the other all that follows dz.
 // Compiled once per target, with CBAM_CPU_TARGET naming it.
 #include "backward_tensors.h"
 #include "batch_gradients.h"

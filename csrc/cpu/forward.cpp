@@ -1,5 +1,6 @@
 // CBAM's forward on the CPU, a sample at a time: pool over space, channel gate, pool over channels,
-// spatial gate, scale. x comes from memory once and from cache the other two times.
+// spatial gate, scale. x comes from memory once and from cache the other two times. Of its parts
+// (problem.h) one ends with the logits of the spatial gate, the other is the last pass.
 // Compiled once per target, with CBAM_CPU_TARGET naming it.
 #include "column_parts.h"
 #include "kernels.h"

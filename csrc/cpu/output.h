@@ -41,21 +41,29 @@ class LastPass {
   bool large_;  // the output
 };
 
-// By itself, for gates that are given.
+// By itself, from the channel gate and the logits of the spatial gate.
 template <class T>
 void scale(const ForwardProblem& p, const ThreadPool& pool) {
   using A = acc_t<T>;
   const Shape& s = p.shape;
   const LastPass<T> output(p);
   const int64_t rows = p.strides.channels_first() ? s.channels : s.pixels();
-  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
-  const bool small = s.samples * s.channels * s.pixels() < kSmallestSplit;
-  (small ? Run() : Run(pool))(s.samples * blocks, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t n = i / blocks, begin = i % blocks * kRowBlock;
+  const Run run = s.samples * s.channels * s.pixels() < kSmallestSplit ? Run() : Run(pool);
+  const A* logits = static_cast<const A*>(p.logits);
+  A* gate = static_cast<A*>(p.saved.spatial_gate);
+  run(s.samples, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * s.pixels();
+    for_vectors<A>(last * s.pixels() - begin, [&](int64_t j, auto lanes) {
+      lanes.store(gate + begin + j, sigmoid<A>(lanes.load(logits + begin + j)));
+    });
+  });
+  run(s.samples * rows, [&](int64_t first, int64_t last) {
+    while (first < last) {
+      const int64_t n = first / rows, begin = first % rows;
+      const int64_t end = rows - begin < last - first ? rows : begin + last - first;
       output.write(n, static_cast<const A*>(p.saved.channel_gate) + n * s.channels,
-                   static_cast<const A*>(p.saved.spatial_gate) + n * s.pixels(), begin,
-                   rows - begin < kRowBlock ? rows : begin + kRowBlock, n);
+                   gate + n * s.pixels(), begin, end, n);
+      first += end - begin;
     }
   });
 }

@@ -15,11 +15,17 @@ class BackwardGroup {
                 const BackwardScratch& bytes, void* scratch)
       : p_(problem), plan_(plan), first_(problem.strides.channels_first()) {
     ScratchParts parts(scratch);
-    const bool sums = problem.part != Part::kLogits;  // else they are part of what comes in
-    const Sums rows{parts.take(bytes.cross_rows), sums ? plan.cross.tiles : 0};
-    const Sums cols{parts.take(bytes.cross_cols), sums ? plan.cross.splits : 0};
+    const Sums rows{parts.take(bytes.cross_rows), plan.cross.tiles};
+    const Sums cols{parts.take(bytes.cross_cols), plan.cross.splits};
     d_spatial_ = first_ ? cols : rows;
     d_channel_ = first_ ? rows : cols;
+    if (p_.part == Part::kLogits) {  // all of both is given
+      d_spatial_ = given(p_.d_spatial_gate);
+      d_channel_ = given(p_.d_channel_gate);
+    } else {
+      more_spatial_ = p_.d_spatial_gate;
+      more_channel_ = p_.d_channel_gate;
+    }
     d_maps_ = parts.take(bytes.d_maps);
     terms_ = {parts.take(bytes.terms), first_ ? plan.terms.tiles : plan.terms.splits};
     d_pooled_ = parts.take(bytes.d_pooled);
@@ -51,7 +57,7 @@ class BackwardGroup {
     g.space = space_of(s);
     g.geometry = plan_.stencil;
     g.d_spatial = d_spatial_;
-    g.d_spatial_gate = p_.d_spatial_gate;
+    g.d_spatial_gate = more_spatial_;
     g.spatial_gate = p_.part == Part::kLogits ? nullptr : p_.saved.spatial_gate;
     g.maps = p_.saved.maps;
     g.weight_dtype = p_.weights.dtype;
@@ -77,7 +83,7 @@ class BackwardGroup {
             p_.weights.fc2_weight,
             d_channel_,
             terms_,
-            p_.d_channel_gate,
+            more_channel_,
             p_.saved.channel_gate,
             p_.saved.hidden,
             dm,
@@ -103,10 +109,14 @@ class BackwardGroup {
 
  private:
   Matrix x() const { return matrix_of(p_, p_.x, p_.strides); }
+  // A sum in one part, or in none; kernels only read it.
+  static Sums given(const void* sum) { return {const_cast<void*>(sum), sum ? 1 : 0}; }
 
   const BackwardProblem& p_;
   const BackwardPlan& plan_;
   bool first_;
+  const void* more_spatial_ = nullptr;
+  const void* more_channel_ = nullptr;
   Sums d_spatial_, d_channel_, terms_;
   void* d_maps_;
   void* d_pooled_;

@@ -62,6 +62,7 @@ class ForwardGroup {
     g.weight_dtype = p_.weights.dtype;
     g.conv_weight = p_.weights.conv_weight;
     g.conv_bias = p_.weights.conv_bias;
+    g.logits = p_.logits;
     g.saved_gate = p_.saved.spatial_gate;
     g.saved_maps = p_.saved.maps;
     g.saved_argmax = maps_.splits > 1 ? p_.saved.channel_argmax : nullptr;

@@ -136,7 +136,8 @@ ReductionGeometry down_columns(const ForwardProblem& p, int64_t samples, int mul
 int launches_of(const ForwardProblem& p) { return takes_layers_together(p) ? 4 : 5; }
 
 Group groups_of(const ForwardProblem& p, const DeviceLimits& device) {
-  return group_samples(kStreamedCosts, p, device, 1, 2, launches_of(p));
+  const int rereads = p.part == Part::kAll ? 2 : p.part == Part::kLogits ? 1 : 0;
+  return group_samples(kStreamedCosts, p, device, 1, rereads, launches_of(p));
 }
 
 double streaming_seconds(const ForwardProblem& p, const DeviceLimits& device) {

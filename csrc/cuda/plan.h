@@ -21,7 +21,8 @@ struct Group {
 
 // Streaming: x is read three times, out written once, in five launches for each group of samples,
 // or four where one takes both layers of the MLP. Resident, where `resident` is set: x is read
-// once, in one launch; the geometries of the passes are not used.
+// once, in one launch; the geometries of the passes are not used. A part of the forward is
+// streamed, and leaves out the launches of the other.
 struct ForwardPlan {
   std::optional<ResidentForwardGeometry> resident;
   const char* reason;  // for this strategy
@@ -67,8 +68,9 @@ ForwardScratch scratch(const ForwardPlan& plan, const ForwardProblem& problem);
 // Backward, streaming: x and dout are read twice each, dx written once, in six launches for each
 // group, or five as in a forward; those whose results nobody asked for are left out. Resident,
 // where `resident` is set: dout is read once, x once or twice, in one launch; the geometries of the
-// passes are not used. Up to two small launches follow that sum over the batch. The plan of an
-// empty batch has no groups.
+// passes are not used. Up to two small launches follow that sum over the batch. Of the parts one
+// has the first of the launches, and one more that adds up what it left, the other the rest. The
+// plan of an empty batch has no groups.
 struct BackwardPlan {
   std::optional<ResidentBackwardGeometry> resident;
   const char* reason;  // for this strategy

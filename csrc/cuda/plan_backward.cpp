@@ -175,7 +175,8 @@ BackwardGrids grids_of(const BackwardPlan& plan, const BackwardProblem& p, int64
 int launches_of(const BackwardProblem& p) { return takes_layers_together(p) ? 5 : 6; }
 
 Group groups_of(const BackwardProblem& p, const DeviceLimits& device) {
-  return group_samples(kStreamedCosts, p, device, 2, 2, launches_of(p));
+  const int rereads = p.part == Part::kAll ? 2 : 0;
+  return group_samples(kStreamedCosts, p, device, 2, rereads, launches_of(p));
 }
 
 double streaming_seconds(const BackwardProblem& p, const DeviceLimits& device) {

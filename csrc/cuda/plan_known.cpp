@@ -17,13 +17,13 @@ constexpr size_t kMostKnown = 1024;
 class Key {
  public:
   Key(const ForwardProblem& p, const DeviceLimits& device, const Strategy& strategy) {
-    const auto& [dtype, shape, strides, out_strides, x, out, weights, saved, part] = p;
+    const auto& [dtype, shape, strides, out_strides, x, out, weights, saved, logits, part] = p;
     numbers(dtype, part);
     of(strategy);
     of(shape);
     of(strides);
     of(out_strides);
-    tensors(x, out);
+    tensors(x, out, logits);
     of(weights);
     of(saved);
     of(device);

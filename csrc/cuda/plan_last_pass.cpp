@@ -43,12 +43,14 @@ ScaleGeometry plan_last_pass(const ForwardProblem& p, int64_t samples, int map_s
   const bool first = p.strides.channels_first();
   const auto in = ColumnAccess(View(p, p.strides, p.x), vector).of_two_rows(vector);
   const auto out = ColumnAccess(View(p, p.out_strides, p.out), vector).of_two_rows(vector);
-  const bool gate_alone = p.part == Part::kLogits;
+  // The logits alone need no channels, nor x.
+  const bool all = p.part != Part::kLogits;
   const int64_t most_chunks =
-      gate_alone ? 1 : std::max<int64_t>(1, s.channels / pieces_of(p, samples).channels);
+      all ? std::max<int64_t>(1, s.channels / pieces_of(p, samples).channels) : 1;
   ScaleGeometry g{};
-  g.access = in.access == out.access ? in.access : Access::kScalar;
-  g.chunk = static_cast<int>(std::min(s.channels, kMostChannels));  // what room they may need
+  g.access = all && in.access == out.access ? in.access : Access::kScalar;
+  g.chunk = all ? static_cast<int>(std::min(s.channels, kMostChannels)) : 0;  // room for so many
+  g.chunks = 1;
   const auto shared_bytes_of = [&](const BoxGeometry& box) {
     ScaleGeometry with_box = g;
     static_cast<BoxGeometry&>(with_box) = box;
@@ -63,15 +65,12 @@ ScaleGeometry plan_last_pass(const ForwardProblem& p, int64_t samples, int map_s
   }
   if (!box) throw boxes.no_box();
   static_cast<BoxGeometry&>(g) = *box;
+  if (!all) return g;
   const bool packed = g.access == Access::kPacked;
   g.period = in.period;
   g.row_group = packed ? in.row_group : 1;
-  if (gate_alone) {
-    g.chunk = 0;
-    g.chunks = 1;
-  } else if (packed && !first) {
+  if (packed && !first) {
     g.chunk = static_cast<int>(s.channels);
-    g.chunks = 1;
   } else {
     set_chunk(g, p, samples, map_splits, device);
   }

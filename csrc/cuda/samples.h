@@ -22,6 +22,7 @@ inline void select_samples(ForwardProblem& p, int64_t first, int64_t count) {
   const Shape& s = p.shape;
   const int64_t element = bytes_of(p.dtype), acc = bytes_of_accumulator(p.dtype);
   p.x = further(p.x, first * p.strides.sample, element);
+  p.logits = further(p.logits, first * s.pixels(), acc);
   p.out = further(p.out, first * p.out_strides.sample, element);
   p.saved.channel_gate = further(p.saved.channel_gate, first * s.channels, acc);
   p.saved.pooled = further(p.saved.pooled, first * 2 * s.channels, acc);

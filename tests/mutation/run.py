@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from cases import LAYOUTS, Case, make_weights, make_x, operators
+from cases import LAYOUTS, Case, make_weights, make_x, operators, step_by_parts
 
 # Together the cases reach every branch of every kernel. float64 and bfloat16 take the branches of
 # float32 and float16, and are left out of the tree.
@@ -154,7 +154,9 @@ class Run:
             return (backend.forward(x, *self.weights), *saved)
         choose(self.strategy if self.resident else "streaming")
         mask = [True] * 7
-        return (*saved, *backend.backward(grad, *saved[1:3], x, *self.weights, *saved[1:], mask))
+        found = backend.backward(grad, *saved[1:3], x, *self.weights, *saved[1:], mask)
+        parts = () if self.resident else step_by_parts(backend, x, self.weights, grad)
+        return (*saved, *found, *parts)
 
     def digest(self, emulator: ctypes.CDLL) -> str:
         """Of all that comes out, and of the bytes that were moved or asked for ahead."""

@@ -298,9 +298,10 @@ struct SpatialGate {
   DType weight_dtype;
   ConvWeight conv_weight;
   const void* conv_bias;  // [1] or null
-  void* saved_gate;  // acc [samples, pixels]: spatial_logits writes logits here, scale reads it;
-                     // this and the following null in inference
-  void* saved_maps;  // x's dtype [samples, 2, pixels]
+  const void* logits;     // acc [samples, pixels], of scale
+  void* saved_gate;       // acc [samples, pixels], or the logits of spatial_logits; this and the
+                          // following null in inference
+  void* saved_maps;       // x's dtype [samples, 2, pixels]
   int32_t* saved_argmax;  // [samples, pixels]; null where maps.argmax is that already
 };
 

@@ -284,12 +284,13 @@ __global__ void __launch_bounds__(kThreads, kScaleBlocks)
                   [&](int, int pixel, A logit) { logits[pixel] = logit; });
 }
 
-// The second half by itself, for a gate that is given:
+// The second half by itself:
 //
-//   out[c][s] = x[c][s] * channel_gate[c] * saved_gate[s]
+//   saved_gate[s] = sigmoid(logits[s])      out[c][s] = x[c][s] * channel_gate[c] * saved_gate[s]
 //
-// grid, shared  as above
-// bytes         reads x once, writes out once; every block reads its pixels' and channels' gates
+// grid, shared  as of both halves
+// bytes         reads x once, writes out once; every block reads its pixels' logits and channels'
+//               gates, one for each pixel writes the gate
 template <class T, Access kAccess, bool kChannelsFirst>
 __global__ void __launch_bounds__(kThreads, kScaleBlocks) scale_kernel(const SpatialGate p) {
   using A = acc_t<T>;
@@ -298,9 +299,13 @@ __global__ void __launch_bounds__(kThreads, kScaleBlocks) scale_kernel(const Spa
   const ScaleShared<A> shared(carver, p.geometry, p.space);
   wait_for_previous_launch();
   stage_constants(p, block, shared);
-  const A* gate = static_cast<const A*>(p.saved_gate) + block.sample * p.space.pixels();
-  for (int i = threadIdx.x; i < block.pixels(); i += kThreads)
-    shared.spatial[i] = gate[shared.pixel[i]];  // which this thread has staged
+  const int64_t first = block.sample * p.space.pixels();
+  for (int i = threadIdx.x; i < block.pixels(); i += kThreads) {
+    const int64_t at = first + shared.pixel[i];  // which this thread has staged
+    const A gate = sigmoid(static_cast<const A*>(p.logits)[at]);
+    shared.spatial[i] = gate;
+    if (block.saves) static_cast<A*>(p.saved_gate)[at] = gate;
+  }
   __syncthreads();
   scale_block<kAccess, kChannelsFirst, T>(p, block, shared);
 }

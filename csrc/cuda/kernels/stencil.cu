@@ -1,10 +1,10 @@
 // The spatial gate backwards, from the sums over channels that the first pass left:
 //
-//   dz[s]        = (d_spatial[s] + what else reached the gate) * gate[s] * (1 - gate[s]), or
-//   without
-//                  these factors where it reached the logits
+//   dz[s]        = (d_spatial[s] + what else reached the gate) * gate[s] * (1 - gate[s])
 //   d_maps[m][s] = sum_k dz[s - k] * conv_weight[m][k], the first divided by the channels
 //   d_conv[m][k] = sum_s maps[m][s] * dz[s - k]      d_bias = sum_s dz[s]
+//
+// Where what comes in reached the logits, it is dz.
 //
 // grid    samples * boxes blocks of 256 threads; a block takes a box of pixels
 // shared  dz of the box and its halo; the weights, and with d_conv both maps of the box in their
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 2 : 4)
     shared.weight[i] =
         weight_at<T>(p.conv_weight.data, p.weight_dtype, p.conv_weight.place(i, taps));
   wait_for_previous_launch();
-  const A* gate = static_cast<const A*>(p.spatial_gate) + box.sample * pixels;
+  const A* gate = static_cast<const A*>(p.spatial_gate);
   const A* more = static_cast<const A*>(p.d_spatial_gate);
   const T* maps = static_cast<const T*>(p.maps) + box.sample * 2 * pixels;
   for_staged_pixels(box, p.space, [&](int i, const StagedPixel& staged) {
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 2 : 4)
     if (pixel >= 0) {
       const A d = total_of<A>(p.d_spatial, box.sample, pixels, pixel) +
                   (more ? __ldg(more + box.sample * pixels + pixel) : A(0));
-      dz = p.spatial_gate ? d * sigmoid_derivative<A>(gate[pixel]) : d;
+      dz = gate ? d * sigmoid_derivative<A>(gate[box.sample * pixels + pixel]) : d;
     }
     stage_dz(box, i, dz, shared.dz);
   });

@@ -17,7 +17,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) total_sums_kernel(const TotalSums p) {
   using A = acc_t<T>;
   wait_for_previous_launch();
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, count = p.rows + p.cols;
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, count = int64_t{p.rows} + p.cols;
   const int64_t sample = i / count, at = i % count;
   if (sample >= p.samples) return;
   const bool is_row = at < p.rows;

@@ -106,8 +106,10 @@ struct Emulated {
     watched.write("out", p.out, extent(p, p.out_strides));
     watched.write("scratch", memory.mutable_data_ptr(), bytes);
     watch_weights(watched, p);
+    watched.read("logits", p.logits,
+                 p.shape.samples * p.shape.pixels() * bytes_of_accumulator(p.dtype));
     watch_saved(p, [&](const char* name, void* data, int64_t size) {
-      if (p.part == Part::kScale)
+      if (p.part == Part::kScale && data == p.saved.channel_gate)
         watched.read(name, data, size);
       else
         watched.write(name, data, size);
