@@ -184,6 +184,9 @@ REDUNDANT = {
     ),
     "convolution.cuh: else if (box.pixels() <= threads) -> else if (box.pixels() <= 1 + "
     "threads)": "either way takes every pixel, and sums its taps in the same order",
+    "spatial_gate.cu: if (block.pixels() <= kThreads) -> if (block.pixels() <= 1 + kThreads)": (
+        "either way takes every pixel, and sums its taps in the same order"
+    ),
     "weight_gradients.cu: const auto depth = static_cast<int>(min(int64_t{kDepth}, p.a.count "
     "- first_k)); -> const auto depth = static_cast<int>((int64_t{kDepth}));": (
         "what is staged behind the last is zero"
