@@ -9,7 +9,7 @@ asked here, but in tests/test_norm.py.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from .timing import time_together
 
 SECONDS = 1.0  # of a contestant
 PLAIN, FUSED, WITHOUT = "plain", "fused", "fused without"
+# Whether they train, by what is timed.
+MODES = {"forward, known statistics": False, "step, statistics of the batch": True}
 
 
 def blocks(problem: Problem, device: torch.device) -> dict[str, nn.Module]:
@@ -56,23 +58,26 @@ def medians(
     return {name: one["median"] for name, one in timed.items()}
 
 
-def table(problems: Sequence[Problem], device: torch.device, training: bool, seconds: float) -> str:
-    """A line for each problem, and the mean of the ratios."""
-    body, gains = [], []
-    for problem in problems:
-        found = medians(problem, device, training, seconds)
-        gains.append(found[PLAIN] / found[FUSED])
-        body.append([str(problem), *map(microseconds, found.values()), number(gains[-1], 2)])
-    body.append(["geometric mean", "", "", "", number(geometric_mean(gains), 2)])
-    what = "step, statistics of the batch" if training else "forward, known statistics"
-    return markdown([what, PLAIN, FUSED, WITHOUT, f"{PLAIN}/{FUSED}"], body)
+def table(mode: str, found: Mapping[str, Mapping[str, float]]) -> str:
+    """A line for each problem, by its name, and the mean of the ratios."""
+    gains = {name: times[PLAIN] / times[FUSED] for name, times in found.items()}
+    body = [
+        [name, *(microseconds(times[n]) for n in (PLAIN, FUSED, WITHOUT)), number(gains[name], 2)]
+        for name, times in found.items()
+    ]
+    body.append(["geometric mean", "", "", "", number(geometric_mean(gains.values()), 2)])
+    return markdown([mode, PLAIN, FUSED, WITHOUT, f"{PLAIN}/{FUSED}"], body)
 
 
 def main(problems: Sequence[Problem] | None = None, seconds: float = SECONDS) -> int:
     """Print both tables."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for training in (False, True):
-        print(table(problems or in_stages(8), device, training, seconds), end="\n\n", flush=True)
+    for mode, training in MODES.items():
+        found = {
+            str(problem): medians(problem, device, training, seconds)
+            for problem in problems or in_stages(8)
+        }
+        print(table(mode, found), end="\n\n", flush=True)
     return 0
 
 

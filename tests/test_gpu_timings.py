@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 
+from benchmarks import normalised
 from benchmarks import rows as all_rows
 from benchmarks.gpu import network, report, rows, sweep, tables, timings
+from benchmarks.gpu import normalised as normalised_on_gpu
 from benchmarks.gpu.commands import Finished
 from benchmarks.outcome import FAILED, PASSED, Folder
-from benchmarks.problems import Problem
+from benchmarks.problems import Problem, in_stages
 from cbam_cuda import plan as planning
 
 TINY = (8, 6, 5)
@@ -202,3 +204,20 @@ def test_rows_without_a_plan_keep_their_times(monkeypatch):
     assert row["missing"] == {"plan": "ValueError: no such device"}
     assert cells_of(tables.timing_table([row], "forward"))[9:11] == ["20.0", "-"]
     assert cells_of(tables.sweep_table([row]))[6:] == ["20.0", "resident", *"-----"]
+
+
+def test_rows_with_a_norm(monkeypatch):
+    def medians(problem, device, training, seconds):
+        assert device.type == "cuda"
+        return {"plain": 60.0, "fused": 20.0 if training else 15.0, "fused without": 10.0}
+
+    monkeypatch.setattr(normalised, "medians", medians)
+    (problem, *_) = in_stages(32)
+    found = normalised_on_gpu.take(problem, 10.0)
+    assert [row["mode"] for row in found] == list(normalised.MODES)
+    found.append({"name": "32x2048x7x7 float32 contiguous", "error": "out of memory"})
+    text = "\n".join(report.SECTIONS["normalised"]({"rows": found}))
+    assert all(f"| {mode} " in text for mode in normalised.MODES)
+    for ratio in ("4.00", "3.00"):
+        assert text.count(ratio) == 2  # of the row, and the mean
+    assert next(iter(report.SECTIONS["normalised"]({}))).startswith("## ")

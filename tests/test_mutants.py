@@ -21,8 +21,9 @@ KERNELS = [path for path in sources() if "__global__" in path.read_text()]
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
 def test_every_kernel_has_barriers_and_bounds_to_break(path):
     found = list(mutants_of(path))
-    assert {mutant.kind for mutant in found} == {"barrier", "bound"}
     text = path.read_text()
+    waits = "__syncthreads();" in text or path.name.startswith("resident_")
+    assert {mutant.kind for mutant in found} == ({"barrier", "bound"} if waits else {"bound"})
     barriers = [mutant for mutant in found if mutant.kind == "barrier"]
     assert len(barriers) >= text.count("__syncthreads();")
     assert all(mutant.text != text for mutant in found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .. import normalised
 from ..rows import TITLES, Found
 from ..tables import NETWORK_NOTE, network_table
 from ..text import markdown, number
@@ -105,6 +106,15 @@ def _network(found: Found) -> Iterator[str]:
         yield from (NETWORK_NOTE, "")
 
 
+def _normalised(found: Found) -> Iterator[str]:
+    yield from ("## With batch normalisation in the spatial gate", "")
+    for mode in normalised.MODES:
+        times = {r["name"]: r["medians"] for r in found.get("rows", ()) if r.get("mode") == mode}
+        if times:
+            yield from (normalised.table(mode, times), "")
+    yield from _left_out(found)
+
+
 def _sweep(found: Found) -> Iterator[str]:
     yield from ("## Streaming or resident", "")
     for direction, title in TITLES.items():
@@ -166,6 +176,7 @@ SECTIONS = {
     "host": _host,
     "timings": _timings,
     "network": _network,
+    "normalised": _normalised,
     "sweep": _sweep,
     "environment": _environment,
 }

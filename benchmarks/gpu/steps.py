@@ -8,7 +8,18 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..outcome import FAILED, SKIPPED, Folder, Outcome
-from . import checks, facts, host, network, sanitizers, suite, sweep, timings, traffic
+from . import (
+    checks,
+    facts,
+    host,
+    network,
+    normalised,
+    sanitizers,
+    suite,
+    sweep,
+    timings,
+    traffic,
+)
 from .report import one_line, render
 
 
@@ -33,6 +44,7 @@ STEPS = (
     Step("host", 25, host.step, share=0.15, least=18),
     Step("timings", 200, timings.step, share=0.475),
     Step("network", 45, network.step, share=0.545),
+    Step("normalised", 30, normalised.step, share=0.3, least=22),
     Step("sweep", 120, sweep.step),
 )
 NAMES = tuple(step.name for step in STEPS)
