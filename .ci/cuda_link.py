@@ -19,13 +19,23 @@ from environment import ROOT, requirements
 FOLDER = ROOT / ".venv-cuda"
 VERSIONS = ("2.11.0", "2.14.1")
 # What calls the operators; the rest is about building, plans and measuring.
-NAMES = ("arguments", "backward", "compile", "forward", "modules", "numerics")
+NAMES = (
+    "arguments",
+    "backward",
+    "compile",
+    "convert",
+    "forward",
+    "modules",
+    "norm",
+    "numerics",
+    "parts",
+)
 TESTS = [ROOT / f"tests/test_{name}.py" for name in NAMES]
 CHECK = """
 import torch, cbam_cuda
 assert torch.version.cuda, torch.__version__
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-for operator in ("forward", "forward_train", "backward"):
+for operator in cbam_cuda.ops.OPERATORS:
     for key in ("CPU", "CUDA"):
         assert has(f"cbam_cuda::{operator}", key), (operator, key)
 facts = cbam_cuda.info()

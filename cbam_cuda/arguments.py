@@ -7,6 +7,7 @@ here, in fewer words; a call that one of them refused is explained from here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -134,7 +135,8 @@ def check_call(x: Tensor, weights: Weights) -> None:
             f"x: expected at least one channel and one position in space, got shape {list(x.shape)}"
         )
     # A graph for any sizes has no such limit to show: its operators have.
-    if not torch.compiler.is_compiling() and x.shape[2:].numel() >= MOST_POSITIONS:
+    # Multiplied one by one, as numel() of torch 2.11 makes numbers of symbols.
+    if not torch.compiler.is_compiling() and math.prod(x.shape[2:]) >= MOST_POSITIONS:
         raise ValueError(
             f"x: expected fewer than {MOST_POSITIONS} positions in space, got shape {list(x.shape)}"
         )

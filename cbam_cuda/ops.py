@@ -197,6 +197,18 @@ def _empty_gradient(name: str, w: Tensor) -> Tensor:
     return w.new_empty(w.shape)
 
 
+# What a library has, and what it is for tracing.
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "forward": _fake_forward,
+    "forward_train": _fake_forward_train,
+    "backward": _fake_backward,
+    "logits": _fake_logits,
+    "logits_backward": _fake_backward,
+    "scale": _fake_scale,
+    "scale_backward": _fake_scale_backward,
+}
+
+
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, channel_gate, spatial_gate, *others = output
     ctx.save_for_backward(*inputs, channel_gate, spatial_gate, *others)
@@ -316,15 +328,7 @@ _KERNELS: dict[str, frozenset[str]] = {}
 
 def _describe(name: str) -> None:
     """Register tracing and autograd for a library that is loaded, and note what it has."""
-    for operator, description in (
-        ("forward", _fake_forward),
-        ("forward_train", _fake_forward_train),
-        ("backward", _fake_backward),
-        ("logits", _fake_logits),
-        ("logits_backward", _fake_backward),
-        ("scale", _fake_scale),
-        ("scale_backward", _fake_scale_backward),
-    ):
+    for operator, description in OPERATORS.items():
         library.register_fake(f"{name}::{operator}", description)
     backward = getattr(torch.ops, name).backward
     library.register_autograd(
