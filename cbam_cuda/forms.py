@@ -27,7 +27,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Kept as they are; what is derived from them may do more.
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _SPACES = ((7, 6, 5), (7, 7, 7))  # the second for pools that take one side for all
-_ROWS, _LEAST_SAMPLES, _MOST_SAMPLES = 4096, 4, 16  # rows are samples by channels
+_ROWS, _LEAST_SAMPLES, _MOST_SAMPLES = 4096, 6, 18  # rows are samples by channels
+_LARGE = 1000.0
 _TOLERANCE = 1e-9  # in float64, where other orders of the sums are within 1e-13
 
 
@@ -221,6 +222,7 @@ def _random_input(channels: int, space: tuple[int, ...]) -> _Input:
 
     Channels of a sample differ more than positions do, and samples in how much these do, so that
     hidden channels which the ReLU leaves at 0 in some samples, of either pool, are not in others.
+    The last two are large and opposite, for what clips.
     """
     generator = torch.Generator().manual_seed(1)
     samples = min(max(_ROWS // channels, _LEAST_SAMPLES), _MOST_SAMPLES)
@@ -229,7 +231,10 @@ def _random_input(channels: int, space: tuple[int, ...]) -> _Input:
         torch.randn(size, generator=generator, dtype=torch.float64)
         for size in (shape, (samples, channels, *ones), (samples, 1, *ones), shape)
     )
-    return (values * spread + 4 * means).requires_grad_(), cotangent
+    x = values * spread + 4 * means
+    x[-2] = _LARGE * x[-1]
+    x[-1] *= -_LARGE
+    return x.requires_grad_(), cotangent
 
 
 def _agree(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:

@@ -235,6 +235,14 @@ class Smooth(Pair):
         self.ca.fc[1] = nn.SiLU()
 
 
+class Clipped(Pair):
+    """A ReLU for all but large values."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.ca.fc[1] = nn.Hardtanh(0.0, 20.0)
+
+
 class Dropped(Pair):
     """The same in inference, not in training."""
 
@@ -347,6 +355,7 @@ REFUSED = {
     "two means": (TwoMeans, "computes something else"),
     "no sigmoid": (NoSigmoid, "computes something else"),
     "activation": (Smooth, "computes something else"),
+    "clipped activation": (Clipped, "computes something else"),
     "dropout": (Dropped, "cannot be tried on random numbers: it draws random numbers"),
     "detached": (Detached, "computes something else"),
     "dilation": (Wide, "computes something else"),
