@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import reference
 from .arguments import check_spatial_dimensions
-from .functional import check_backend, run, run_normalised, take_plain_form
+from .choice import check_backend, take_plain_form
+from .functional import run, run_normalised
 
 # Each is one node of a graph that torch.fx traces.
 torch.fx.wrap("check_spatial_dimensions")

@@ -14,7 +14,7 @@ from cases import Case, make_weights, make_x
 from conftest import why_not
 
 import cbam_cuda
-from cbam_cuda import CBAM, cbam, functional, ops, reference
+from cbam_cuda import CBAM, cbam, choice, ops, reference
 
 CASE = Case("", (2, 16, 6, 6), 2, (3, 3))
 
@@ -101,7 +101,7 @@ def test_emulated_runs_a_script_that_does_not_know_of_it(inputs):
 
 def test_auto_falls_back_and_says_so_once(inputs, spied, monkeypatch):
     monkeypatch.setitem(ops._KERNELS, ops.FUSED, NO_KERNELS)
-    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.setattr(choice, "_warned", set())
     with pytest.warns(UserWarning, match="plain PyTorch form on cpu: this build has no fused"):
         cbam(inputs[0], *inputs[1])
     with warnings.catch_warnings():

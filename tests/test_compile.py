@@ -8,7 +8,7 @@ import torch._dynamo.testing
 from cases import FEW_CASES, LAYOUTS, Case, device_of, leaves, make_weights, make_x, operators
 from torch import library
 
-from cbam_cuda import CBAM, cbam, functional, ops, reference
+from cbam_cuda import CBAM, cbam, choice, ops, reference
 
 CASE = Case("", (3, 32, 9, 7), 4, (7, 7))
 
@@ -76,7 +76,7 @@ def test_transforms_outside_are_those_of_the_plain_form():
 def test_the_plain_form_is_taken_and_said_while_tracing(monkeypatch):
     torch.compiler.reset()
     monkeypatch.setattr(ops, "_KERNELS", {ops.FUSED: frozenset()})
-    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.setattr(choice, "_warned", set())
     module, x = CBAM(32, 4), torch.randn(2, 32, 9, 7)
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     with pytest.warns(UserWarning, match="plain PyTorch form on cpu: this build has no fused"):

@@ -18,7 +18,7 @@ from variants import (
 )
 
 import cbam_cuda
-from cbam_cuda import CBAM, functional, reference
+from cbam_cuda import CBAM, choice, reference
 
 CHANNELS = 32
 SHAPES = {"volume": (2, CHANNELS, 4, 6, 5), "late": (2, CHANNELS, 7, 7)}
@@ -26,7 +26,7 @@ SHAPES = {"volume": (2, CHANNELS, 4, 6, 5), "late": (2, CHANNELS, 7, 7)}
 
 @pytest.fixture(autouse=True)
 def nothing_warned_of(monkeypatch):
-    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.setattr(choice, "_warned", set())
     monkeypatch.delenv("CBAM_CUDA_BACKEND", raising=False)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from cbam_cuda import CBAM, CBAM1d, functional, reference
+from cbam_cuda import CBAM, CBAM1d, choice, reference
 
 
 def add_hook(block):
@@ -73,7 +73,7 @@ MORE = {
 
 @pytest.fixture(autouse=True)
 def nothing_warned_of(monkeypatch):
-    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.setattr(choice, "_warned", set())
     monkeypatch.delenv("CBAM_CUDA_BACKEND", raising=False)
 
 

@@ -13,14 +13,14 @@ from torch import library, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-from cbam_cuda import CBAM, functional, ops, reference
+from cbam_cuda import CBAM, choice, ops, reference
 
 SHAPES = {1: (3, 32, 50), 2: (3, 32, 12, 9), 3: (3, 32, 5, 6, 4)}
 
 
 @pytest.fixture(autouse=True)
 def nothing_warned_of(monkeypatch):
-    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.setattr(choice, "_warned", set())
 
 
 def pair(dim: int = 2, **options) -> tuple[CBAM, reference.CBAM]:
