@@ -44,6 +44,17 @@ def test_random_numbers_tell_pools_apart(channels, ratio):
             cbam_cuda.convert(Official(channels, ratio, pools))
 
 
+@pytest.mark.parametrize("channels", [16, 64])
+@pytest.mark.parametrize("most", [6.0, 100.0, 500.0])
+def test_large_numbers_tell_what_clips(channels, most):
+    """Also where the only hidden channel may be 0 for one of them."""
+    block = Pair(channels)
+    cbam_cuda.convert(block)
+    block.ca.fc[1] = nn.Hardtanh(0.0, most)
+    with pytest.raises(ValueError, match="computes something else"):
+        cbam_cuda.convert(block)
+
+
 def hook(block):
     block.ca.register_forward_hook(lambda *_: None)
 
