@@ -2,8 +2,8 @@
 
 The stages of a ResNet-50 at batch 8, float32, on CUDA where there is a GPU, else on the CPU: plain
 PyTorch and the fused block with a norm, the fused block without; in inference by known statistics,
-in training by the batch's. They take turns; medians in microseconds a call. What is right is not
-asked here, but in tests/test_norm.py.
+in training by the batch's. They take turns; medians in microseconds a call. All calls take the same
+tensors, of which caches may keep some. What is right is not asked here, but in tests/test_norm.py.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _SPACES = ((7, 6, 5), (7, 7, 7))  # the second for pools that take one side for all
 _ROWS, _LEAST_SAMPLES, _MOST_SAMPLES = 4096, 6, 18  # rows are samples by channels
-_LARGE = 1000.0
+_LARGE = 1e4
 _TOLERANCE = 1e-9  # in float64, where other orders of the sums are within 1e-13
 
 
@@ -222,7 +222,8 @@ def _random_input(channels: int, space: tuple[int, ...]) -> _Input:
 
     Channels of a sample differ more than positions do, and samples in how much these do, so that
     hidden channels which the ReLU leaves at 0 in some samples, of either pool, are not in others.
-    The last two are large and opposite, for what clips.
+    The last two are large in a corner, with opposite signs, for what clips: everywhere, and a
+    spatial gate of 0 would hide it.
     """
     generator = torch.Generator().manual_seed(1)
     samples = min(max(_ROWS // channels, _LEAST_SAMPLES), _MOST_SAMPLES)
@@ -232,8 +233,10 @@ def _random_input(channels: int, space: tuple[int, ...]) -> _Input:
         for size in (shape, (samples, channels, *ones), (samples, 1, *ones), shape)
     )
     x = values * spread + 4 * means
-    x[-2] = _LARGE * x[-1]
-    x[-1] *= -_LARGE
+    x[-2] = x[-1]
+    corners = x.flatten(2)[..., 0]  # a view
+    corners[-2] *= _LARGE
+    corners[-1] *= -_LARGE
     return x.requires_grad_(), cotangent
 
 

@@ -1,8 +1,9 @@
 """Batch normalisation in the spatial gate by statistics of the batch, forward and backward.
 
-A library has operators for what stands before the normalisation and for what stands behind it, so
-that the CPU reads x no more often than without one. CUDA streams it, as samples cannot stay on the
-chip until all have been seen. What is between them is one value a position, and PyTorch's.
+A library has operators for what stands before the normalisation and for what stands behind it:
+together they walk over x no more often than without one, but the last walk begins when all samples
+have been seen, which leave caches meanwhile, and the chip of a GPU. What is between them is one
+value a position, and PyTorch's.
 
 Backward, with zn = (z - mean) / sqrt(variance + eps), the logit zn * weight + bias, dl what comes
 in for the logit, and n positions in the batch::
@@ -81,8 +82,8 @@ def backward(
     be there or empty.
     """
     d_out = torch.zeros_like(x) if grads[0] is None else grads[0]
-    if d_out.stride() != x.stride():  # else both calls would bring it to x's layout
-        d_out = torch.empty_like(x).copy_(d_out)
+    if d_out.stride() != torch.empty_like(x, device="meta").stride():
+        d_out = torch.empty_like(x).copy_(d_out)  # for both calls
     gates = saved.channel_gate, saved.spatial_gate
     d_channel_gate, d_spatial_gate = (
         d if more is None else d + more

@@ -92,8 +92,8 @@ struct ForwardProblem {
   void* out;        // null in kLogits
   Weights weights;  // null in kScale
   Saved saved;      // in kLogits the logits stand for the spatial gate; in kScale there are gates
-                    // alone, of which the channel's is read
-  const void* logits;  // acc [samples, pixels] in kScale, else null
+                    // alone, of which forwards the channel's is read
+  const void* logits;  // acc [samples, pixels] in kScale forwards, else null
   Part part;
 
   CBAM_INLINE_MEMBER bool training() const { return saved.spatial_gate != nullptr; }
@@ -116,7 +116,7 @@ struct Gradients {
   CBAM_INLINE_MEMBER bool conv() const { return conv_weight || conv_bias; }
 };
 
-// Extends the forward's problem: x, weights and saved are read; out is not used.
+// Extends the forward's problem: x, weights and saved are read; out and logits are not used.
 struct BackwardProblem : ForwardProblem {
   Strides dout_strides;        // same kind as strides
   Strides dx_strides;          // same kind as strides

@@ -45,9 +45,9 @@ def test_random_numbers_tell_pools_apart(channels, ratio):
 
 
 @pytest.mark.parametrize("channels", [16, 64])
-@pytest.mark.parametrize("most", [6.0, 100.0, 500.0])
+@pytest.mark.parametrize("most", [6.0, 20.0, 100.0])
 def test_large_numbers_tell_what_clips(channels, most):
-    """Also where the only hidden channel may be 0 for one of them."""
+    """What clips beyond makes gates that are 0 or 1 as well."""
     block = Pair(channels)
     cbam_cuda.convert(block)
     block.ca.fc[1] = nn.Hardtanh(0.0, most)

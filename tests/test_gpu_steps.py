@@ -70,6 +70,7 @@ def test_time_of_all_steps():
     assert steps.NAMES[-4:] == ("timings", "network", "normalised", "sweep")
     least = {"tests": 100, "sanitizers": 90, "checks": 60}
     least |= {"host": 18, "timings": 50, "network": 30, "sweep": 25}
+    assert all(step.least <= step.seconds for step in steps.STEPS)
     left = 8 * 60 - 90
     for step in steps.STEPS:
         taken = min(step.seconds, step.share * left)

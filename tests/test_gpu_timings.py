@@ -220,4 +220,5 @@ def test_rows_with_a_norm(monkeypatch):
     assert all(f"| {mode} " in text for mode in normalised.MODES)
     for ratio in ("4.00", "3.00"):
         assert text.count(ratio) == 2  # of the row, and the mean
+    assert "7x7" not in text  # the summary of the step says why
     assert next(iter(report.SECTIONS["normalised"]({}))).startswith("## ")

@@ -371,8 +371,11 @@ def test_compiled(backend, training):
     assert counter.frame_count == 1 + training
 
 
-def test_operators_are_what_they_say(backend):
-    ours = pair(1, conv_bias=False)[0].to(device_of(backend)).train()
+@pytest.mark.parametrize("options", [{}, {"conv_bias": False, "bias": False}], ids=str)
+def test_operators_are_what_they_say(backend, options):
+    ours = pair(1, **options)[0].to(device_of(backend)).train()
+    if options:
+        ours.norm = nn.BatchNorm1d(1, affine=False, device=device_of(backend))
     name = ops.EMULATED if backend == "emulated" else ops.FUSED
     operators = getattr(torch.ops, name)
     x = torch.randn(SHAPES[1], device=device_of(backend), requires_grad=True)
@@ -381,6 +384,7 @@ def test_operators_are_what_they_say(backend):
     with torch.no_grad():
         out, _, *saved = operators.train_normalised.default(*given, ours.norm.eps)
         mask = [t is not None for t in given]
+        mask[1] = not options
         grads = (torch.ones_like(out), None, torch.ones_like(saved[1]))
         library.opcheck(
             operators.backward_normalised.default,

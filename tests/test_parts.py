@@ -60,8 +60,9 @@ def assert_whole(run, x, weights, grad) -> None:
     saved = channel_gate, gate, *others
     parts = step_by_parts(run, x, weights, grad)
     assert torch.equal(parts[1], channel_gate)
-    for part, whole in zip(parts[3:], others, strict=False):
+    for part, whole in zip(parts[3 : 3 + len(others)], others, strict=True):
         assert torch.equal(part, whole)
+    assert torch.equal(parts[0], out)
     torch.testing.assert_close(torch.sigmoid(parts[2]), gate)
     for part, known in zip(run.scale(x, channel_gate, parts[2]), (out, gate), strict=True):
         assert torch.equal(part, known)

@@ -51,10 +51,9 @@ void scale(const ForwardProblem& p, const ThreadPool& pool) {
   const Run run = s.samples * s.channels * s.pixels() < kSmallestSplit ? Run() : Run(pool);
   const A* logits = static_cast<const A*>(p.logits);
   A* gate = static_cast<A*>(p.saved.spatial_gate);
-  run(s.samples, [&](int64_t first, int64_t last) {
-    const int64_t begin = first * s.pixels();
-    for_vectors<A>(last * s.pixels() - begin, [&](int64_t j, auto lanes) {
-      lanes.store(gate + begin + j, sigmoid<A>(lanes.load(logits + begin + j)));
+  run(s.samples * s.pixels(), [&](int64_t first, int64_t last) {
+    for_vectors<A>(last - first, [&](int64_t j, auto lanes) {
+      lanes.store(gate + first + j, sigmoid<A>(lanes.load(logits + first + j)));
     });
   });
   run(s.samples * rows, [&](int64_t first, int64_t last) {

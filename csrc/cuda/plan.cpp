@@ -296,7 +296,7 @@ ForwardPlan plan_streaming(const ForwardProblem& p, const DeviceLimits& device,
     plan.maps = along_rows(p, samples, true, wanted);
   }
   plan.maps.reverse = true;  // starts with what the pool read last
-  plan.scale = plan_last_pass(p, samples, plan.maps.splits, device);
+  plan.scale = plan_last_pass(p, samples, p.part == Part::kScale ? 1 : plan.maps.splits, device);
   plan.mlp = plan_mlp(p, samples, plan.pool.splits, device);
   plan.shared_limit = device.shared_per_block;
   plan.overlaps = device.capability >= kOverlapCapability;

@@ -43,13 +43,13 @@ ScaleGeometry plan_last_pass(const ForwardProblem& p, int64_t samples, int map_s
   const bool first = p.strides.channels_first();
   const auto in = ColumnAccess(View(p, p.strides, p.x), vector).of_two_rows(vector);
   const auto out = ColumnAccess(View(p, p.out_strides, p.out), vector).of_two_rows(vector);
-  // The logits alone need no channels, nor x.
-  const bool all = p.part != Part::kLogits;
+  const bool reads_x = p.part != Part::kLogits;  // else no channels are needed either
   const int64_t most_chunks =
-      all ? std::max<int64_t>(1, s.channels / pieces_of(p, samples).channels) : 1;
+      reads_x ? std::max<int64_t>(1, s.channels / pieces_of(p, samples).channels) : 1;
   ScaleGeometry g{};
-  g.access = all && in.access == out.access ? in.access : Access::kScalar;
-  g.chunk = all ? static_cast<int>(std::min(s.channels, kMostChannels)) : 0;  // room for so many
+  g.access = reads_x && in.access == out.access ? in.access : Access::kScalar;
+  g.chunk =
+      reads_x ? static_cast<int>(std::min(s.channels, kMostChannels)) : 0;  // room for so many
   g.chunks = 1;
   const auto shared_bytes_of = [&](const BoxGeometry& box) {
     ScaleGeometry with_box = g;
@@ -65,7 +65,7 @@ ScaleGeometry plan_last_pass(const ForwardProblem& p, int64_t samples, int map_s
   }
   if (!box) throw boxes.no_box();
   static_cast<BoxGeometry&>(g) = *box;
-  if (!all) return g;
+  if (!reads_x) return g;
   const bool packed = g.access == Access::kPacked;
   g.period = in.period;
   g.row_group = packed ? in.row_group : 1;
