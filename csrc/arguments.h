@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -43,6 +44,10 @@ struct SavedTensors {
   void check(const Tensor& x, const Shape& shape) const;
   SavedTensors contiguous() const;
   Saved view() const;
+  // In the order of the operators' results.
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> results() const {
+    return {channel_gate, spatial_gate, pooled, hidden, maps, pixel_argmax, channel_argmax};
+  }
 };
 
 // Throws unless every tensor has the sizes, dtype and device that x and the weights' sizes ask for.

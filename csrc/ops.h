@@ -82,8 +82,7 @@ TrainOutputs forward_train(const Tensor& x, const Tensor& fc1_weight,
     p.weights = weights.view;
     p.saved = saved.view();
   });
-  return {out,          saved.channel_gate, saved.spatial_gate, saved.pooled,
-          saved.hidden, saved.maps,         saved.pixel_argmax, saved.channel_argmax};
+  return std::tuple_cat(std::tuple{out}, saved.results());
 }
 
 using LogitsOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -104,8 +103,7 @@ LogitsOutputs logits(const Tensor& x_given, const Tensor& fc1_weight,
     p.saved = saved.view();
     Backend::forward(p, x);
   }
-  return {saved.channel_gate, saved.spatial_gate, saved.pooled,        saved.hidden,
-          saved.maps,         saved.pixel_argmax, saved.channel_argmax};
+  return saved.results();
 }
 
 template <class Backend>

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import why_not
 from mutate import REDUNDANT, chosen, parse
-from mutation.find import all_mutants, emulated, mutants_of, sources
+from mutation.find import BARRIERS, all_mutants, emulated, mutants_of, sources
 from mutation.run import HELD
 
 from cbam_cuda.plan import plan
@@ -22,7 +22,7 @@ KERNELS = [path for path in sources() if "__global__" in path.read_text()]
 def test_every_kernel_has_barriers_and_bounds_to_break(path):
     found = list(mutants_of(path))
     text = path.read_text()
-    waits = "__syncthreads();" in text or path.name.startswith("resident_")
+    waits = any(f"{name}(" in text for name in BARRIERS)
     assert {mutant.kind for mutant in found} == ({"barrier", "bound"} if waits else {"bound"})
     barriers = [mutant for mutant in found if mutant.kind == "barrier"]
     assert len(barriers) >= text.count("__syncthreads();")

@@ -21,11 +21,15 @@ struct BackwardTensors {
   int64_t channels = p.shape.channels, pixels = p.shape.pixels();
   int64_t rows = channels_first ? channels : pixels, cols = channels_first ? pixels : channels;
 
-  Matrix<const T> x(int64_t n) const { return matrix(static_cast<const T*>(p.x), p.strides, n); }
-  Matrix<const T> dout(int64_t n) const {
-    return matrix(static_cast<const T*>(p.dout), p.dout_strides, n);
+  Matrix<const T> x(int64_t n) const {
+    return sample_of(static_cast<const T*>(p.x), p.shape, p.strides, n);
   }
-  Matrix<T> dx(int64_t n) const { return matrix(static_cast<T*>(p.gradients.x), p.dx_strides, n); }
+  Matrix<const T> dout(int64_t n) const {
+    return sample_of(static_cast<const T*>(p.dout), p.shape, p.dout_strides, n);
+  }
+  Matrix<T> dx(int64_t n) const {
+    return sample_of(static_cast<T*>(p.gradients.x), p.shape, p.dx_strides, n);
+  }
 
   const A* channel_gate(int64_t n) const {
     return static_cast<const A*>(p.saved.channel_gate) + n * channels;
@@ -38,12 +42,6 @@ struct BackwardTensors {
   }
   const int32_t* pixel_argmax(int64_t n) const { return p.saved.pixel_argmax + n * channels; }
   const int32_t* channel_argmax(int64_t n) const { return p.saved.channel_argmax + n * pixels; }
-
- private:
-  template <class E>
-  Matrix<E> matrix(E* base, const Strides& s, int64_t n) const {
-    return {base + n * s.sample, rows, cols, channels_first ? s.channel : s.pixel};
-  }
 };
 
 }  // namespace

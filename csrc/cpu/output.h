@@ -16,26 +16,20 @@ class LastPass {
   explicit LastPass(const ForwardProblem& problem)
       : p_(problem), first_(problem.strides.channels_first()), large_(is_large(problem)) {}
 
-  Matrix<const T> x(int64_t n) const { return matrix(static_cast<const T*>(p_.x), p_.strides, n); }
+  Matrix<const T> x(int64_t n) const {
+    return sample_of(static_cast<const T*>(p_.x), p_.shape, p_.strides, n);
+  }
 
   // Rows [begin, end) of a sample. Those of the sample `next` are asked for meanwhile; n itself for
   // none.
   void write(int64_t n, const A* channel_gate, const A* spatial_gate, int64_t begin, int64_t end,
              int64_t next) const {
-    const auto out = matrix(static_cast<T*>(p_.out), p_.out_strides, n);
+    const auto out = sample_of(static_cast<T*>(p_.out), p_.shape, p_.out_strides, n);
     scale_rows(x(n), out, begin, end, first_ ? channel_gate : spatial_gate,
                first_ ? spatial_gate : channel_gate, large_, x(next));
   }
 
  private:
-  template <class E>
-  Matrix<E> matrix(E* base, const Strides& s, int64_t n) const {
-    const int64_t channels = p_.shape.channels, pixels = p_.shape.pixels();
-    E* data = base + n * s.sample;
-    return first_ ? Matrix<E>{data, channels, pixels, s.channel}
-                  : Matrix<E>{data, pixels, channels, s.pixel};
-  }
-
   const ForwardProblem& p_;
   bool first_;  // the channels
   bool large_;  // the output

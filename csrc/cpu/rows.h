@@ -2,6 +2,7 @@
 // channels come first, pixels x channels where they come last - and how its rows are written.
 #pragma once
 
+#include "../problem.h"
 #include "lanes.h"
 
 namespace cbam::cpu {
@@ -33,6 +34,14 @@ struct Matrix {
     return stride == cols && together * cols <= kAside ? together : 0;
   }
 };
+
+// Sample n of a tensor of x's size.
+template <class E>
+Matrix<E> sample_of(E* base, const Shape& shape, const Strides& s, int64_t n) {
+  E* data = base + n * s.sample;
+  return s.channels_first() ? Matrix<E>{data, shape.channels, shape.pixels(), s.channel}
+                            : Matrix<E>{data, shape.pixels(), shape.channels, s.pixel};
+}
 
 // write(Count<n>{}, r, to, stride, for_columns) writes n rows from r on: the first at `to`, each
 // `stride` after the one before, by for_columns(columns, body). Calls it for rows [begin, end) of
