@@ -12,7 +12,7 @@ demo: build
 
 # What reaches every line of the Python package. Counting lines slows tests down by a quarter, so the
 # others, which run kernels most of the time, go without.
-SURFACE := $(patsubst %,tests/test_%.py,arguments modules layers norm convert convert_refused backends plan compile backward)
+SURFACE := $(patsubst %,tests/test_%.py,arguments modules layers norm convert convert_refused ending backends plan compile backward)
 
 ## Formatters, linters, types, then the suite on every backend that runs here.
 test: lint build emulator

@@ -24,6 +24,7 @@ NAMES = (
     "backward",
     "compile",
     "convert",
+    "ending",
     "forward",
     "modules",
     "norm",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import report
-from .network import pairs
+from .network import by_setting
 from .outcome import Folder
 from .rows import Found, fused, geometric_mean
 from .text import markdown, microseconds, number
@@ -69,8 +69,8 @@ def of_blocks(rows: Sequence[Found]) -> Timings:
 def of_networks(rows: Sequence[Found]) -> Timings:
     """All timings of rows of the network."""
     return {
-        (NETWORK, setting): {n: {"launched": row["microseconds"]} for n, row in pair.items()}
-        for setting, pair in pairs(list(rows)).items()
+        (NETWORK, setting): {n: {"launched": row["microseconds"]} for n, row in timed.items()}
+        for setting, timed in by_setting(list(rows)).items()
     }
 
 

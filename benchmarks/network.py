@@ -1,4 +1,8 @@
-"""A whole ResNet-50 with CBAM in every block, plain and fused: a training step, and inference."""
+"""A whole ResNet-50 with CBAM in every block: a training step, and inference.
+
+Plain; with the fused block in its place; and with a fused block that ends the residual block, by
+adding the shortcut and the ReLU behind it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from .rows import Found, Row
 from .timing import as_found, time_once
 from .truth import tolerance
 
-NETWORKS = ("plain", "fused")
+NETWORKS = ("plain", "fused", "ended")
 IMAGE = (3, 224, 224)
 FEW_IMAGES = (2, *IMAGE)  # enough to compare
 # What the layers around the block work in: training under autocast, inference all of it.
@@ -61,7 +65,7 @@ def settings() -> list[Setting]:
 
 
 def time_setting(setting: Setting, device: torch.device) -> list[Row]:
-    """Both networks, taking turns, once they are known to compute the same."""
+    """All networks, taking turns, once they are known to compute the same."""
     torch.backends.cudnn.allow_tf32 = False  # it would hide differences; no timing is of float32
     assert_agree(setting, device)
     effort, dtype = EFFORT[device.type], DTYPES[device.type][setting.mode]
@@ -109,12 +113,17 @@ def _row(
 
 
 def networks(device: torch.device, layout: str) -> dict[str, nn.Module]:
-    """By name, both with the same weights."""
+    """By name, all with the same weights."""
     fused = functools.partial(cbam_cuda.CBAM, backend=device.type)
     torch.manual_seed(0)
     with device:
-        found = {"plain": ResNet50(reference.CBAM), "fused": ResNet50(fused)}
-    found["fused"].load_state_dict(found["plain"].state_dict())
+        found = {
+            "plain": ResNet50(reference.CBAM),
+            "fused": ResNet50(fused),
+            "ended": ResNet50(fused, at_once=True),
+        }
+    for network in found.values():
+        network.load_state_dict(found["plain"].state_dict())
     return {name: found[name].to(memory_format=LAYOUTS[layout]) for name in NETWORKS}
 
 
@@ -123,24 +132,27 @@ def assert_agree(
 ) -> None:
     """Fail unless outputs in float32 and gradients keep to the rule that a single block has.
 
-    It fits the network too: the fused one may be off from the plain one in float64 by a multiple of
+    It fits the network too: a fused one may be off from the plain one in float64 by a multiple of
     what the plain one in float32 is off by, and what rounding does in all other layers is in both.
     Gradients are compared in float64: in float32 either network takes another element for a maximum
     here and there, and many layers carry that on. Batch norms use their running statistics, which
     do not magnify the differences of few images.
     """
     images = _images(shape, device, setting.layout)
-    plain, fused = (network.eval() for network in networks(device, setting.layout).values())
+    plain, *others = (network.eval() for network in networks(device, setting.layout).values())
     with torch.set_grad_enabled(setting.mode == "training"):  # which operators are called
-        one, other = plain(images).detach(), fused(images).detach()
+        one, *outs = (network(images).detach() for network in (plain, *others))
     wide = images.double()
     with torch.no_grad():
         truth = plain.double()(wide)
-    tolerance.assert_as_good_as_eager(str(setting), other, one, truth)
+    for out in outs:
+        tolerance.assert_as_good_as_eager(str(setting), out, one, truth)
     if setting.mode == "training":
-        expected, found = gradients(plain, wide), gradients(fused.double(), wide)
-        for name, truth in expected.items():
-            tolerance.assert_as_good_as_eager(f"{setting}, {name}", found[name], truth, truth)
+        expected = gradients(plain, wide)
+        for network in others:
+            found = gradients(network.double(), wide)
+            for name, truth in expected.items():
+                tolerance.assert_as_good_as_eager(f"{setting}, {name}", found[name], truth, truth)
 
 
 def gradients(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -185,7 +197,7 @@ def inference(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Callabl
 WORK = {"training": training, "inference": inference}
 
 
-def pairs(rows: list[Found]) -> dict[str, dict[str, Found]]:
+def by_setting(rows: list[Found]) -> dict[str, dict[str, Found]]:
     """Rows by setting and network; errors are left out."""
     found: dict[str, dict[str, Found]] = {}
     for row in rows:
@@ -194,7 +206,8 @@ def pairs(rows: list[Found]) -> dict[str, dict[str, Found]]:
     return found
 
 
-def plain_over_fused(pair: dict[str, Found]) -> float:
-    """How many times as long the plain network takes."""
-    plain, fused = (float(pair[name]["milliseconds"]) for name in NETWORKS)
-    return plain / fused
+def plain_over(name: str, found: dict[str, Found]) -> float | None:
+    """How many times as long as a network the plain one takes, where both were timed."""
+    if not {NETWORKS[0], name} <= set(found):
+        return None
+    return float(found[NETWORKS[0]]["milliseconds"]) / float(found[name]["milliseconds"])

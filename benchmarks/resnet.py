@@ -20,10 +20,13 @@ MakeCBAM = Callable[[int], nn.Module]  # of so many channels
 
 
 class Bottleneck(nn.Module):
-    """relu(shortcut(x) + CBAM(branch(x)))."""
+    """relu(shortcut(x) + CBAM(branch(x))); `at_once` where the block does all but the branches."""
 
-    def __init__(self, channels: int, width: int, stride: int, cbam: MakeCBAM) -> None:
+    def __init__(
+        self, channels: int, width: int, stride: int, cbam: MakeCBAM, at_once: bool = False
+    ) -> None:
         super().__init__()
+        self.at_once = at_once
         out = EXPANSION * width
         self.branch = nn.Sequential(
             *_conv(channels, width, 1),
@@ -38,13 +41,18 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of x [N, channels, H, W]."""
+        if self.at_once:
+            return self.cbam(self.branch(x), residual=self.shortcut(x), activation="relu")
         return F.relu(self.cbam(self.branch(x)) + self.shortcut(x), inplace=True)
 
 
 class ResNet50(nn.Module):
-    """Scores of CLASSES classes; `cbam` makes the block for so many channels."""
+    """Scores of CLASSES classes; `cbam` makes the block for so many channels.
 
-    def __init__(self, cbam: MakeCBAM) -> None:
+    `at_once`: the block adds the shortcut by itself, and the ReLU behind it.
+    """
+
+    def __init__(self, cbam: MakeCBAM, at_once: bool = False) -> None:
         super().__init__()
         layers: list[nn.Module] = [
             *_conv(3, 64, 7, 2),
@@ -54,7 +62,8 @@ class ResNet50(nn.Module):
         channels = 64
         for width, blocks, stride in STAGES:
             for index in range(blocks):
-                layers.append(Bottleneck(channels, width, 1 if index else stride, cbam))
+                step = 1 if index else stride
+                layers.append(Bottleneck(channels, width, step, cbam, at_once))
                 channels = EXPANSION * width
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels, CLASSES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from .contestants import RIVALS
-from .network import NETWORKS, pairs, plain_over_fused
+from .network import NETWORKS, by_setting, plain_over
 from .rows import Found, fused, geometric_mean, median, speedup, spread, timing
 from .text import markdown, microseconds, number, shape_name
 
@@ -40,8 +40,9 @@ than once: their peak may be lower elsewhere."""
 
 NETWORK_NOTE = """\
 ResNet-50 with CBAM in every block, median milliseconds of a step, with how far the quartiles are
-from it: forward, backward and SGD, or inference; both networks take turns. "peak" is the most
-memory that tensors take beside the weights and the optimizer's state."""
+from it: forward, backward and SGD, or inference; the networks take turns. "fused" has the fused
+block in the place of the plain one, "ended" one that also adds the shortcut, and the ReLU behind
+it. "peak" is the most memory that tensors take beside the weights and the optimizer's state."""
 
 
 def block_table(rows: Sequence[Found]) -> str:
@@ -182,16 +183,19 @@ def threads_table(rows: Sequence[Found]) -> str:
 
 
 def network_table(rows: Sequence[Found]) -> str:
-    """A line a setting, both networks side by side."""
+    """A line a setting, the networks side by side."""
+    settings = by_setting(rows)
+    names = [name for name in NETWORKS if any(name in found for found in settings.values())]
     header = ["mode", "layout", "dtype", "images"]
     for unit in ("ms", "images/s", "peak GB"):
-        header += [f"{name} {unit}" for name in NETWORKS]
+        header += [f"{name} {unit}" for name in names]
+    header += [f"{NETWORKS[0]}/{name}" for name in names[1:]]
     body = []
-    for pair in pairs(rows).values():
-        first = pair[NETWORKS[0]]
+    for found in settings.values():
+        first = found[names[0]]
         cells = [first["mode"], first["layout"], first["dtype"], str(first["images"])]
-        cells += [_time(pair[name]["microseconds"], 1e3, 1) for name in NETWORKS]
+        cells += [_time(found[name]["microseconds"], 1e3, 1) for name in names]
         for key, unit, digits in NETWORK_COLUMNS:
-            cells += [number(pair[name][key] / unit, digits) for name in NETWORKS]
-        body.append([*cells, number(plain_over_fused(pair), 2)])
-    return markdown([*header, "plain/fused"], body, left=3)
+            cells += [number(found[name][key] / unit, digits) for name in names]
+        body.append([*cells, *(number(plain_over(name, found), 2) for name in names[1:])])
+    return markdown(header, body, left=3)

@@ -13,6 +13,7 @@ def plan(
     *,
     channels_last: bool = False,
     training: bool = False,
+    residual: bool = False,
     backward: bool = False,
     aligned: bool = True,
     bias: bool = True,

@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--channels-last", action="store_true")
     command.add_argument("--backward", action="store_true", help="plan the backward")
     command.add_argument("--training", action="store_true", help="keep what backward needs")
+    command.add_argument("--residual", action="store_true", help="add one to out")
     command.add_argument(
         "--strategy",
         default=os.environ.get("CBAM_CUDA_STRATEGY") or "auto",
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kernel_size=kernel[0] if len(kernel) == 1 else kernel,
             channels_last=given.channels_last,
             training=given.training,
+            residual=given.residual,
             backward=given.backward,
             strategy=given.strategy,
             multiprocessors=given.multiprocessors,

@@ -95,8 +95,11 @@ def check_x(x: Tensor, channels: int) -> None:
         raise ValueError(f"x: expected {channels} channels, got shape {list(x.shape)}")
 
 
-def check_tensors(x: object, weights: Sequence[object]) -> None:
-    """Raise unless x and the weights are tensors, biases possibly None, and x is real floating."""
+def check_tensors(x: object, weights: Sequence[object], residual: object = None) -> None:
+    """Raise unless x and the weights are tensors, biases possibly None, and x is real floating.
+
+    So is the residual, or it is None.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
     _check_strided("x", x)
@@ -108,6 +111,8 @@ def check_tensors(x: object, weights: Sequence[object]) -> None:
             continue
         wanted = "a Tensor or None" if name.endswith("_bias") else "a Tensor"
         raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
+    if residual is not None and not isinstance(residual, Tensor):
+        raise TypeError(f"residual: expected a Tensor or None, got {type(residual).__name__}")
     _check_dtype(x)
 
 
@@ -121,8 +126,8 @@ def _check_strided(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
 
 
-def check_call(x: Tensor, weights: Weights) -> None:
-    """Raise unless shapes, dtypes and devices of x and the weights fit each other."""
+def check_call(x: Tensor, weights: Weights, residual: Tensor | None = None) -> None:
+    """Raise unless shapes, dtypes and devices of x, the weights and the residual fit."""
     dim = x.dim() - 2
     if dim not in (1, 2, 3):
         raise ValueError(
@@ -142,6 +147,9 @@ def check_call(x: Tensor, weights: Weights) -> None:
         )
     _check_shapes(channels, dim, weights)
 
+    if residual is not None:
+        _check_residual(x, residual)
+
     dtype = weights.fc1_weight.dtype
     if dtype != x.dtype and not (dtype == torch.float32 and x.dtype != torch.float64):
         allowed = _name(x.dtype)
@@ -158,6 +166,19 @@ def check_call(x: Tensor, weights: Weights) -> None:
             )
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected device {x.device}, that of x, got {tensor.device}")
+
+
+def _check_residual(x: Tensor, residual: Tensor) -> None:
+    """Raise unless a residual can be added to what x becomes."""
+    _check_strided("residual", residual)
+    if residual.shape != x.shape:
+        raise _shape_error("residual", list(x.shape), residual)
+    if residual.dtype != x.dtype:
+        raise TypeError(
+            f"residual: expected {_name(x.dtype)}, the dtype of out, got {_name(residual.dtype)}"
+        )
+    if residual.device != x.device:
+        raise ValueError(f"residual: expected device {x.device}, that of x, got {residual.device}")
 
 
 def _check_shapes(channels: int, dim: int, weights: Weights) -> None:

@@ -36,14 +36,16 @@ class ResidualCBAM(CBAM):
     """x + CBAM of x, as blocks have it that stand on their own."""
 
     def forward(
-        self, x: Tensor, return_attention: bool = False
+        self,
+        x: Tensor,
+        return_attention: bool = False,
+        *,
+        residual: Tensor | None = None,
+        activation: str | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """As `CBAM`, with x added to out."""
-        result = super().forward(x, return_attention)
-        if isinstance(result, tuple):
-            out, channel_gate, spatial_gate = result
-            return x + out, channel_gate, spatial_gate
-        return x + result
+        """As `CBAM`, with x added to out, and to a residual."""
+        both = x if residual is None else x + residual
+        return super().forward(x, return_attention, residual=both, activation=activation)
 
 
 class Form(NamedTuple):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import ops, ops_normalised, reference, training, training_normalised
 from .arguments import DTYPES, Weights, accumulator_dtype, check_call, check_tensors
 from .choice import choose, take_plain_form
+from .ending import Ending, ending_of
 from .norm import fold, known
 
 
@@ -24,6 +25,8 @@ def cbam(
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
     return_attention: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -37,6 +40,8 @@ def cbam(
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
     return_attention: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -50,6 +55,8 @@ def cbam(
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
     return_attention: bool,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
@@ -62,6 +69,8 @@ def cbam(
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
     return_attention: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
@@ -74,8 +83,12 @@ def cbam(
         spatial_gate = sigmoid(conv([mean of y over channels; max of y over channels]))
         out          = y * spatial_gate
 
-    where MLP is fc2(relu(fc1(.))). Sums are kept in float32 (float64 for float64), a NaN is every
-    maximum it takes part in, and the first of equal values is the maximum whose gradient counts.
+    where MLP is fc2(relu(fc1(.))). The pass that writes out can go on as residual networks do::
+
+        out          = relu(y * spatial_gate + residual)
+
+    Sums are kept in float32 (float64 for float64), a NaN is every maximum it takes part in, and the
+    first of equal values is the maximum whose gradient counts.
 
     Args:
         x: [N, C, *space] with 1, 2 or 3 dimensions of space; float32, float64, float16 or
@@ -88,6 +101,8 @@ def cbam(
         conv_weight: [1, 2, k, ...], one odd k for each dimension of space; maps in the order
             mean, max; padded with zeros to keep the size.
         conv_bias: [1] or None.
+        residual: like x, in out's dtype, any strides; added to out. None for none.
+        activation: "relu" of out and the residual, or None.
         return_attention: also return the gates; gradients flow through all three.
         backend: "auto" takes the fused backend of x's device, or the one that the environment
             variable CBAM_CUDA_BACKEND names. Any other name is used or is an error.
@@ -99,7 +114,8 @@ def cbam(
 
     Raises:
         TypeError: an argument is no tensor, or has a dtype that is not supported here.
-        ValueError: shapes or devices do not fit, or `backend` is unknown or not for this device.
+        ValueError: shapes or devices do not fit, or `activation` is unknown, or `backend` is, or
+            is not for this device.
         RuntimeError: the backend that was asked for is not part of this installation, or the call
             is under forward-mode differentiation or a torch.func transform, where only "auto" and
             "reference" work, both in plain PyTorch.
@@ -107,44 +123,49 @@ def cbam(
             compiled call, or where it is the CPU.
     """
     weights = Weights(fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
-    return run(x, weights, return_attention, backend)
+    return run(x, weights, ending_of(residual, activation), return_attention, backend)
 
 
 def run(
-    x: Tensor, weights: Weights, return_attention: bool, backend: str
+    x: Tensor, weights: Weights, ending: Ending, return_attention: bool, backend: str
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`cbam`, for weights that are together already."""
     if torch.compiler.is_compiling():
-        check_tensors(x, weights)
-        return _run(x, weights, return_attention, backend, ops.forward_train)
+        check_tensors(x, weights, ending.residual)
+        return _run(x, weights, ending, return_attention, backend, ops.forward_train)
     # What torch.jit traces are operators.
     forward_train = ops.forward_train if torch._C._is_tracing() else training.forward_train
     # Checks in Python take longer than small blocks do, and the operators refuse whatever these
     # refuse: they only say it better.
     try:
-        return _run(x, weights, return_attention, backend, forward_train)
+        return _run(x, weights, ending, return_attention, backend, forward_train)
     except Exception as error:
-        _explain(error, x, weights)
+        _explain(error, x, weights, ending)
 
 
 def run_normalised(
-    x: Tensor, weights: Weights, norm: nn.Module, return_attention: bool, backend: str
+    x: Tensor,
+    weights: Weights,
+    norm: nn.Module,
+    ending: Ending,
+    return_attention: bool,
+    backend: str,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`run`, with batch normalisation of the map that the convolution gives."""
     if (statistics := known(norm)) is not None:
-        return run(x, fold(weights, statistics), return_attention, backend)
+        return run(x, fold(weights, statistics), ending, return_attention, backend)
     if (why := _why_plain(norm)) is not None:
         take_plain_form(backend, f"norm takes its statistics from {why}")
-        check_tensors(x, weights)
-        return _plainly(x, weights, return_attention, norm)
+        check_tensors(x, weights, ending.residual)
+        return _plainly(x, weights, ending, return_attention, norm)
     if torch.compiler.is_compiling():
-        check_tensors(x, weights)
-        check_call(x, weights)
-        return _run_by_batch(x, weights, norm, return_attention, backend)
+        check_tensors(x, weights, ending.residual)
+        check_call(x, weights, ending.residual)
+        return _run_by_batch(x, weights, norm, ending, return_attention, backend)
     try:
-        return _run_by_batch(x, weights, norm, return_attention, backend)
+        return _run_by_batch(x, weights, norm, ending, return_attention, backend)
     except Exception as error:
-        _explain(error, x, weights)
+        _explain(error, x, weights, ending)
 
 
 def _why_plain(norm: nn.Module) -> str | None:
@@ -158,17 +179,17 @@ def _why_plain(norm: nn.Module) -> str | None:
 
 
 def _run_by_batch(
-    x: Tensor, weights: Weights, norm: Any, return_attention: bool, backend: str
+    x: Tensor, weights: Weights, norm: Any, ending: Ending, return_attention: bool, backend: str
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     if torch._C._is_any_autocast_enabled():
-        x, weights = _cast_as_autocast(x, weights)
+        x, weights, ending = _cast_as_autocast(x, weights, ending)
     library = choose(backend, x.device)
     if library is None or x.shape[0] == 0:  # no samples have no statistics
-        return _plainly(x, weights, return_attention, norm)
+        return _plainly(x, weights, ending, return_attention, norm)
     acc = accumulator_dtype(x.dtype)
     affine = (None if t is None else t.to(acc) for t in (norm.weight, norm.bias))
     of = ops_normalised if torch.compiler.is_compiling() else training_normalised
-    results: tuple[Tensor, ...] = of.train(library, norm, x, *weights, *affine)
+    results: tuple[Tensor, ...] = of.train(library, norm, ending, x, *weights, *affine)
     out, channel_gate, spatial_gate = results
     if return_attention:
         return out, channel_gate.to(x.dtype), spatial_gate.to(x.dtype)
@@ -176,40 +197,52 @@ def _run_by_batch(
 
 
 def _plainly(
-    x: Tensor, weights: Weights, return_attention: bool, norm: nn.Module
+    x: Tensor,
+    weights: Weights,
+    ending: Ending,
+    return_attention: bool,
+    norm: nn.Module | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    check_call(x, weights)
-    normalise = reference.in_its_dtype(norm)
-    return reference.cbam(x, *weights, return_attention=return_attention, normalise=normalise)
+    check_call(x, weights, ending.residual)
+    return reference.cbam(
+        x,
+        *weights,
+        residual=ending.residual,
+        activation=ending.activation,
+        return_attention=return_attention,
+        normalise=None if norm is None else reference.in_its_dtype(norm),
+    )
 
 
 def _run(
     x: Tensor,
     weights: Weights,
+    ending: Ending,
     return_attention: bool,
     backend: str,
     forward_train: Callable[..., tuple[Tensor, ...]],
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     if torch._C._is_any_autocast_enabled():
-        x, weights = _cast_as_autocast(x, weights)
+        x, weights, ending = _cast_as_autocast(x, weights, ending)
     library = choose(backend, x.device)
-    if library is None or torch.compiler.is_compiling():
-        check_call(x, weights)
     if library is None:
-        return reference.cbam(x, *weights, return_attention=return_attention)
-    if return_attention or _needs_grad(x, weights):
-        out, channel_gate, spatial_gate, *_ = forward_train(x, weights, library)
+        return _plainly(x, weights, ending, return_attention)
+    if torch.compiler.is_compiling():
+        check_call(x, weights, ending.residual)
+    if return_attention or _needs_grad(x, *weights, ending.residual):
+        out, channel_gate, spatial_gate, *_ = forward_train(x, weights, ending, library)
         if return_attention:
             return out, channel_gate.to(x.dtype), spatial_gate.to(x.dtype)
         return out
-    return ops.forward(x, weights, library)
+    return ops.forward(x, weights, ending, library)
 
 
-def _explain(error: Exception, x: Tensor, weights: Weights) -> NoReturn:
+def _explain(error: Exception, x: Tensor, weights: Weights, ending: Ending) -> NoReturn:
     """Raise what is wrong with a call that failed: its arguments, or the GPU; or else the error."""
     try:
-        check_tensors(x, weights)
-        check_call(*_cast_as_autocast(x, weights))
+        check_tensors(x, weights, ending.residual)
+        x, weights, ending = _cast_as_autocast(x, weights, ending)
+        check_call(x, weights, ending.residual)
     except (TypeError, ValueError) as refused:
         raise refused from None
     if (explained := ops.memory_error(error)) is not None:
@@ -217,22 +250,26 @@ def _explain(error: Exception, x: Tensor, weights: Weights) -> NoReturn:
     raise error
 
 
-def _needs_grad(x: Tensor, weights: Weights) -> bool:
-    return torch.is_grad_enabled() and (
-        x.requires_grad or any(w is not None and w.requires_grad for w in weights)
-    )
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _cast_as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
+def _cast_as_autocast(
+    x: Tensor, weights: Weights, ending: Ending
+) -> tuple[Tensor, Weights, Ending]:
     """Under autocast, x in the dtype in which the plain form leaves it, and weights of one dtype.
 
     There the gates come out of convolutions in autocast's dtype and multiply x. float64 is left
-    alone by autocast, and what is no floating point is refused as it is without.
+    alone by autocast, and what is no floating point is refused as it is without. A residual is
+    cast where a sum with it would have that dtype.
     """
     left_alone = x.is_meta or x.dtype == torch.float64 or x.dtype not in DTYPES
     if left_alone or not torch.is_autocast_enabled(x.device.type):
-        return x, weights
+        return x, weights, ending
     x = x.to(torch.promote_types(x.dtype, torch.get_autocast_dtype(x.device.type)))
-    if all(w is None or w.dtype == x.dtype for w in weights):
-        return x, weights
-    return x, Weights(*(None if w is None else w.to(torch.float32) for w in weights))  # type: ignore[arg-type]
+    residual = ending.residual
+    if residual is not None and torch.promote_types(residual.dtype, x.dtype) == x.dtype:
+        ending = ending._replace(residual=residual.to(x.dtype))
+    if not all(w is None or w.dtype == x.dtype for w in weights):
+        weights = Weights(*(None if w is None else w.to(torch.float32) for w in weights))  # type: ignore[arg-type]
+    return x, weights, ending

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import reference
 from .arguments import check_spatial_dimensions
 from .choice import check_backend, take_plain_form
+from .ending import ending_of
 from .functional import run, run_normalised
 
 # Each is one node of a graph that torch.fx traces.
@@ -42,8 +43,8 @@ class CBAM(reference.CBAM):
         dtype: of the weights: x's, or float32.
 
     Shape:
-        x: [N, in_channels, *space], out: the same. With ``return_attention=True`` the result is
-        (out, channel_gate [N, in_channels, 1, ...], spatial_gate [N, 1, *space]).
+        x: [N, in_channels, *space], out and ``residual``: the same. With ``return_attention=True``
+        the result is (out, channel_gate [N, in_channels, 1, ...], spatial_gate [N, 1, *space]).
 
     Raises:
         TypeError: a size is not an int.
@@ -91,22 +92,28 @@ class CBAM(reference.CBAM):
         self.backend = backend
 
     def forward(
-        self, x: Tensor, return_attention: bool = False
+        self,
+        x: Tensor,
+        return_attention: bool = False,
+        *,
+        residual: Tensor | None = None,
+        activation: str | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """CBAM of x; see the class and `cbam_cuda.cbam`."""
         check_spatial_dimensions(x, self.dim)
+        ending = ending_of(residual, activation)
         if (name := self.layer_to_call()) is not None:
             take_plain_form(
                 self.backend,
                 f"{name} has hooks or a forward of its own, which only a call of it respects",
             )
-            return self.call_layers(x, return_attention)
+            return self.call_layers(x, return_attention, ending)
         if self.norm is None:
-            return run(x, self.weights(), return_attention, self.backend)
+            return run(x, self.weights(), ending, return_attention, self.backend)
         if isinstance(x, torch.fx.Proxy):  # whose graph may change the norm's mode
             take_plain_form(self.backend, "torch.fx traces a norm as a layer")
-            return self.call_layers(x, return_attention)
-        return run_normalised(x, self.weights(), self.norm, return_attention, self.backend)
+            return self.call_layers(x, return_attention, ending)
+        return run_normalised(x, self.weights(), self.norm, ending, return_attention, self.backend)
 
     def extra_repr(self) -> str:
         """What `print` shows beside the layers."""

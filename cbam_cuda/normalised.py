@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import Weights
+from .ending import Ending
 
 # Sums of so many values PyTorch shares among the threads of a CPU, as many as there are.
 _SHARED, _BLOCK = 32768, 4096
@@ -48,6 +49,7 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    ending: Ending,
 ) -> tuple[Tensor, Tensor, Saved]:
     """out, z [N, 1, *space], and the rest; the norm's weight and bias are in the dtype of sums."""
     channel_gate, z, *others = operators.logits.default(x, *weights)
@@ -56,7 +58,7 @@ def forward(
     zn = centred * rstd
     logit = zn if weight is None else zn * weight
     logit = logit if bias is None else logit + bias
-    out, spatial_gate = operators.scale.default(x, channel_gate, logit)
+    out, spatial_gate = operators.scale.default(x, channel_gate, logit, *ending)
     return out, z, Saved(channel_gate, spatial_gate, zn, rstd, *others)
 
 

@@ -3,7 +3,8 @@
 Nothing else loads it. The operators (schemas in csrc/ops.cpp), for x [N, C, *space] and acc =
 float64 for float64, else float32:
 
-- ``forward`` returns out. It carries no autograd, which makes it the cheaper one to call.
+- ``forward`` returns out. It carries no autograd, which makes it the cheaper one to call. This and
+  the next take what follows the block, a residual like x or None, and whether there is a ReLU.
 - ``forward_train`` also returns channel_gate acc [N, C, 1, ...], spatial_gate acc [N, 1, *space],
   pooled acc [N, 2, C], hidden acc [N, 2, R], maps in x's dtype [N, 2, *space], and the positions
   of the maxima, pixel_argmax int32 [N, C] and channel_argmax int32 [N, S].
@@ -12,7 +13,8 @@ float64 for float64, else float32:
 Where something is done to the logits of the spatial gate, a step is made of four, without autograd:
 
 - ``logits`` returns what forward_train does, but for out and with the logits as spatial_gate.
-- ``scale`` returns out = x * channel_gate * spatial_gate, and the spatial gate of its logits.
+- ``scale`` returns out = x * channel_gate * spatial_gate, on which goes what follows, and the
+  spatial gate of its logits.
 - ``scale_backward`` returns the gradients of both gates, through out alone.
 - ``logits_backward`` is ``backward`` from what reaches channel_gate, that through out included, and
   from what reaches the logits; the gradient of x has its part through out as well.
@@ -33,8 +35,9 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from . import ops_normalised, reference
+from . import derivatives, ops_normalised
 from .arguments import Weights, accumulator_dtype, check_call
+from .ending import NO_ENDING, Ending, before_relu
 
 # Libraries of operators: the same schemas, and for tensors on a CPU different kernels behind them.
 FUSED = "cbam_cuda"
@@ -106,15 +109,18 @@ def build_info() -> dict[str, Any] | None:
     return None if _C is None else _C.build_info()
 
 
-def forward(x: Tensor, weights: Weights, name: str = FUSED) -> Tensor:
+def forward(x: Tensor, weights: Weights, ending: Ending = NO_ENDING, name: str = FUSED) -> Tensor:
     """The output alone, outside autograd."""
-    out: Tensor = getattr(torch.ops, name).forward.default(x, *weights)
+    out: Tensor = getattr(torch.ops, name).forward.default(x, *weights, *ending)
     return out
 
 
-def forward_train(x: Tensor, weights: Weights, name: str = FUSED) -> tuple[Tensor, ...]:
+def forward_train(
+    x: Tensor, weights: Weights, ending: Ending = NO_ENDING, name: str = FUSED
+) -> tuple[Tensor, ...]:
     """The output, the gates, and what else backward needs."""
-    outputs: tuple[Tensor, ...] = getattr(torch.ops, name).forward_train.default(x, *weights)
+    operator = getattr(torch.ops, name).forward_train.default
+    outputs: tuple[Tensor, ...] = operator(x, *weights, *ending)
     return outputs
 
 
@@ -138,15 +144,16 @@ class MemoryErrors(contextlib.AbstractContextManager[None]):
 _WEIGHTS = len(Weights._fields)
 
 
-def _fake_forward(x: Tensor, *weights: Tensor | None) -> Tensor:
-    check_call(x, Weights(*weights))  # type: ignore[arg-type]
+def _fake_forward(x: Tensor, *given: Any) -> Tensor:
+    weights, ending = Weights(*given[:_WEIGHTS]), Ending(*given[_WEIGHTS:])
+    check_call(x, weights, ending.residual)
     return torch.empty_like(x)
 
 
-def _fake_forward_train(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
-    out = _fake_forward(x, *weights)
+def _fake_forward_train(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    out = _fake_forward(x, *given)
     samples, channels, *space = x.shape
-    hidden = Weights(*weights).fc1_weight.shape[0]  # type: ignore[arg-type]
+    hidden = given[0].shape[0]
     acc = accumulator_dtype(x.dtype)
     return (
         out,
@@ -164,7 +171,13 @@ def _fake_logits(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
     return _fake_forward_train(x, *weights)[1:]
 
 
-def _fake_scale(x: Tensor, channel_gate: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_scale(
+    x: Tensor,
+    channel_gate: Tensor,
+    logits: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), logits.new_empty(logits.shape)
 
 
@@ -210,8 +223,10 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, channel_gate, spatial_gate, *others = output
-    ctx.save_for_backward(*inputs, channel_gate, spatial_gate, *others)
+    out, channel_gate, spatial_gate, *others = output
+    variables, ending = inputs[: 1 + _WEIGHTS], Ending(*inputs[1 + _WEIGHTS :])
+    given = out if ending.relu else None
+    ctx.save_for_backward(*variables, channel_gate, spatial_gate, *others, given)
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
 
@@ -219,107 +234,36 @@ def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward_of_forward(
     backward: Any, ctx: Any, *grads: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    return forward_gradients(backward, ctx.saved_tensors, list(ctx.needs_input_grad), *grads[:3])
+    asked = ctx.needs_input_grad  # of what follows it may have nothing
+    mask = [*asked, False, False][: 2 + _WEIGHTS]
+    found = forward_gradients(backward, ctx.saved_tensors, mask, *grads[:3])
+    return (*found, None)[: len(asked)]
 
 
 def forward_gradients(
     backward: Any,
-    saved: Sequence[Tensor],
+    saved: Sequence[Any],
     mask: list[bool],
     grad_out: Tensor | None,
     grad_channel_gate: Tensor | None,
     grad_spatial_gate: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x and the weights where `mask` says so, by a library's operator."""
+    """Gradients of x, the weights and the residual where `mask` says so, by a library's operator.
+
+    Of `saved` the last is out where a ReLU has followed, else None.
+    """
+    *saved, out = saved
+    *mask, adds = mask
+    grad_out = before_relu(grad_out, out)
+    of_residual = grad_out if adds else None
+    arrived = (grad_out, grad_channel_gate, grad_spatial_gate)
+    if not any(mask) or all(grad is None for grad in arrived):
+        return (*(None for _ in mask), of_residual)
     if grad_out is None:
-        if grad_channel_gate is None and grad_spatial_gate is None:
-            return (None,) * (1 + _WEIGHTS)
         grad_out = torch.zeros_like(saved[0])
     gradients = backward(grad_out, grad_channel_gate, grad_spatial_gate, *saved, mask)
-    return tuple(g if wanted else None for g, wanted in zip(gradients, mask, strict=True))
-
-
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.output_mask = inputs[-1]
-    ctx.inputs = len(inputs)
-    ctx.save_for_backward(*inputs[: 4 + _WEIGHTS])
-    ctx.set_materialize_grads(False)
-
-
-def _backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Second derivatives: the first ones of the reference, differentiated.
-
-    What forward_train saved is a function of x and the weights, so the whole derivative is taken
-    through these and none through the saved tensors.
-    """
-    needed, saved = ctx.needs_input_grad[: 4 + _WEIGHTS], ctx.saved_tensors
-    with reference.without_autocast(saved[3]):  # also around what derives the convolutions
-        with torch.enable_grad():
-            inputs = [in_graph(t) for t in saved]
-            incoming, variables = inputs[:3], inputs[3:]
-            first = reference_gradients(variables, incoming, ctx.output_mask)
-        chosen = [
-            (f, g) for f, g in zip(first, grads, strict=True) if f is not None and g is not None
-        ]
-        second = _differentiate(
-            [f for f, _ in chosen],
-            [t if wanted else None for t, wanted in zip(inputs, needed, strict=True)],
-            [g for _, g in chosen],
-            create_graph=torch.is_grad_enabled(),
-        )
-    return (*second, *(None for _ in range(ctx.inputs - len(second))))
-
-
-def reference_gradients(
-    variables: Sequence[Tensor | None],
-    incoming: Sequence[Tensor | None],
-    mask: Sequence[bool],
-    function: Callable[..., Any] = reference.cbam,
-) -> list[Tensor | None]:
-    """Differentiable gradients of the reference, from those that come in for its three results."""
-    results = function(*variables, return_attention=True)
-    pairs = [
-        (result, grad.to(result.dtype))
-        for result, grad in zip(results, incoming, strict=True)
-        if grad is not None
-    ]
-    return _differentiate(
-        [result for result, _ in pairs],
-        [v if wanted else None for v, wanted in zip(variables, mask, strict=True)],
-        [grad for _, grad in pairs],
-        create_graph=True,
-    )
-
-
-def in_graph(t: Tensor | None) -> Tensor | None:
-    """An alias that can be differentiated for, still part of t's own graph if it has one."""
-    if t is None:
-        return None
-    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-
-
-def _differentiate(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor | None],
-    grads: Sequence[Tensor],
-    *,
-    create_graph: bool,
-) -> list[Tensor | None]:
-    """`torch.autograd.grad` that passes over inputs which are None."""
-    wanted = [t for t in inputs if t is not None]
-    outputs_with_graph = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
-    if not wanted or not outputs_with_graph:
-        return [None] * len(inputs)
-    results = iter(
-        torch.autograd.grad(
-            [o for o, _ in outputs_with_graph],
-            wanted,
-            [g for _, g in outputs_with_graph],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    )
-    return [None if t is None else next(results) for t in inputs]
+    wanted = (g if wanted else None for g, wanted in zip(gradients, mask, strict=True))
+    return (*wanted, of_residual)
 
 
 # For each library, the types of device that it has kernels for.
@@ -337,7 +281,9 @@ def _describe(name: str) -> None:
         setup_context=_setup_forward,
     )
     library.register_autograd(
-        f"{name}::backward", _backward_gradients, setup_context=_setup_backward
+        f"{name}::backward",
+        derivatives.backward_gradients,
+        setup_context=derivatives.setup_backward,
     )
     ops_normalised.define(name)
     keys = {"cpu": "CPU", "cuda": "CUDA"}

@@ -18,6 +18,7 @@ from torch import Tensor, library
 
 from . import normalised, reference
 from .arguments import Weights
+from .ending import Ending, before_relu
 
 _WEIGHTS = len(Weights._fields)
 _INPUTS = ", ".join(
@@ -28,7 +29,10 @@ _INPUTS = ", ".join(
     )
 )
 _SAVED = ", ".join(f"Tensor {name}" for name in normalised.Saved._fields)
-_TRAIN_NORMALISED = f"train_normalised({_INPUTS}, float eps) -> (Tensor out, Tensor z, {_SAVED})"
+_TRAIN_NORMALISED = (
+    f"train_normalised({_INPUTS}, Tensor? residual, bool relu, float eps) -> "
+    f"(Tensor out, Tensor z, {_SAVED})"
+)
 _BACKWARD_NORMALISED = (
     "backward_normalised(Tensor? grad_out, Tensor? grad_channel_gate, Tensor? grad_spatial_gate, "
     f"{_INPUTS}, {_SAVED}, bool[] output_mask) -> Tensor[]"
@@ -36,19 +40,23 @@ _BACKWARD_NORMALISED = (
 _VARIABLES = 1 + _WEIGHTS + 2
 
 
-def train(name: str, norm: Any, x: Tensor, *variables: Tensor | None) -> tuple[Tensor, ...]:
+def train(
+    name: str, norm: Any, ending: Ending, x: Tensor, *variables: Tensor | None
+) -> tuple[Tensor, ...]:
     """The output and the gates, by a library's operator; the norm's running statistics move on."""
     operator = getattr(torch.ops, name).train_normalised.default
-    out, z, channel_gate, spatial_gate, *_ = operator(x, *variables, norm.eps)
+    out, z, channel_gate, spatial_gate, *_ = operator(x, *variables, *ending, norm.eps)
     with torch.no_grad():
         reference.in_its_dtype(norm)(z)
     return out, channel_gate, spatial_gate
 
 
 def _train_normalised(name: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *weights, weight, bias, eps = rest
-    operators = getattr(torch.ops, name)
-    out, z, saved = normalised.forward(operators, x, Weights(*weights), weight, bias, eps)
+    *weights, weight, bias, residual, relu, eps = rest
+    out, z, saved = normalised.forward(
+        *(getattr(torch.ops, name), x, Weights(*weights), weight, bias, eps),
+        Ending(residual, relu),
+    )
     return out, z, *saved
 
 
@@ -80,8 +88,9 @@ def _fake_backward_normalised(name: str, *given: Any) -> list[Tensor]:
 
 
 def _setup_normalised(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, z, _, _, *others = output
-    ctx.save_for_backward(*inputs[:-1], *output[2:])
+    out, z, _, _, *others = output
+    *variables, _, relu, _ = inputs
+    ctx.save_for_backward(*variables, *output[2:], out if relu else None)
     ctx.mark_non_differentiable(z, *others)
     ctx.set_materialize_grads(False)
 
@@ -89,10 +98,13 @@ def _setup_normalised(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 def _backward_of_normalised(
     name: str, ctx: Any, grad_out: Tensor | None, _: None, *grads: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    mask = list(ctx.needs_input_grad[:-1])
+    *mask, adds, _, _ = ctx.needs_input_grad
+    *saved, out = ctx.saved_tensors
+    grad_out = before_relu(grad_out, out)
     operator = getattr(torch.ops, name).backward_normalised.default
-    found = operator(grad_out, *grads[:2], *ctx.saved_tensors, mask)
-    return (*(f if wanted else None for f, wanted in zip(found, mask, strict=True)), None)
+    found = operator(grad_out, *grads[:2], *saved, mask)
+    wanted = (f if wanted else None for f, wanted in zip(found, mask, strict=True))
+    return (*wanted, grad_out if adds else None, None, None)
 
 
 def define(name: str) -> None:

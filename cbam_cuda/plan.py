@@ -24,6 +24,7 @@ def plan(
     kernel_size: int | Sequence[int] = 7,
     channels_last: bool = False,
     training: bool = False,
+    residual: bool = False,
     backward: bool = False,
     strategy: str = "auto",
     multiprocessors: int = 0,
@@ -38,6 +39,7 @@ def plan(
         kernel_size: of the convolution, for each dimension of space or for all.
         channels_last: whether x's channels lie side by side in memory.
         training: whether the forward keeps what backward needs.
+        residual: whether the forward adds one; the backward has nothing to do with it.
         backward: plan the backward instead, with every gradient asked for.
         strategy: "streaming" (a forward reads x three times, a backward reads x and its partner
             twice), "resident" (samples stay on the chip and are read once, but that a backward may
@@ -77,6 +79,7 @@ def plan(
         device,
         channels_last=channels_last,
         training=training,
+        residual=residual,
         backward=backward,
         strategy=strategy,
         multiprocessors=multiprocessors,
@@ -104,7 +107,7 @@ def render(found: dict[str, Any]) -> str:
     ]
     for stage in found["stages"]:
         t = stage["traffic"]
-        other = t["weights_read"] + t["small_read"] + t["small_written"]
+        other = t["residual_read"] + t["weights_read"] + t["small_read"] + t["small_written"]
         lines.append(
             f"{stage['name']:<22}{stage['blocks']:>9}{stage['threads']:>9}"
             f"{_bytes(stage['shared_bytes']):>10}{_bytes(t['x_read']):>11}"
@@ -118,6 +121,7 @@ def render(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"asked for: x {_bytes(traffic['x_read'])}, out {_bytes(traffic['out_written'])}, "
+        f"residual {_bytes(traffic['residual_read'])}, "
         f"weights of the MLP {_bytes(traffic['weights_read'])}, all else {_bytes(small)}",
         *_second_reading(found),
         *_sums(found),

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import Weights, check_sizes, check_x
+from .ending import NO_ENDING, Ending, ending_of
 
 _CONV_MODULE: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORM_MODULE: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -40,6 +41,8 @@ def cbam(
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
     return_attention: bool = False,
     normalise: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
@@ -65,6 +68,7 @@ def cbam(
         ),
         return_attention,
         normalise,
+        ending_of(residual, activation),
     )
 
 
@@ -79,6 +83,7 @@ def _attend(
     conv: _Layer,
     return_attention: bool,
     normalise: _Layer | None = None,
+    ending: Ending = NO_ENDING,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """The formula, of layers that are given as what they do."""
 
@@ -92,6 +97,10 @@ def _attend(
     logit = conv(maps) if normalise is None else normalise(conv(maps))
     spatial_gate = torch.sigmoid(logit).to(y.dtype)  # [N, 1, *space]
     out = y * spatial_gate
+    if ending.residual is not None:
+        out = out + ending.residual
+    if ending.relu:
+        out = F.relu(out)
     return (out, channel_gate, spatial_gate) if return_attention else out
 
 
@@ -152,21 +161,32 @@ class CBAM(nn.Module):
         return None
 
     def forward(
-        self, x: Tensor, return_attention: bool = False
+        self,
+        x: Tensor,
+        return_attention: bool = False,
+        *,
+        residual: Tensor | None = None,
+        activation: str | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """CBAM of x."""
+        """CBAM of x, and what follows."""
         if self.norm is not None or self.layer_to_call() is not None:
-            return self.call_layers(x, return_attention)
-        return cbam(x, *self.weights(), return_attention=return_attention)
+            return self.call_layers(x, return_attention, ending_of(residual, activation))
+        return cbam(
+            x,
+            *self.weights(),
+            residual=residual,
+            activation=activation,
+            return_attention=return_attention,
+        )
 
     def call_layers(
-        self, x: Tensor, return_attention: bool
+        self, x: Tensor, return_attention: bool, ending: Ending
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """CBAM of x by calls of the layers, whatever these do."""
         check_x(x, self.in_channels)
         fc1, fc2, conv = (in_its_dtype(self._modules[name]) for name in _LAYERS)
         norm = None if self.norm is None else in_its_dtype(self.norm)
-        return _attend(self.dim, x, fc1, fc2, conv, return_attention, norm)
+        return _attend(self.dim, x, fc1, fc2, conv, return_attention, norm, ending)
 
     def extra_repr(self) -> str:
         """What `print` shows beside the layers."""

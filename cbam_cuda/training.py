@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Weights
+from .ending import NO_ENDING, Ending
 from .ops import FUSED, MemoryErrors, forward_gradients
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -21,26 +22,29 @@ class _Train(torch.autograd.Function):
     """out, channel_gate and spatial_gate by a library's forward_train."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, x: Tensor, *weights: Tensor | None) -> Any:
+    def forward(ctx: Any, name: str, relu: bool, *given: Tensor | None) -> Any:
         library = getattr(torch.ops, name)
         with _below_autograd():
-            out, *saved = library.forward_train.default(x, *weights)
-        ctx.save_for_backward(x, *weights, *saved)
+            out, *saved = library.forward_train.default(*given, relu)
+        ctx.save_for_backward(*given[:-1], *saved, out if relu else None)
         ctx.set_materialize_grads(False)
         ctx.operator = library.backward.default
         return out, saved[0], saved[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        given = ctx.operator, ctx.saved_tensors, list(ctx.needs_input_grad[1:]), *grads
+        given = ctx.operator, ctx.saved_tensors, list(ctx.needs_input_grad[2:]), *grads
         with MemoryErrors():
             if torch.is_grad_enabled():  # a second derivative is wanted
-                return (None, *forward_gradients(*given))
+                return (None, None, *forward_gradients(*given))
             with _below_autograd():
-                return (None, *forward_gradients(*given))
+                return (None, None, *forward_gradients(*given))
 
 
-def forward_train(x: Tensor, weights: Weights, name: str = FUSED) -> tuple[Tensor, ...]:
+def forward_train(
+    x: Tensor, weights: Weights, ending: Ending = NO_ENDING, name: str = FUSED
+) -> tuple[Tensor, ...]:
     """The output and the gates, differentiable twice."""
-    outputs: tuple[Tensor, ...] = _Train.apply(name, x, *weights)  # type: ignore[no-untyped-call]
+    residual, relu = ending
+    outputs: tuple[Tensor, ...] = _Train.apply(name, relu, x, *weights, residual)  # type: ignore[no-untyped-call]
     return outputs

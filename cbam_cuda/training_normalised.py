@@ -12,16 +12,22 @@ from torch import Tensor
 
 from . import normalised, reference
 from .arguments import Weights, accumulator_dtype
-from .ops import MemoryErrors, in_graph, reference_gradients
+from .derivatives import in_graph, reference_gradients
+from .ending import Ending, before_relu
+from .ops import MemoryErrors
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _WEIGHTS = len(Weights._fields)
 _VARIABLES = _WEIGHTS + 2  # and the norm's weight and bias
 
 
-def train(name: str, norm: Any, x: Tensor, *variables: Tensor | None) -> tuple[Tensor, ...]:
+def train(
+    name: str, norm: Any, ending: Ending, x: Tensor, *variables: Tensor | None
+) -> tuple[Tensor, ...]:
     """The output and the gates, differentiable twice; the norm's running statistics move on."""
-    outputs: tuple[Tensor, ...] = _TrainNormalised.apply(name, norm, x, *variables)  # type: ignore[no-untyped-call]
+    outputs: tuple[Tensor, ...] = _TrainNormalised.apply(
+        name, norm, *reversed(ending), x, *variables
+    )  # type: ignore[no-untyped-call]
     return outputs
 
 
@@ -29,23 +35,35 @@ class _TrainNormalised(torch.autograd.Function):
     """out, channel_gate and spatial_gate of x, the weights, and the norm's weight and bias."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, norm: Any, x: Tensor, *variables: Tensor | None) -> Any:
+    def forward(
+        ctx: Any,
+        name: str,
+        norm: Any,
+        relu: bool,
+        residual: Tensor | None,
+        x: Tensor,
+        *variables: Tensor | None,
+    ) -> Any:
         ctx.operators, ctx.eps = getattr(torch.ops, name), norm.eps
         weights = Weights(*variables[:_WEIGHTS])  # type: ignore[arg-type]
         weight, bias = variables[_WEIGHTS:]
         with _below_autograd():
-            out, z, saved = normalised.forward(ctx.operators, x, weights, weight, bias, norm.eps)
+            out, z, saved = normalised.forward(
+                ctx.operators, x, weights, weight, bias, norm.eps, Ending(residual, relu)
+            )
             reference.in_its_dtype(norm)(z)  # for its running statistics
-        ctx.save_for_backward(x, *variables, *saved)
+        ctx.save_for_backward(out if relu else None, x, *variables, *saved)
         ctx.set_materialize_grads(False)
         return out, saved.channel_gate, saved.spatial_gate
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if all(grad is None for grad in grads):
-            return (None,) * (3 + _VARIABLES)
-        mask = ctx.needs_input_grad[2:]
-        x, *others = ctx.saved_tensors
+            return (None,) * (5 + _VARIABLES)
+        adds, *mask = ctx.needs_input_grad[3:]
+        out, x, *others = ctx.saved_tensors
+        grads = before_relu(grads[0], out), *grads[1:]
+        of_residual = grads[0] if adds else None
         variables, saved = others[:_VARIABLES], normalised.Saved(*others[_VARIABLES:])
         with MemoryErrors():
             if torch.is_grad_enabled():  # a second derivative is wanted
@@ -57,7 +75,7 @@ class _TrainNormalised(torch.autograd.Function):
                         ctx.operators, grads, x, weights, weight, saved, mask
                     )
         wanted = (f if wanted else None for f, wanted in zip(found, mask, strict=True))
-        return (None, None, *wanted)
+        return (None, None, None, of_residual, *wanted)
 
 
 def _plain_gradients(

@@ -242,6 +242,10 @@ Shape check_scale(const Tensor& x, const Tensor& channel_gate, const char* name,
   return s;
 }
 
+void check_residual(const Tensor& x, const Tensor& residual) {
+  expect_tensor("residual", residual, x.sizes(), x, x.scalar_type());
+}
+
 DenseWeights::DenseWeights(const WeightArguments& w) {
   const auto data = [&](const Tensor& t) -> const void* {
     if (t.is_contiguous()) return t.const_data_ptr();

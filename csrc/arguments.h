@@ -56,6 +56,8 @@ Shape check_forward(const Tensor& x, const WeightArguments& weights);
 // `spatial`, of this name, are the spatial gate or its logits.
 Shape check_scale(const Tensor& x, const Tensor& channel_gate, const char* name,
                   const Tensor& spatial);
+// Throws unless it can be added to what x becomes.
+void check_residual(const Tensor& x, const Tensor& residual);
 
 // Throws unless the gradients that arrive look like the outputs they belong to; the last one is
 // that of the spatial gate, in kLogits that of its logits.

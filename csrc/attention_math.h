@@ -14,10 +14,10 @@ CBAM_INLINE V sigmoid_derivative(V gate) {
   return gate * (A(1) - gate);
 }
 
-// NaN passes, as in torch.relu.
-template <class A>
-CBAM_INLINE A relu(A v) {
-  return v < A(0) ? A(0) : v;
+// NaN passes, as in torch.relu. A scalar or a vector.
+template <class V>
+CBAM_INLINE V relu(V v) {
+  return v < V{} ? V{} : v;
 }
 
 // torch lets the gradient through where the output is NaN, too.

@@ -70,10 +70,10 @@ cbam::cuda::DeviceLimits limits_of(const std::string& device) {
 }
 
 py::dict traffic_dict(const cbam::cuda::Traffic& t) {
-  return py::dict("x_read"_a = t.x_read, "out_written"_a = t.out_written,
-                  "weights_read"_a = t.weights_read, "small_read"_a = t.small_read,
-                  "small_written"_a = t.small_written, "sums_read"_a = t.sums_read,
-                  "sums_written"_a = t.sums_written);
+  return py::dict("x_read"_a = t.x_read, "residual_read"_a = t.residual_read,
+                  "out_written"_a = t.out_written, "weights_read"_a = t.weights_read,
+                  "small_read"_a = t.small_read, "small_written"_a = t.small_written,
+                  "sums_read"_a = t.sums_read, "sums_written"_a = t.sums_written);
 }
 
 const char* name_of(cbam::cuda::Access access) {
@@ -203,11 +203,11 @@ py::dict plan_dict(const Problem& problem, const Plan& plan,
 
 py::dict plan(std::vector<int64_t> shape, int64_t hidden, std::vector<int64_t> kernel,
               const std::string& dtype, const std::string& device, bool channels_last,
-              bool training, bool backward, bool aligned, bool bias,
+              bool training, bool residual, bool backward, bool aligned, bool bias,
               const std::string& weight_dtype, const std::string& strategy, int multiprocessors) {
   const cbam::cuda::Description description{
-      std::move(shape), hidden,   std::move(kernel), dtype, weight_dtype,
-      channels_last,    training, aligned,           bias};
+      std::move(shape), hidden,   std::move(kernel), dtype,   weight_dtype,
+      channels_last,    training, residual,          aligned, bias};
   auto limits = limits_of(device);
   if (multiprocessors) limits = cbam::cuda::slice_of(limits, multiprocessors);
   const auto wanted = cbam::cuda::strategy_of(strategy);
@@ -232,8 +232,9 @@ PYBIND11_MODULE(_C, m) {
       "index, why it runs on none.");
   m.def("known_devices", &known_devices, "Limits of the GPUs that plans can be made for.");
   m.def("plan", &plan, "shape"_a, "hidden"_a, "kernel"_a, "dtype"_a, "device"_a, py::kw_only(),
-        "channels_last"_a = false, "training"_a = false, "backward"_a = false, "aligned"_a = true,
-        "bias"_a = true, "weight_dtype"_a = "", "strategy"_a = "auto", "multiprocessors"_a = 0,
+        "channels_last"_a = false, "training"_a = false, "residual"_a = false, "backward"_a = false,
+        "aligned"_a = true, "bias"_a = true, "weight_dtype"_a = "", "strategy"_a = "auto",
+        "multiprocessors"_a = 0,
         "How the CUDA backend would run dense tensors of these sizes on `device`, a known one or "
         "\"cuda:INDEX\": launches of a full group, bytes by what they belong to, and the seconds "
         "that device memory needs. ValueError where there is no such plan.");

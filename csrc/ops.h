@@ -31,15 +31,22 @@ inline ForwardProblem problem_of(Part part, const Tensor& x, const Shape& shape)
   return p;
 }
 
-// Runs what ends with out, on x in a form that kernels read; fill(p) says all but x and out.
+// Runs what ends with out, on x in a form that kernels read; fill(p) says all but x, out and what
+// follows the block.
 template <class Backend, class Fill>
-Tensor run_forward(Part part, const Tensor& x_given, const Shape& shape, Fill fill) {
+Tensor run_forward(Part part, const Tensor& x_given, const Shape& shape,
+                   const OptionalTensor& residual_given, bool relu, Fill fill) {
+  if (residual_given) check_residual(x_given, *residual_given);
   Output out(x_given);
   if (shape.samples == 0) return out.result;
   const Tensor x = in_layout_of(out.native, x_given);
+  OptionalTensor residual;
+  if (residual_given) residual = in_layout_of(out.native, *residual_given);
   ForwardProblem p = problem_of(part, x, shape);
   p.out_strides = *native_strides(out.native);
   p.out = out.native.mutable_data_ptr();
+  if (residual) p.ending = {residual->const_data_ptr(), *native_strides(*residual)};
+  p.ending.relu = relu;
   fill(p);
   Backend::forward(p, x);
   out.finish();
@@ -49,7 +56,7 @@ Tensor run_forward(Part part, const Tensor& x_given, const Shape& shape, Fill fi
 template <class Backend>
 Tensor forward(const Tensor& x, const Tensor& fc1_weight, const OptionalTensor& fc1_bias,
                const Tensor& fc2_weight, const OptionalTensor& fc2_bias, const Tensor& conv_weight,
-               const OptionalTensor& conv_bias) {
+               const OptionalTensor& conv_bias, const OptionalTensor& residual, bool relu) {
   const WeightArguments w{fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias};
   const Shape s = check_forward(x, w);
   // The channel gate, both pools and both hidden vectors, each on a boundary of 128 bytes or more.
@@ -59,7 +66,7 @@ Tensor forward(const Tensor& x, const Tensor& fc1_weight, const OptionalTensor& 
   char* memory = static_cast<char*>(scratch.mutable_data_ptr());
   const int64_t size = bytes_of_accumulator(dtype_of(x));
   const DenseWeights weights(w);
-  return run_forward<Backend>(Part::kAll, x, s, [&](ForwardProblem& p) {
+  return run_forward<Backend>(Part::kAll, x, s, residual, relu, [&](ForwardProblem& p) {
     p.weights = weights.view;
     p.saved.channel_gate = memory;
     p.saved.pooled = memory + gate * size;
@@ -73,12 +80,13 @@ template <class Backend>
 TrainOutputs forward_train(const Tensor& x, const Tensor& fc1_weight,
                            const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
                            const OptionalTensor& fc2_bias, const Tensor& conv_weight,
-                           const OptionalTensor& conv_bias) {
+                           const OptionalTensor& conv_bias, const OptionalTensor& residual,
+                           bool relu) {
   const WeightArguments w{fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias};
   const Shape s = check_forward(x, w);
   const SavedTensors saved = SavedTensors::make(x, s);
   const DenseWeights weights(w);
-  const Tensor out = run_forward<Backend>(Part::kAll, x, s, [&](ForwardProblem& p) {
+  const Tensor out = run_forward<Backend>(Part::kAll, x, s, residual, relu, [&](auto& p) {
     p.weights = weights.view;
     p.saved = saved.view();
   });
@@ -107,12 +115,12 @@ LogitsOutputs logits(const Tensor& x_given, const Tensor& fc1_weight,
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> scale(const Tensor& x, const Tensor& channel_gate,
-                                 const Tensor& logits) {
+std::tuple<Tensor, Tensor> scale(const Tensor& x, const Tensor& channel_gate, const Tensor& logits,
+                                 const OptionalTensor& residual, bool relu) {
   const Shape s = check_scale(x, channel_gate, "logits", logits);
   const Tensor channel = dense(channel_gate), given = dense(logits);
   const Tensor spatial_gate = empty(x, given.sizes(), accumulator_of(x));
-  const Tensor out = run_forward<Backend>(Part::kScale, x, s, [&](ForwardProblem& p) {
+  const Tensor out = run_forward<Backend>(Part::kScale, x, s, residual, relu, [&](auto& p) {
     p.saved.channel_gate = channel.mutable_data_ptr();
     p.saved.spatial_gate = spatial_gate.mutable_data_ptr();
     p.logits = given.const_data_ptr();
@@ -228,23 +236,26 @@ InputGradients backward(const Tensor& grad_out, const OptionalTensor& grad_chann
   "Tensor channel_gate, Tensor spatial_gate, Tensor pooled, Tensor hidden, Tensor maps, " \
   "Tensor pixel_argmax, Tensor channel_argmax"
 
+#define CBAM_ENDING "Tensor? residual=None, bool relu=False"
 #define CBAM_GRADIENTS "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 // Shapes and dtypes: cbam_cuda/ops.py, where the same outputs are described for tracing. A gradient
 // that output_mask leaves out is an empty tensor.
-#define CBAM_DEFINE_OPERATORS(m)                                                             \
-  m.def("forward(Tensor x, " CBAM_WEIGHTS ") -> Tensor");                                    \
-  m.def("forward_train(Tensor x, " CBAM_WEIGHTS ") -> (Tensor out, " CBAM_SAVED ")");        \
-  m.def(                                                                                     \
-      "backward(Tensor grad_out, Tensor? grad_channel_gate, Tensor? grad_spatial_gate, "     \
-      "Tensor x, " CBAM_WEIGHTS ", " CBAM_SAVED ", bool[] output_mask) -> " CBAM_GRADIENTS); \
-  m.def("logits(Tensor x, " CBAM_WEIGHTS ") -> (" CBAM_SAVED ")");                           \
-  m.def(                                                                                     \
-      "logits_backward(Tensor grad_out, Tensor? grad_channel_gate, Tensor? grad_logits, "    \
-      "Tensor x, " CBAM_WEIGHTS ", " CBAM_SAVED ", bool[] output_mask) -> " CBAM_GRADIENTS); \
-  m.def("scale(Tensor x, Tensor channel_gate, Tensor logits) -> (Tensor, Tensor)");          \
-  m.def(                                                                                     \
-      "scale_backward(Tensor grad_out, Tensor x, Tensor channel_gate, "                      \
+#define CBAM_DEFINE_OPERATORS(m)                                                                 \
+  m.def("forward(Tensor x, " CBAM_WEIGHTS ", " CBAM_ENDING ") -> Tensor");                       \
+  m.def("forward_train(Tensor x, " CBAM_WEIGHTS ", " CBAM_ENDING ") -> (Tensor out, " CBAM_SAVED \
+        ")");                                                                                    \
+  m.def(                                                                                         \
+      "backward(Tensor grad_out, Tensor? grad_channel_gate, Tensor? grad_spatial_gate, "         \
+      "Tensor x, " CBAM_WEIGHTS ", " CBAM_SAVED ", bool[] output_mask) -> " CBAM_GRADIENTS);     \
+  m.def("logits(Tensor x, " CBAM_WEIGHTS ") -> (" CBAM_SAVED ")");                               \
+  m.def(                                                                                         \
+      "logits_backward(Tensor grad_out, Tensor? grad_channel_gate, Tensor? grad_logits, "        \
+      "Tensor x, " CBAM_WEIGHTS ", " CBAM_SAVED ", bool[] output_mask) -> " CBAM_GRADIENTS);     \
+  m.def("scale(Tensor x, Tensor channel_gate, Tensor logits, " CBAM_ENDING                       \
+        ") -> (Tensor, Tensor)");                                                                \
+  m.def(                                                                                         \
+      "scale_backward(Tensor grad_out, Tensor x, Tensor channel_gate, "                          \
       "Tensor spatial_gate) -> (Tensor, Tensor)")
 
 #define CBAM_IMPLEMENT_OPERATORS(m, Backend)                                             \

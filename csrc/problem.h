@@ -72,6 +72,13 @@ struct Saved {
   int32_t* channel_argmax;  // [samples, pixels]: the channel that holds a pixel's maximum; or null
 };
 
+// What follows the block in the pass that writes out: relu(block + residual), or one of both.
+struct Ending {
+  const void* residual;  // x's dtype, or null
+  Strides strides;       // of the residual; same kind as x's
+  bool relu;
+};
+
 // What of a direction a call runs. Where the spatial gate's logits are normalised over the batch,
 // the caller does that between two calls: forwards kLogits and kScale, backwards kScale and
 // kLogits.
@@ -95,6 +102,7 @@ struct ForwardProblem {
                     // alone, of which forwards the channel's is read
   const void* logits;  // acc [samples, pixels] in kScale forwards, else null
   Part part;
+  Ending ending;  // none in kLogits
 
   CBAM_INLINE_MEMBER bool training() const { return saved.spatial_gate != nullptr; }
 };
@@ -116,7 +124,8 @@ struct Gradients {
   CBAM_INLINE_MEMBER bool conv() const { return conv_weight || conv_bias; }
 };
 
-// Extends the forward's problem: x, weights and saved are read; out and logits are not used.
+// Extends the forward's problem: x, weights and saved are read; out, logits and ending are
+// not used.
 struct BackwardProblem : ForwardProblem {
   Strides dout_strides;        // same kind as strides
   Strides dx_strides;          // same kind as strides

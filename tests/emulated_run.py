@@ -98,7 +98,8 @@ def by_strategies(function) -> list[tuple[torch.Tensor, ...]]:
 def digests(*dtypes: str) -> dict[str, str]:
     """Of every case, in these dtypes or in both (float32 in every layout), by every strategy.
 
-    And by parts, in one dtype and two layouts.
+    And by parts, and an inference that ends with a residual and a ReLU, in one dtype and two
+    layouts.
     """
     found, run = {}, operators("emulated")
     for case in CASES:
@@ -114,12 +115,13 @@ def digests(*dtypes: str) -> dict[str, str]:
                 tensors = itertools.chain(*forwards, *backwards)
                 if dtype == torch.float32 and layout in NATIVE_LAYOUTS:
                     parts = step_by_parts(run, x, given[1:], grad)
-                    tensors = itertools.chain(tensors, parts)
+                    ended = by_strategies(functools.partial(run.forward, *given, grad, True))
+                    tensors = itertools.chain(tensors, parts, ended)
                 found[f"{case}, {dtype}, {layout}"] = digest_of(tensors)
     return found
 
 
-LARGE = ("x", "dout", "out", "dx")  # tensors of x's size
+LARGE = ("x", "dout", "residual", "out", "dx")  # tensors of x's size
 
 
 def counting(shapes, dtype: str, runs) -> list[dict]:
@@ -151,6 +153,7 @@ def planned(problem: dict) -> dict | None:
             problem["dtype"],
             channels_last=problem["layout"] == "channels_last",
             training=problem["direction"] == "training",
+            residual=problem["direction"] == "with a residual",
             backward=problem["direction"] == "backward",
             strategy=problem["strategy"],
         )
@@ -181,6 +184,8 @@ def count_bytes(problems: list[dict]) -> list[dict[str, list[int]]]:
             run.backward(grad, None, None, x, *weights, *saved[1:], [True] * 7)
         elif direction == "by parts":
             step_by_parts(run, x, weights, grad)
+        elif direction == "with a residual":
+            run.forward(x, *weights, grad, True)
         else:
             (run.forward_train if direction == "training" else run.forward)(x, *weights)
         lines = library.emulator_counts().decode().splitlines()

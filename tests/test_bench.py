@@ -11,7 +11,7 @@ from rich.console import Console
 from test_bench_results import TINY, row
 
 from benchmarks import __main__ as bench
-from benchmarks import block, guard, normalised, plots, problems, progress, targets
+from benchmarks import block, guard, plots, problems, progress, targets, variants
 from benchmarks.problems import Problem
 
 
@@ -229,9 +229,20 @@ def test_guard(monkeypatch, capsys, expected, code):
     assert capsys.readouterr().out.count("GROSS LOSS") == 2 * code
 
 
-def test_normalised(capsys):
-    assert normalised.main([TINY], seconds=0.01) == 0
+def test_variants(capsys):
+    assert variants.main([TINY], seconds=0.01) == 0
     printed = capsys.readouterr().out
-    assert "forward, known statistics" in printed
-    assert "step, statistics of the batch" in printed
-    assert printed.count(str(TINY)) == 2
+    assert all(f"| {mode} " in printed for mode in variants.MODES)
+    assert printed.count(str(TINY)) == len(variants.MODES)
+
+
+@pytest.mark.parametrize("mode", variants.MODES)
+def test_variants_compute_the_same(mode):
+    training, blocks = variants.MODES[mode]
+    device = torch.device("cpu")
+    found = blocks(TINY, device)
+    x = problems.draw(*TINY, device, 0)
+    plain, fused, *_ = (block.train(training)(x) for block in found.values())
+    torch.testing.assert_close(fused, plain)
+    if "ReLU" in mode:
+        torch.testing.assert_close([*found.values()][2](x), plain)

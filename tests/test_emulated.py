@@ -90,13 +90,15 @@ def test_groups_of_samples(case, launches, layout, emulator, strategy):
     sample = x[0].numel() * 4
     strategy("streaming")
     # Slow memory, as on no real device, makes groups worth their launches.
+    residual = LAYOUTS[layout](make_x(case, torch.float32, seed=3))
     with device(emulator, "H100", l2=9 * sample * 5 // 2, bandwidth=1):
         emulator.emulator_reset_counts()
-        out = cbam_cuda.cbam(x, *weights, backend="emulated")
+        out = cbam_cuda.cbam(x, *weights, residual=residual, backend="emulated")
         assert emulator.emulator_launches() == 3 * launches
-    eager = cbam_cuda.cbam(x, *weights, backend="reference")
+    eager = cbam_cuda.cbam(x, *weights, residual=residual, backend="reference")
     wide = [w.double() for w in weights]
-    truth = cbam_cuda.cbam(x.double(), *wide, backend="reference")
+    more = {"residual": residual.double(), "backend": "reference"}
+    truth = cbam_cuda.cbam(x.double(), *wide, **more)
     assert_as_good_as_eager("out", out, eager, truth)
 
 
@@ -250,12 +252,28 @@ def test_parts_read_as_often_as_the_whole():
     listed = counting([(2, 256, 14, 14)], "float32", [("by parts", "streaming")])
     size = 4 * 2 * 256 * 14 * 14
     for counts in run("race", "bytes", json.dumps(listed)):
-        assert {name: counts[name] for name in LARGE} == {
+        assert {name: counts[name] for name in LARGE if name in counts} == {
             "x": [5 * size, 0],
             "dout": [2 * size, 0],
             "out": [0, size],
             "dx": [0, size],
         }
+
+
+def test_a_residual_is_read_once():
+    runs = [("with a residual", "streaming"), ("with a residual", "resident")]
+    listed = counting([(2, 256, 14, 14), (2, 512, 7, 7)], "float16", runs)
+    assert len(listed) == 8
+    for problem, counts in zip(listed, run("race", "bytes", json.dumps(listed)), strict=True):
+        size = 2 * prod(problem["shape"])
+        assert {name: counts[name] for name in LARGE if name in counts} == {
+            "x": [(3 if problem["strategy"] == "streaming" else 1) * size, 0],
+            "residual": [size, 0],
+            "out": [0, size],
+        }
+        found = planned(problem)
+        assert found["traffic"]["residual_read"] == size
+        assert found["device_memory_bytes"] >= 3 * size
 
 
 RESNET = ((256, 256, 56, 56), (256, 512, 28, 28), (256, 1024, 14, 14), (256, 2048, 7, 7))

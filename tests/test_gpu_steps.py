@@ -67,7 +67,7 @@ def test_files_of_an_earlier_run_are_not_taken_for_this_one(tmp_path):
 
 def test_time_of_all_steps():
     """If each takes all it may, after a build of a minute and a half."""
-    assert steps.NAMES[-4:] == ("timings", "network", "normalised", "sweep")
+    assert steps.NAMES[-4:] == ("timings", "network", "variants", "sweep")
     least = {"tests": 100, "sanitizers": 90, "checks": 60}
     least |= {"host": 18, "timings": 50, "network": 30, "sweep": 25}
     assert all(step.least <= step.seconds for step in steps.STEPS)

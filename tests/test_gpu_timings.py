@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from benchmarks import normalised
 from benchmarks import rows as all_rows
+from benchmarks import variants
 from benchmarks.gpu import network, report, rows, sweep, tables, timings
-from benchmarks.gpu import normalised as normalised_on_gpu
+from benchmarks.gpu import variants as variants_on_gpu
 from benchmarks.gpu.commands import Finished
 from benchmarks.outcome import FAILED, PASSED, Folder
 from benchmarks.problems import Problem, in_stages
@@ -206,19 +206,19 @@ def test_rows_without_a_plan_keep_their_times(monkeypatch):
     assert cells_of(tables.sweep_table([row]))[6:] == ["20.0", "resident", *"-----"]
 
 
-def test_rows_with_a_norm(monkeypatch):
-    def medians(problem, device, training, seconds):
+def test_rows_of_variants(monkeypatch):
+    def medians(problem, device, mode, seconds):
         assert device.type == "cuda"
-        return {"plain": 60.0, "fused": 20.0 if training else 15.0, "fused without": 10.0}
+        return {"plain": 60.0, "fused": 20.0 if mode.training else 15.0, "fused without": 10.0}
 
-    monkeypatch.setattr(normalised, "medians", medians)
+    monkeypatch.setattr(variants, "medians", medians)
     (problem, *_) = in_stages(32)
-    found = normalised_on_gpu.take(problem, 10.0)
-    assert [row["mode"] for row in found] == list(normalised.MODES)
+    found = variants_on_gpu.take(problem, 10.0)
+    assert [row["mode"] for row in found] == list(variants.MODES)
     found.append({"name": "32x2048x7x7 float32 contiguous", "error": "out of memory"})
-    text = "\n".join(report.SECTIONS["normalised"]({"rows": found}))
-    assert all(f"| {mode} " in text for mode in normalised.MODES)
+    text = "\n".join(report.SECTIONS["variants"]({"rows": found}))
+    assert all(f"| {mode} " in text for mode in variants.MODES)
     for ratio in ("4.00", "3.00"):
-        assert text.count(ratio) == 2  # of the row, and the mean
+        assert text.count(ratio) == 4  # of both rows, and their means
     assert "7x7" not in text  # the summary of the step says why
-    assert next(iter(report.SECTIONS["normalised"]({}))).startswith("## ")
+    assert next(iter(report.SECTIONS["variants"]({}))).startswith("## ")

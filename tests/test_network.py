@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 
 import pytest
@@ -15,6 +16,7 @@ from benchmarks.gpu import report
 from benchmarks.gpu import rows as gpu_rows
 from benchmarks.outcome import FAILED, PASSED, Folder
 from benchmarks.problems import BLOCKS
+from cbam_cuda import reference
 
 CPU = torch.device("cpu")
 TINY = (2, 3, 32, 32)
@@ -40,10 +42,14 @@ def test_cbam_stands_before_the_shortcut():
     x = torch.randn(2, 8, 5, 5)
     expected = torch.relu(x + nn.functional.softsign(block.branch(x)))
     torch.testing.assert_close(block(x), expected)
+    at_once = resnet.Bottleneck(8, 2, 1, lambda channels: reference.CBAM(channels, 2), True).eval()
+    plain = copy.deepcopy(at_once)
+    plain.at_once = False
+    torch.testing.assert_close(at_once(x), plain(x))
 
 
 @pytest.mark.parametrize("mode", network.WORK)
-def test_both_networks_compute_the_same(mode):
+def test_all_networks_compute_the_same(mode):
     layout = {"training": "contiguous", "inference": "channels_last"}[mode]
     network.assert_agree(network.Setting(mode, layout), CPU, TINY)
 
@@ -56,7 +62,7 @@ def test_settings_are_all_there_are():
 def on_cpu(monkeypatch):
     """Short networks and tiny images on the CPU; what stands for the device's memory and clock.
 
-    The clock runs what it is given once, and says of both networks 4, 2, 3 and so on milliseconds.
+    The clock runs what it is given once, and says of all networks 4, 2, 3 and so on milliseconds.
     """
     seen = types.SimpleNamespace(networks=[], events=[])
     networks, images = network.networks, network._images
@@ -74,7 +80,7 @@ def on_cpu(monkeypatch):
         assert (device.type, calls) == ("cuda", 5)
         work()
         seen.events.append("sample")
-        return 1e3 * (4, 2, 3)[(seen.events.count("sample") - 1) // 2 % 3]
+        return 1e3 * (4, 2, 3)[(seen.events.count("sample") - 1) // len(network.NETWORKS) % 3]
 
     def peak(work, device):
         seen.events.append("memory")
@@ -101,7 +107,8 @@ def test_a_setting(on_cpu, mode):
         assert (row["milliseconds"], row["peak_bytes"]) == (3.0, 5_000_000_000)
         assert row["images_per_second"] == pytest.approx(64 / 3e-3)
         assert row["microseconds"]["raw"] == [4000.0, 2000.0, 3000.0]
-    compared = [("plain", torch.float32), ("fused", torch.float32), ("plain", torch.float64)]
+    compared = [(name, torch.float32) for name in network.NETWORKS]
+    compared.append(("plain", torch.float64))
     if mode == "training":
         compared += [(name, torch.float64) for name in network.NETWORKS]
     calls = [(name, network.DTYPES["cuda"][mode]) for name in network.NETWORKS]
@@ -114,7 +121,7 @@ def test_there_are_more_samples_where_there_is_time(on_cpu):
     effort = network.Effort(64, 5, 2, 60.0, 1)
     works = {name: lambda: None for name in network.NETWORKS}
     found = network._take_turns(works, torch.device("cuda"), effort)
-    assert [len(samples) for samples in found.values()] == [network.MOST_SAMPLES] * 2
+    assert [len(samples) for samples in found.values()] == [network.MOST_SAMPLES] * 3
 
 
 def test_gradients_are_part_of_the_memory_of_a_step(on_cpu, monkeypatch):
@@ -129,7 +136,7 @@ def test_gradients_are_part_of_the_memory_of_a_step(on_cpu, monkeypatch):
 
     monkeypatch.setattr(network, "peak_bytes", peak)
     network.time_setting(network.Setting("training", "contiguous"), torch.device("cuda"))
-    assert left == [0, 0]
+    assert left == [0, 0, 0]
 
 
 def test_training_changes_the_weights_and_inference_does_not(on_cpu):
@@ -195,18 +202,23 @@ def row(mode, name, milliseconds):
 FOUND = [
     row("training", "plain", 60.0),
     row("training", "fused", 40.0),
+    row("training", "ended", 30.0),
     row("inference", "plain", 20.0),
     row("inference", "fused", 16.0),
+    row("inference", "ended", 10.0),
 ]
 FAILURE = {"name": "training channels_last", "error": "AssertionError: off by 1"}
 
 
 def test_table_of_the_network():
     table = tables.network_table([*FOUND, FAILURE])
-    assert cells_of(table, 0)[4:6] == ["plain ms", "fused ms"]
-    first = ["training", "contiguous", "float16", "64", "60.0 ±9%", "40.0 ±9%", "1066.7"]
-    assert cells_of(table) == [*first, "1600.0", "60.00", "40.00", "1.50"]
-    assert cells_of(table, 3)[-1] == "1.25"
+    assert cells_of(table, 0)[4:7] == ["plain ms", "fused ms", "ended ms"]
+    first = ["training", "contiguous", "float16", "64", "60.0 ±9%", "40.0 ±9%", "30.0 ±9%"]
+    speeds = ["1066.7", "1600.0", "2133.3"]
+    assert cells_of(table) == [*first, *speeds, "60.00", "40.00", "30.00", "1.50", "2.00"]
+    assert cells_of(table, 3)[-2:] == ["1.25", "2.00"]
+    older = [row for row in FOUND if row["contestant"] != "ended"]
+    assert cells_of(tables.network_table(older), 0)[-1] == "plain/fused"
     skipped = [{"name": "inference channels_last", "reason": "no time left"}]
     lines = list(report.SECTIONS["network"]({"rows": [*FOUND, FAILURE], "skipped": skipped}))
     assert table in lines
@@ -221,8 +233,13 @@ def test_report_without_a_row():
 @pytest.mark.parametrize(
     ("found", "state", "summary"),
     [
-        (FOUND, PASSED, "4 rows; plain/fused: training contiguous 1.50, inference contiguous 1.25"),
-        ([FAILURE], FAILED, "1 rows; plain/fused: none"),
+        (
+            FOUND,
+            PASSED,
+            "6 rows; plain/fused: training contiguous 1.50, inference contiguous 1.25; "
+            "plain/ended: training contiguous 2.00, inference contiguous 2.00",
+        ),
+        ([FAILURE], FAILED, "1 rows; plain/fused: none; plain/ended: none"),
     ],
 )
 def test_what_the_step_says(monkeypatch, tmp_path, found, state, summary):

@@ -380,9 +380,11 @@ def test_operators_are_what_they_say(backend, options):
     operators = getattr(torch.ops, name)
     x = torch.randn(SHAPES[1], device=device_of(backend), requires_grad=True)
     given = (x, *ours.weights(), ours.norm.weight, ours.norm.bias)
-    library.opcheck(operators.train_normalised.default, (*given, ours.norm.eps))
+    residual = None if options else torch.randn(SHAPES[1], device=x.device, requires_grad=True)
+    arguments = (*given, residual, residual is not None, ours.norm.eps)
+    library.opcheck(operators.train_normalised.default, arguments)
     with torch.no_grad():
-        out, _, *saved = operators.train_normalised.default(*given, ours.norm.eps)
+        out, _, *saved = operators.train_normalised.default(*arguments)
         mask = [t is not None for t in given]
         mask[1] = not options
         grads = (torch.ones_like(out), None, torch.ones_like(saved[1]))

@@ -9,7 +9,7 @@ import dataclasses
 
 import torch
 
-from ..network import Setting, pairs, plain_over_fused, settings, time_setting
+from ..network import NETWORKS, Setting, by_setting, plain_over, settings, time_setting
 from ..outcome import Folder, Outcome
 from ..rows import Row
 from . import rows
@@ -24,9 +24,14 @@ def step(seconds: float, folder: Folder) -> Outcome:
 
 
 def told(outcome: Outcome) -> str:
-    """How many times as long the plain network takes."""
-    ratios = {n: plain_over_fused(pair) for n, pair in pairs(outcome.details["rows"]).items()}
-    return "plain/fused: " + (", ".join(f"{n} {r:.2f}" for n, r in ratios.items()) or "none")
+    """How many times as long the plain network takes as each of the others."""
+    found = by_setting(outcome.details["rows"])
+    said = []
+    for name in NETWORKS[1:]:
+        ratios = {setting: plain_over(name, timed) for setting, timed in found.items()}
+        told = ", ".join(f"{setting} {r:.2f}" for setting, r in ratios.items() if r is not None)
+        said.append(f"{NETWORKS[0]}/{name}: {told or 'none'}")
+    return "; ".join(said)
 
 
 def take(setting: Setting, left: float) -> list[Row]:

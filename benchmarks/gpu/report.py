@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .. import normalised
+from .. import variants
 from ..rows import TITLES, Found
 from ..tables import NETWORK_NOTE, network_table
 from ..text import markdown, number
@@ -106,12 +106,12 @@ def _network(found: Found) -> Iterator[str]:
         yield from (NETWORK_NOTE, "")
 
 
-def _normalised(found: Found) -> Iterator[str]:
-    yield from ("## With batch normalisation in the spatial gate", "")
-    for mode in normalised.MODES:
+def _variants(found: Found) -> Iterator[str]:
+    yield from ("## With a norm in the spatial gate; with a residual and a ReLU", "")
+    for mode in variants.MODES:
         times = {r["name"]: r["medians"] for r in found.get("rows", ()) if r.get("mode") == mode}
         if times:
-            yield from (normalised.table(mode, times), "")
+            yield from (variants.table(mode, times), "")
     yield from _left_out(found)
 
 
@@ -176,7 +176,7 @@ SECTIONS = {
     "host": _host,
     "timings": _timings,
     "network": _network,
-    "normalised": _normalised,
+    "variants": _variants,
     "sweep": _sweep,
     "environment": _environment,
 }

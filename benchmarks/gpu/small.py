@@ -133,8 +133,9 @@ def _make_calls(problem: Watched, device: str, tallies: Mapping[str, Tally]) -> 
     grad = cases.LAYOUTS[layout](cases.make_x(case, dtype, seed=2)).to(device)
 
     def forward(attention: bool):
+        more = {"residual": grad, "activation": "relu"} if attention else {}
         with torch.no_grad():
-            found = cbam_cuda.cbam(x, *weights, backend=device, return_attention=attention)
+            found = cbam_cuda.cbam(x, *weights, **more, backend=device, return_attention=attention)
         return found if attention else [found]
 
     calls = {

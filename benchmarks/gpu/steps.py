@@ -13,12 +13,12 @@ from . import (
     facts,
     host,
     network,
-    normalised,
     sanitizers,
     suite,
     sweep,
     timings,
     traffic,
+    variants,
 )
 from .report import one_line, render
 
@@ -44,7 +44,7 @@ STEPS = (
     Step("host", 25, host.step, share=0.15, least=18),
     Step("timings", 200, timings.step, share=0.475),
     Step("network", 45, network.step, share=0.545),
-    Step("normalised", 30, normalised.step, share=0.3, least=22),
+    Step("variants", 40, variants.step, share=0.3, least=22),
     Step("sweep", 120, sweep.step),
 )
 NAMES = tuple(step.name for step in STEPS)

@@ -1,4 +1,4 @@
-// The last pass of the forward: out = x * channel_gate * spatial_gate.
+// The last pass of the forward: out = x * channel_gate * spatial_gate, and what follows.
 #pragma once
 
 #include "../problem.h"
@@ -25,8 +25,23 @@ class LastPass {
   void write(int64_t n, const A* channel_gate, const A* spatial_gate, int64_t begin, int64_t end,
              int64_t next) const {
     const auto out = sample_of(static_cast<T*>(p_.out), p_.shape, p_.out_strides, n);
-    scale_rows(x(n), out, begin, end, first_ ? channel_gate : spatial_gate,
-               first_ ? spatial_gate : channel_gate, large_, x(next));
+    const auto scale = [&](auto ending) {
+      scale_rows(x(n), out, begin, end, first_ ? channel_gate : spatial_gate,
+                 first_ ? spatial_gate : channel_gate, large_, x(next), ending);
+    };
+    const bool clips = p_.ending.relu;
+    if (const auto* data = static_cast<const T*>(p_.ending.residual)) {
+      // Added without a condition, which may keep compilers from one rounding for both operations.
+      const auto residual = sample_of(data, p_.shape, p_.ending.strides, n);
+      scale([residual, clips](vec_t<A> v, int64_t r, int64_t j, auto lanes) {
+        v += lanes.load(residual.row(r) + j);
+        return clips ? relu(v) : v;
+      });
+    } else if (clips) {
+      scale([](vec_t<A> v, int64_t, int64_t, auto) { return relu(v); });
+    } else {
+      scale([](vec_t<A> v, int64_t, int64_t, auto) { return v; });
+    }
   }
 
  private:

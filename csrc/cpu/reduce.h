@@ -7,16 +7,18 @@
 namespace cbam::cpu {
 namespace {
 
-// out[r][j] = x[r][j] * row_factor[r] * col_factor[j] for rows [begin, end); `large`: past the
-// caches. The rows of `next` are asked for meanwhile, so that memory never rests; x for none.
-template <class T, class A = acc_t<T>>
+// out[r][j] = ending(x[r][j] * row_factor[r] * col_factor[j], r, j, lanes) for rows [begin, end);
+// `large`: past the caches. The rows of `next` are asked for meanwhile, so that memory never rests;
+// x for none.
+template <class T, class Ending, class A = acc_t<T>>
 void scale_rows(const Matrix<const T>& x, const Matrix<T>& out, int64_t begin, int64_t end,
-                const A* row_factor, const A* col_factor, bool large, const Matrix<const T>& next) {
+                const A* row_factor, const A* col_factor, bool large, const Matrix<const T>& next,
+                Ending ending) {
   const auto scale = [&](auto, int64_t r, T* to, int64_t, auto for_columns) {
     const T* in = x.row(r);
     const A f = row_factor[r];
     for_columns(x.cols, [&](int64_t j, auto lanes) {
-      lanes.store(to + j, lanes.load(in + j) * f * lanes.load(col_factor + j));
+      lanes.store(to + j, ending(lanes.load(in + j) * f * lanes.load(col_factor + j), r, j, lanes));
     });
   };
   const auto write = [&](auto rows) {

@@ -73,12 +73,14 @@ ForwardProblem describe(const Description& d) {
              somewhere<void>(d.training),
              somewhere<int32_t>(d.training),
              somewhere<int32_t>(d.training)};
+  p.ending = {somewhere<void>(d.residual), p.strides, false};
   return p;
 }
 
 BackwardProblem describe_backward(const Description& d) {
   Description training = d;
   training.training = true;
+  training.residual = false;
   BackwardProblem p{};
   static_cast<ForwardProblem&>(p) = describe(training);
   p.dout_strides = p.dx_strides = p.strides;

@@ -17,6 +17,7 @@ struct Description {
   std::string weight_dtype;     // the same, or "" for dtype
   bool channels_last;
   bool training;
+  bool residual;  // is added to out
   bool aligned;  // x starts on a multiple of 16 bytes
   bool bias;
 };

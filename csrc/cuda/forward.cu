@@ -54,6 +54,7 @@ class ForwardGroup {
     g.channels_first = p_.strides.channels_first();
     g.out_sample_stride = p_.out_strides.sample;
     g.out_row_stride = g.channels_first ? p_.out_strides.channel : p_.out_strides.pixel;
+    g.ending = ending_of(p_);
     g.channels = static_cast<int>(s.channels);
     g.space = space_of(s);
     g.geometry = plan_.scale;
@@ -116,6 +117,7 @@ void run_resident(const ForwardProblem& p, const ForwardPlan& plan, void* memory
   r.out = p.out;
   r.out_sample_stride = p.out_strides.sample;
   r.out_row_stride = first ? p.out_strides.channel : p.out_strides.pixel;
+  r.ending = ending_of(p);
   if (!p.training()) r.saved = {};
   r.geometry = *plan.resident;
   resident_shared_bytes(p, r.geometry, r.layout);

@@ -22,7 +22,7 @@ void round_sizes(ForwardProblem& p) {
   const int64_t pixels = s.pixels();
   const bool first = p.strides.channels_first();
   p.strides = {s.channels * pixels, first ? pixels : 1, first ? 1 : s.channels};
-  p.out_strides = p.strides;
+  p.out_strides = p.ending.strides = p.strides;
 }
 
 }  // namespace

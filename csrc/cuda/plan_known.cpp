@@ -17,7 +17,8 @@ constexpr size_t kMostKnown = 1024;
 class Key {
  public:
   Key(const ForwardProblem& p, const DeviceLimits& device, const Strategy& strategy) {
-    const auto& [dtype, shape, strides, out_strides, x, out, weights, saved, logits, part] = p;
+    const auto& [dtype, shape, strides, out_strides, x, out, weights, saved, logits, part, ending] =
+        p;
     numbers(dtype, part);
     of(strategy);
     of(shape);
@@ -26,6 +27,7 @@ class Key {
     tensors(x, out, logits);
     of(weights);
     of(saved);
+    of(ending);
     of(device);
   }
   Key(const BackwardProblem& p, const DeviceLimits& device, const Strategy& strategy)
@@ -66,6 +68,12 @@ class Key {
   void of(const Saved& s) {
     const auto& [channel, pooled, hidden, spatial, maps, pixel_argmax, channel_argmax] = s;
     tensors(channel, pooled, hidden, spatial, maps, pixel_argmax, channel_argmax);
+  }
+  void of(const Ending& e) {
+    const auto& [residual, strides, relu] = e;
+    tensors(residual);
+    of(strides);
+    numbers(relu);
   }
   void of(const Gradients& g) {
     const auto& [x, fc1, fc1_bias, fc2, fc2_bias, conv, conv_bias, channel_gate, spatial_gate] = g;

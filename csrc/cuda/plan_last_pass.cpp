@@ -43,11 +43,15 @@ ScaleGeometry plan_last_pass(const ForwardProblem& p, int64_t samples, int map_s
   const bool first = p.strides.channels_first();
   const auto in = ColumnAccess(View(p, p.strides, p.x), vector).of_two_rows(vector);
   const auto out = ColumnAccess(View(p, p.out_strides, p.out), vector).of_two_rows(vector);
+  const Ending& e = p.ending;
+  const auto added =
+      e.residual ? ColumnAccess(View(p, e.strides, e.residual), vector).of_two_rows(vector) : in;
   const bool reads_x = p.part != Part::kLogits;  // else no channels are needed either
   const int64_t most_chunks =
       reads_x ? std::max<int64_t>(1, s.channels / pieces_of(p, samples).channels) : 1;
   ScaleGeometry g{};
-  g.access = reads_x && in.access == out.access ? in.access : Access::kScalar;
+  const bool alike = in.access == out.access && in.access == added.access;
+  g.access = reads_x && alike ? in.access : Access::kScalar;
   g.chunk =
       reads_x ? static_cast<int>(std::min(s.channels, kMostChannels)) : 0;  // room for so many
   g.chunks = 1;

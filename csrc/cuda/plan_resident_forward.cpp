@@ -110,8 +110,10 @@ int64_t resident_shared_bytes(const ForwardProblem& p, const ResidentForwardGeom
 ResidentPlan<ResidentForwardGeometry> plan_resident(const ForwardProblem& p,
                                                     const DeviceLimits& device, const Way& only) {
   if (const char* reason = why_not_held(p, device)) return {{}, 0, reason};
-  if (!in_whole_vectors(p, p.strides, p.x) || !in_whole_vectors(p, p.out_strides, p.out))
-    return {{}, 0, "rows of x or out are no whole vectors of 16 bytes, or have gaps"};
+  const Ending& e = p.ending;
+  if (!in_whole_vectors(p, p.strides, p.x) || !in_whole_vectors(p, p.out_strides, p.out) ||
+      (e.residual && !in_whole_vectors(p, e.strides, e.residual)))
+    return {{}, 0, "rows of x, out or the residual are no whole vectors of 16 bytes, or have gaps"};
   return WaySearch(ForwardFitting(p, device), device, only).best();
 }
 

@@ -24,6 +24,7 @@ inline void select_samples(ForwardProblem& p, int64_t first, int64_t count) {
   p.x = further(p.x, first * p.strides.sample, element);
   p.logits = further(p.logits, first * s.pixels(), acc);
   p.out = further(p.out, first * p.out_strides.sample, element);
+  p.ending.residual = further(p.ending.residual, first * p.ending.strides.sample, element);
   p.saved.channel_gate = further(p.saved.channel_gate, first * s.channels, acc);
   p.saved.pooled = further(p.saved.pooled, first * 2 * s.channels, acc);
   p.saved.hidden = further(p.saved.hidden, first * 2 * s.hidden, acc);
@@ -53,6 +54,12 @@ inline Matrix matrix_of(const ForwardProblem& p, const void* data, const Strides
   const int pixels = static_cast<int>(p.shape.pixels());
   return {data, strides.sample, first ? strides.channel : strides.pixel, first ? channels : pixels,
           first ? pixels : channels};
+}
+
+inline EndingRows ending_of(const ForwardProblem& p) {
+  const Ending& e = p.ending;
+  return {e.residual, e.strides.sample,
+          p.strides.channels_first() ? e.strides.channel : e.strides.pixel, e.relu};
 }
 
 // What a resident kernel is handed in both directions.

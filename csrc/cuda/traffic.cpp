@@ -69,6 +69,7 @@ Traffic of_scale(const ForwardPlan& plan, const ForwardProblem& p, const Sizes& 
   const int64_t maps = read_by_boxes(g, s);
   Traffic t;
   t.x_read = n.x;
+  if (p.ending.residual) t.residual_read = n.x;
   t.out_written = n.x;
   t.small_read = boxes * g.chunks * n.weight * (2 * s.taps() + (p.weights.conv_bias ? 1 : 0)) +
                  boxes * n.channels * n.acc +
@@ -220,6 +221,7 @@ Traffic of_resident(const ForwardPlan& plan, const ForwardProblem& p, const Size
   if (n.samples == 0) return t;
   if (!g.cluster) t = of_exchange(g, p, n);
   t.x_read = t.out_written = n.x;
+  if (p.ending.residual) t.residual_read = n.x;
   t.weights_read =
       n.weight * (readings(g, visits) * 2 * n.hidden * n.channels +
                   (p.weights.fc1_bias ? visits * n.hidden * merging(g) * g.mlp_samples() : 0) +
@@ -276,6 +278,7 @@ Traffic of_all_groups(const Plan& plan, const Problem& p) {
   const int64_t groups = p.shape.samples / plan.group.samples;
   Traffic t = rest;
   t.x_read += groups * full.x_read;
+  t.residual_read += groups * full.residual_read;
   t.out_written += groups * full.out_written;
   t.weights_read += groups * full.weights_read;
   t.small_read += groups * full.small_read;
@@ -287,6 +290,7 @@ Traffic of_all_groups(const Plan& plan, const Problem& p) {
 
 Traffic& Traffic::operator+=(const Traffic& other) {
   x_read += other.x_read;
+  residual_read += other.residual_read;
   out_written += other.out_written;
   weights_read += other.weights_read;
   small_read += other.small_read;
@@ -345,7 +349,7 @@ Traffic traffic(const BackwardPlan& plan, const BackwardProblem& p) {
 
 int64_t device_memory_bytes(const ForwardPlan& plan, const ForwardProblem& p) {
   const Traffic t = traffic(plan, p);
-  return (plan.group.in_cache ? t.x_read / 3 : t.x_read) + t.out_written;
+  return (plan.group.in_cache ? t.x_read / 3 : t.x_read) + t.residual_read + t.out_written;
 }
 int64_t device_memory_bytes(const BackwardPlan& plan, const BackwardProblem& p) {
   const Traffic t = traffic(plan, p);

@@ -10,7 +10,8 @@
 namespace cbam::cuda {
 
 struct Traffic {
-  int64_t x_read = 0;        // of x, and in the backward of dout
+  int64_t x_read = 0;  // of x, and in the backward of dout
+  int64_t residual_read = 0;
   int64_t out_written = 0;   // of out, or of dx
   int64_t weights_read = 0;  // of the MLP, biases included
   int64_t small_read = 0;    // pooled vectors, gates, maps, indices, weights of the convolution

@@ -51,6 +51,18 @@ struct Matrix {
   int rows, cols;
 };
 
+// What follows the block (problem.h): of which the last passes have a walk each.
+enum class Follows {
+  kNothing,
+  kRelu,
+  kResidual,  // and perhaps a ReLU
+};
+struct EndingRows {
+  const void* residual;  // or null
+  int64_t sample_stride, row_stride;
+  bool relu;
+};
+
 // How columns are read.
 enum class Access {
   kScalar,  // one element at a time
@@ -289,6 +301,7 @@ struct SpatialGate {
   Matrix x;
   void* out;
   int64_t out_sample_stride, out_row_stride;
+  EndingRows ending;
   bool channels_first;
   int channels;
   Space space;

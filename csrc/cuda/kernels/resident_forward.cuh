@@ -4,7 +4,7 @@
 //
 //   channel_gate[c] = sigmoid(W2 (relu(W1 avg + b1) + relu(W1 max + b1)) + 2 b2)
 //   spatial_gate[s] = sigmoid(conv(mean and max over c of x * channel_gate) + bias)
-//   out[c][s]       = x[c][s] * channel_gate[c] * spatial_gate[s]
+//   out[c][s]       = x[c][s] * channel_gate[c] * spatial_gate[s], and what follows (ending.cuh)
 //
 // grid    teams * team blocks of 256 or 512 threads, as clusters of `team` blocks or all at once; a
 //         team visits `samples` samples, then those `teams` visits further on, which begin to
@@ -12,7 +12,8 @@
 // shared  the slice; the weights of the channels whose gates the block makes, where there is room;
 //         the pixels whose gates it computes, with their halo; both gates; what it puts out for the
 //         other blocks of a cluster
-// bytes   reads x once, writes out once; reads the weights of the MLP once a visit, or once a team
+// bytes   reads x and the residual once, writes out once; reads the weights of the MLP once a
+// visit, or once a team
 //         where they stay. In training also writes what is saved. Blocks that are no cluster
 //         exchange through global memory.
 #pragma once

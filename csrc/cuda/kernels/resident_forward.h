@@ -38,6 +38,7 @@ struct ResidentForwardGeometry : ResidentGeometry {
 struct ResidentForward : Resident {
   void* out;
   int64_t out_sample_stride, out_row_stride;
+  EndingRows ending;
   ResidentForwardGeometry geometry;
 };
 

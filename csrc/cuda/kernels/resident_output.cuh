@@ -1,8 +1,9 @@
 // out of the slice that a block of the resident forward holds.
 //
-//   out[c][s] = x[c][s] * channel_gate[c] * spatial_gate[s]
+//   out[c][s] = x[c][s] * channel_gate[c] * spatial_gate[s], and what follows (ending.cuh)
 #pragma once
 
+#include "ending.cuh"
 #include "resident_extremes.cuh"
 
 namespace cbam::cuda {
@@ -49,7 +50,8 @@ constexpr int kScaledTogether = kTraining || !kHasClusters ? 2 : 4;
 // out of a sample, chunk by chunk: done(number) is called by all threads once nothing reads a chunk
 // any more. A thread keeps to the columns of one vector, or of a few where rows are long; rows that
 // do not end with vectors are taken in groups that do, of g.channel_group.
-template <bool kTraining, class Columns, bool kChannelsFirst, Split kSplit, class T, class Done>
+template <bool kTraining, Follows kFollows, class Columns, bool kChannelsFirst, Split kSplit,
+          class T, class Done>
 __device__ __forceinline__ void scale_sample(const ResidentForward& p,
                                              const ResidentBlock<T, kChannelsFirst, kSplit>& block,
                                              const ForwardMemory<T>& m, int sample, Done done) {
@@ -63,6 +65,9 @@ __device__ __forceinline__ void scale_sample(const ResidentForward& p,
   const T* tile = m.shared.tile + int64_t{sample} * g.rows * g.pitch;
   T* out = static_cast<T*>(p.out) + (block.first_sample() + sample) * p.out_sample_stride +
            block.first_row() * p.out_row_stride + block.first_col();
+  const EndingRows& e = p.ending;
+  const EndingOf<T, kFollows> ending(e, (block.first_sample() + sample) * e.sample_stride +
+                                            block.first_row() * e.row_stride + block.first_col());
   const int group = std::is_same_v<Columns, VectorOfTwoRows<false>> ? 1 : g.channel_group;
   const int vectors = group * block.cols() / kCount;
   const int along = min(vectors, g.threads), below = g.threads / along;
@@ -75,12 +80,16 @@ __device__ __forceinline__ void scale_sample(const ResidentForward& p,
     for (int v = side; v < end; v += along) {
       if (v != held) by = {v * kCount, block.cols(), of_column};
       held = v;
-      for_mostly_whole_batches<kScaledTogether<kTraining>>(
+      for_mostly_whole_batches<kAtATime<kFollows, kScaledTogether<kTraining>>>(
           chunk.first + row_below, chunk.first + chunk.count, below * group,
-          [&](int row) { return load_staged<kCount>(tile + row * g.pitch + v * kCount); },
-          [&](int row, const Raw<T, kCount>& raw) {
-            auto pack = widen(raw);
+          [&](int row) {
+            return under_way(load_staged<kCount>(tile + row * g.pitch + v * kCount),
+                             ending.template load<kCount>(row * e.row_stride + v * kCount));
+          },
+          [&](int row, const auto& loaded) {
+            auto pack = widen(loaded.scaled);
             by.template scale<kChannelsFirst>(of_row + row, pack);
+            ending.apply(loaded.added, pack);
             store(out + int64_t{row} * p.out_row_stride + v * kCount, pack);
           });
     }
@@ -91,17 +100,26 @@ __device__ __forceinline__ void scale_sample(const ResidentForward& p,
 }
 
 // The same for any rows.
+template <bool kTraining, Follows kFollows, bool kChannelsFirst, Split kSplit, class T, class Done>
+__device__ __forceinline__ void scale_and_end(const ResidentForward& p,
+                                              const ResidentBlock<T, kChannelsFirst, kSplit>& block,
+                                              const ForwardMemory<T>& m, int sample, Done done) {
+  constexpr int kCount = kVector<T>;
+  if (block.kHoldsPixels || !kChannelsFirst || block.cols() % kCount == 0)
+    scale_sample<kTraining, kFollows, VectorOfTwoRows<false>>(p, block, m, sample, done);
+  else if (block.cols() >= kCount - 1)
+    scale_sample<kTraining, kFollows, VectorOfTwoRows<true>>(p, block, m, sample, done);
+  else
+    scale_sample<kTraining, kFollows, VectorColumns<true>>(p, block, m, sample, done);
+}
+
 template <bool kTraining, bool kChannelsFirst, Split kSplit, class T, class Done>
 __device__ __forceinline__ void scale_rows(const ResidentForward& p,
                                            const ResidentBlock<T, kChannelsFirst, kSplit>& block,
                                            const ForwardMemory<T>& m, int sample, Done done) {
-  constexpr int kCount = kVector<T>;
-  if (block.kHoldsPixels || !kChannelsFirst || block.cols() % kCount == 0)
-    scale_sample<kTraining, VectorOfTwoRows<false>>(p, block, m, sample, done);
-  else if (block.cols() >= kCount - 1)
-    scale_sample<kTraining, VectorOfTwoRows<true>>(p, block, m, sample, done);
-  else
-    scale_sample<kTraining, VectorColumns<true>>(p, block, m, sample, done);
+  with_ending(p.ending, [&](auto follows) {
+    scale_and_end<kTraining, follows.value>(p, block, m, sample, done);
+  });
 }
 
 }  // namespace cbam::cuda

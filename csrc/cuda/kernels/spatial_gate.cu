@@ -1,19 +1,21 @@
 // The spatial gate and the last pass over x.
 //
 //   spatial_gate[s] = sigmoid(sum over m, k of conv_weight[m][k] * maps[m][s + k] + conv_bias)
-//   out[c][s]       = x[c][s] * channel_gate[c] * spatial_gate[s]
+//   out[c][s]       = x[c][s] * channel_gate[c] * spatial_gate[s], and what follows (ending.cuh)
 //
 // grid    samples * boxes * chunks blocks of 256 threads; a block takes a box of pixels and a chunk
 //         of channels: maps with their halo come to shared memory, then the gate of every pixel of
 //         the box, then x passes; weights come, and x is asked for, while the launch before ends
 // shared  the box with its halo, twice; the weights; the gate of each pixel and of each channel
-// bytes   reads x once, writes out once; every block reads the maps of its box and halo, its
+// bytes   reads x and the residual once, writes out once; every block reads the maps of its box and
+// halo, its
 //         channels' gates and the weights of the convolution
 #include "../dispatch.cuh"
 #include "../launch.cuh"
 #include "../primitives/dependent_launch.cuh"
 #include "../primitives/vector_io.cuh"
 #include "convolution.cuh"
+#include "ending.cuh"
 #include "kernels.h"
 
 namespace cbam::cuda {
@@ -147,7 +149,7 @@ __device__ __forceinline__ void gate_pixels(const SpatialGate& p, const ScaleBlo
 
 // The last pass where every row of x's matrix is whole vectors. Threads take the vectors of the box
 // and the chunk in the order in which they stand in x: neighbours are under way together.
-template <Access kAccess, bool kChannelsFirst, class T, class A>
+template <Access kAccess, bool kChannelsFirst, Follows kFollows, class T, class A>
 __device__ __forceinline__ void scale_rows(const SpatialGate& p, const ScaleBlock& block,
                                            const ScaleShared<A>& shared) {
   constexpr int kCount = kAccess == Access::kScalar ? 1 : kVector<T>;
@@ -159,20 +161,25 @@ __device__ __forceinline__ void scale_rows(const SpatialGate& p, const ScaleBloc
                block.first_channel * (kChannelsFirst ? p.x.row_stride : 1);
   T* out = static_cast<T*>(p.out) + block.sample * p.out_sample_stride +
            block.first_channel * (kChannelsFirst ? p.out_row_stride : 1);
+  const EndingRows& e = p.ending;
+  const EndingOf<T, kFollows> ending(
+      e,
+      block.sample * e.sample_stride + block.first_channel * (kChannelsFirst ? e.row_stride : 1));
   const auto offset = [&](const Places& at, int64_t stride) {
     const int row = kChannelsFirst ? at.y : shared.pixel[at.y];
     return row * stride + (kChannelsFirst ? shared.pixel[at.x * kCount] : at.x * kCount);
   };
   Places from(vectors, rows, threadIdx.x, kThreads), to = from;
-  for_batches<kScaleLoads>(
+  for_batches<kAtATime<kFollows, kScaleLoads>>(
       threadIdx.x, rows * vectors, kThreads,
       [&](int) {
-        const auto raw = load<kCount>(x + offset(from, p.x.row_stride));
+        const auto loaded = under_way(load<kCount>(x + offset(from, p.x.row_stride)),
+                                      ending.template load<kCount>(offset(from, e.row_stride)));
         from.next();
-        return raw;
+        return loaded;
       },
-      [&](int, const Raw<T, kCount>& raw) {
-        auto pack = widen(raw);
+      [&](int, const auto& loaded) {
+        auto pack = widen(loaded.scaled);
         // As the plain form does: first the channel's gate, then the pixel's.
         const A of_row = row_gate[to.y];
         A gate[kCount];
@@ -181,6 +188,7 @@ __device__ __forceinline__ void scale_rows(const SpatialGate& p, const ScaleBloc
         for (int i = 0; i < kCount; ++i)
           pack.value[i] = pack.value[i] * (kChannelsFirst ? of_row : gate[i]) *
                           (kChannelsFirst ? gate[i] : of_row);
+        ending.apply(loaded.added, pack);
         store(out + offset(to, p.out_row_stride), pack);
         to.next();
       });
@@ -188,7 +196,7 @@ __device__ __forceinline__ void scale_rows(const SpatialGate& p, const ScaleBloc
 
 // The same where channels are packed rows: `threads_along` threads side by side take the vectors of
 // a group of rows, the others groups below; the gates of a vector's pixels stay in registers.
-template <class T, class A>
+template <Follows kFollows, class T, class A>
 __device__ __forceinline__ void scale_packed(const SpatialGate& p, const ScaleBlock& block,
                                              const ScaleShared<A>& shared) {
   constexpr int kCount = kVector<T>;
@@ -202,6 +210,8 @@ __device__ __forceinline__ void scale_packed(const SpatialGate& p, const ScaleBl
                int64_t{block.first_channel} * cols;
   T* out = static_cast<T*>(p.out) + block.sample * p.out_sample_stride +
            int64_t{block.first_channel} * cols;
+  const EndingOf<T, kFollows> ending(
+      p.ending, block.sample * p.ending.sample_stride + int64_t{block.first_channel} * cols);
   for (int v = threadIdx.x % p.geometry.threads_along; v < p.geometry.period;
        v += p.geometry.threads_along) {
     const VectorOfTwoRows<true> columns(v * kCount, cols, kCount);
@@ -209,16 +219,19 @@ __device__ __forceinline__ void scale_packed(const SpatialGate& p, const ScaleBl
 #pragma unroll
     for (int i = 0; i < kCount; ++i) gate[i] = shared.spatial[columns.column(i)];
     const auto at = [&](int row) { return row * cols + v * kCount; };
-    for_batches<kBatch>(
+    for_batches<kAtATime<kFollows, kBatch>>(
         below * group, block.channels, threads_below * group,
-        [&](int row) { return load<kCount>(x + at(row)); },
-        [&](int row, const Raw<T, kCount>& raw) {
-          auto pack = widen(raw);
+        [&](int row) {
+          return under_way(load<kCount>(x + at(row)), ending.template load<kCount>(at(row)));
+        },
+        [&](int row, const auto& loaded) {
+          auto pack = widen(loaded.scaled);
           const A of_first = shared.channel[row + columns.first_row];
           const A of_last = shared.channel[row + columns.last_row];
 #pragma unroll
           for (int i = 0; i < kCount; ++i)
             pack.value[i] = pack.value[i] * columns.of_element(i, of_first, of_last) * gate[i];
+          ending.apply(loaded.added, pack);
           store(out + at(row), pack);
         });
   }
@@ -232,13 +245,21 @@ __device__ __forceinline__ void stage(const SpatialGate& p, const ScaleBlock& bl
     stage_merged(p, block, staged);
 }
 
+template <Access kAccess, bool kChannelsFirst, Follows kFollows, class T, class A>
+__device__ __forceinline__ void scale_and_end(const SpatialGate& p, const ScaleBlock& block,
+                                              const ScaleShared<A>& shared) {
+  if constexpr (kAccess == Access::kPacked)
+    scale_packed<kFollows, T>(p, block, shared);
+  else
+    scale_rows<kAccess, kChannelsFirst, kFollows, T>(p, block, shared);
+}
+
 template <Access kAccess, bool kChannelsFirst, class T, class A>
 __device__ __forceinline__ void scale_block(const SpatialGate& p, const ScaleBlock& block,
                                             const ScaleShared<A>& shared) {
-  if constexpr (kAccess == Access::kPacked)
-    scale_packed<T>(p, block, shared);
-  else
-    scale_rows<kAccess, kChannelsFirst, T>(p, block, shared);
+  with_ending(p.ending, [&](auto follows) {
+    scale_and_end<kAccess, kChannelsFirst, follows.value, T>(p, block, shared);
+  });
 }
 
 template <class T, Access kAccess, bool kChannelsFirst>
@@ -286,10 +307,12 @@ __global__ void __launch_bounds__(kThreads, kScaleBlocks)
 
 // The second half by itself:
 //
-//   saved_gate[s] = sigmoid(logits[s])      out[c][s] = x[c][s] * channel_gate[c] * saved_gate[s]
+//   saved_gate[s] = sigmoid(logits[s])
+//   out[c][s]     = x[c][s] * channel_gate[c] * saved_gate[s], and what follows (ending.cuh)
 //
 // grid, shared  as of both halves
-// bytes         reads x once, writes out once; every block reads its pixels' logits and channels'
+// bytes         reads x and the residual once, writes out once; every block reads its pixels'
+// logits and channels'
 //               gates, one for each pixel writes the gate
 template <class T, Access kAccess, bool kChannelsFirst>
 __global__ void __launch_bounds__(kThreads, kScaleBlocks) scale_kernel(const SpatialGate p) {

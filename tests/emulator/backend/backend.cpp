@@ -103,6 +103,7 @@ struct Emulated {
     const Tensor memory = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
     const Watched watched;
     watched.read("x", p.x, extent(p, p.strides));
+    if (p.ending.residual) watched.read("residual", p.ending.residual, extent(p, p.ending.strides));
     watched.write("out", p.out, extent(p, p.out_strides));
     watched.write("scratch", memory.mutable_data_ptr(), bytes);
     watch_weights(watched, p);
