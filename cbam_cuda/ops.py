@@ -253,17 +253,21 @@ def forward_gradients(
     Of `saved` the last is out where a ReLU has followed, else None.
     """
     *saved, out = saved
-    *mask, adds = mask
-    grad_out = before_relu(grad_out, out)
+    adds = mask.pop()
+    if out is not None:
+        grad_out = before_relu(grad_out, out)
     of_residual = grad_out if adds else None
-    arrived = (grad_out, grad_channel_gate, grad_spatial_gate)
-    if not any(mask) or all(grad is None for grad in arrived):
+    if True not in mask:
         return (*(None for _ in mask), of_residual)
     if grad_out is None:
+        if grad_channel_gate is None and grad_spatial_gate is None:
+            return (*(None for _ in mask), None)
         grad_out = torch.zeros_like(saved[0])
     gradients = backward(grad_out, grad_channel_gate, grad_spatial_gate, *saved, mask)
-    wanted = (g if wanted else None for g, wanted in zip(gradients, mask, strict=True))
-    return (*wanted, of_residual)
+    return (
+        *(g if wanted else None for g, wanted in zip(gradients, mask, strict=True)),
+        of_residual,
+    )
 
 
 # For each library, the types of device that it has kernels for.

@@ -18,7 +18,7 @@ struct Description {
   bool channels_last;
   bool training;
   bool residual;  // is added to out
-  bool aligned;  // x starts on a multiple of 16 bytes
+  bool aligned;   // x starts on a multiple of 16 bytes
   bool bias;
 };
 
