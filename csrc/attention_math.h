@@ -14,10 +14,16 @@ CBAM_INLINE V sigmoid_derivative(V gate) {
   return gate * (A(1) - gate);
 }
 
-// NaN passes, as in torch.relu. A scalar or a vector.
+// The larger of v and a floor; NaN passes. Scalars or vectors.
+template <class V>
+CBAM_INLINE V at_least(V floor, V v) {
+  return v < floor ? floor : v;
+}
+
+// As torch.relu, NaN included.
 template <class V>
 CBAM_INLINE V relu(V v) {
-  return v < V{} ? V{} : v;
+  return at_least(V{}, v);
 }
 
 // torch lets the gradient through where the output is NaN, too.

@@ -52,18 +52,20 @@ __device__ __forceinline__ int quotient(int n, float reciprocal) {
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 
-// The larger of v and a floor; a NaN stays. By one instruction where there is one: a comparison and
-// a choice need a predicate, of which walks over packed rows have none left.
+// By one instruction where there is one: a comparison and a choice need a predicate, of which walks
+// over packed rows have none left.
 __device__ __forceinline__ float at_least(float floor, float v) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   float larger;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(v), "f"(floor));
   return larger;
 #else
-  return v < floor ? floor : v;
+  return cbam::at_least(floor, v);
 #endif
 }
-__device__ __forceinline__ double at_least(double floor, double v) { return v < floor ? floor : v; }
+__device__ __forceinline__ double at_least(double floor, double v) {
+  return cbam::at_least(floor, v);
+}
 
 __device__ __forceinline__ float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
 __device__ __forceinline__ double sigmoid(double z) { return 1.0 / (1.0 + exp(-z)); }
