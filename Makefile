@@ -67,7 +67,7 @@ cuda-link: build
 	$(BIN)/python .ci/cuda_link.py
 
 ## The acceptance run on the GPU of this machine: tests, compute-sanitizer, checks, bytes moved, what a
-## call costs the host, timings, a ResNet-50, blocks with a norm, and where resident kernels are the
+## call costs the host, timings, a ResNet-50, variants of the block, and where resident kernels are the
 ## faster ones. Within 8 minutes, all that it installs and builds included.
 gpu: STARTED := $(shell date +%s)
 gpu: .venv/.ready

@@ -2,7 +2,7 @@
 
 For every row and contestant that both have, of the block, over threads, and of the network:
 microseconds, their ratio, and whether that is more than noise. "fused" is what a user got in each,
-whichever strategy that was. Then what only one has. Exit code 1 where the fused block, or the
+whichever strategy that was. Then what only one has. Exit code 1 where the fused block, or a
 network with it, became slower, or where a row failed that was timed before.
 """
 
@@ -22,6 +22,7 @@ from .text import markdown, microseconds, number
 
 LEAST = 0.05  # differences below are noise, however narrow the quartiles
 FASTER, SLOWER, SAME = "faster", "SLOWER", ""
+FUSED = ("fused", "ended")  # of which a loss counts
 NETWORK = "network"  # instead of a row's name, beside the setting
 FACTS = ("device", "cpu_target", "torch", "commit", "date")
 METHODS = ("graph", "launched")  # the first that both have been timed by
@@ -165,11 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print()
     found = list(changes(old.timings, new.timings))
     if found:
-        print(render(found, [c.contestant for c in found] if options.all else ["fused"]))
+        print(render(found, [c.contestant for c in found] if options.all else FUSED))
     else:
         print("no row is in both")
     print("\n".join(["", *only_in_one(old, new)]))
-    slower = any(c.verdict == SLOWER and c.contestant == "fused" for c in found)
+    slower = any(c.verdict == SLOWER and c.contestant in FUSED for c in found)
     lost = any(name in new.failed for name in row_names(old))
     return int(not found or slower or lost)
 

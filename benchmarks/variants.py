@@ -1,7 +1,7 @@
 """``python -m benchmarks.variants``: blocks with more to them than the published one.
 
 The stages of a ResNet-50 at batch 8, float32, on CUDA where there is a GPU, else on the CPU: plain
-PyTorch, the fused block that does all of it, and for comparison the fused block alone. They take
+PyTorch, the fused block that does all of it, and for comparison one that does less. They take
 turns; medians in microseconds a call. All calls take the same tensors, of which caches may keep
 some. What is right is not asked here, but in tests/test_norm.py and tests/test_ending.py.
 """

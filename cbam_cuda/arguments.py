@@ -98,7 +98,7 @@ def check_x(x: Tensor, channels: int) -> None:
 def check_tensors(x: object, weights: Sequence[object], residual: object = None) -> None:
     """Raise unless x and the weights are tensors, biases possibly None, and x is real floating.
 
-    So is the residual, or it is None.
+    The residual is a tensor, or it is None.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
@@ -148,7 +148,7 @@ def check_call(x: Tensor, weights: Weights, residual: Tensor | None = None) -> N
     _check_shapes(channels, dim, weights)
 
     if residual is not None:
-        _check_residual(x, residual)
+        check_residual(x, residual)
 
     dtype = weights.fc1_weight.dtype
     if dtype != x.dtype and not (dtype == torch.float32 and x.dtype != torch.float64):
@@ -168,14 +168,31 @@ def check_call(x: Tensor, weights: Weights, residual: Tensor | None = None) -> N
             raise ValueError(f"{name}: expected device {x.device}, that of x, got {tensor.device}")
 
 
-def _check_residual(x: Tensor, residual: Tensor) -> None:
-    """Raise unless a residual can be added to what x becomes."""
+def is_cast(x: Tensor) -> bool:
+    """Whether there is an autocast that concerns x."""
+    left_alone = x.is_meta or x.dtype == torch.float64 or x.dtype not in DTYPES
+    return not left_alone and torch.is_autocast_enabled(x.device.type)
+
+
+def dtype_of_out(x: Tensor) -> torch.dtype:
+    """The dtype in which the plain form leaves x, under autocast if there is one."""
+    if not is_cast(x):
+        return x.dtype
+    return torch.promote_types(x.dtype, torch.get_autocast_dtype(x.device.type))
+
+
+def check_residual(x: Tensor, residual: object) -> None:
+    """Raise unless a residual can be added to what x becomes, and leaves it its dtype."""
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual: expected a Tensor or None, got {type(residual).__name__}")
     _check_strided("residual", residual)
     if residual.shape != x.shape:
         raise _shape_error("residual", list(x.shape), residual)
-    if residual.dtype != x.dtype:
+    out = dtype_of_out(x)
+    if residual.dtype not in DTYPES or torch.promote_types(residual.dtype, out) != out:
         raise TypeError(
-            f"residual: expected {_name(x.dtype)}, the dtype of out, got {_name(residual.dtype)}"
+            f"residual: expected {_name(out)}, the dtype of out, or one that a sum widens to it, "
+            f"got {_name(residual.dtype)}"
         )
     if residual.device != x.device:
         raise ValueError(f"residual: expected device {x.device}, that of x, got {residual.device}")

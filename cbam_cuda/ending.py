@@ -15,9 +15,9 @@ class Ending(NamedTuple):
     relu: bool = False
 
     @property
-    def activation(self) -> str | None:
-        """As `ending_of` takes it."""
-        return "relu" if self.relu else None
+    def arguments(self) -> tuple[Tensor | None, str | None]:
+        """As `ending_of` takes them."""
+        return self.residual, "relu" if self.relu else None
 
 
 NO_ENDING = Ending()

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from . import reference
+from .arguments import check_residual
 from .module import CBAM
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -44,6 +45,8 @@ class ResidualCBAM(CBAM):
         activation: str | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """As `CBAM`, with x added to out, and to a residual."""
+        if residual is not None:
+            check_residual(x, residual)
         both = x if residual is None else x + residual
         return super().forward(x, return_attention, residual=both, activation=activation)
 

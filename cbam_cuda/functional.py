@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, ops_normalised, reference, training, training_normalised
-from .arguments import DTYPES, Weights, accumulator_dtype, check_call, check_tensors
+from .arguments import (
+    DTYPES,
+    Weights,
+    accumulator_dtype,
+    check_call,
+    check_tensors,
+    dtype_of_out,
+    is_cast,
+)
 from .choice import choose, take_plain_form
 from .ending import Ending, ending_of
 from .norm import fold, known
@@ -101,7 +109,8 @@ def cbam(
         conv_weight: [1, 2, k, ...], one odd k for each dimension of space; maps in the order
             mean, max; padded with zeros to keep the size.
         conv_bias: [1] or None.
-        residual: like x, in out's dtype, any strides; added to out. None for none.
+        residual: like x, of any strides, in out's dtype or one that a sum with out widens to it;
+            added to out. None for none.
         activation: "relu" of out and the residual, or None.
         return_attention: also return the gates; gradients flow through all three.
         backend: "auto" takes the fused backend of x's device, or the one that the environment
@@ -123,13 +132,19 @@ def cbam(
             compiled call, or where it is the CPU.
     """
     weights = Weights(fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
-    return run(x, weights, ending_of(residual, activation), return_attention, backend)
+    return run(x, weights, residual, activation, return_attention, backend)
 
 
 def run(
-    x: Tensor, weights: Weights, ending: Ending, return_attention: bool, backend: str
+    x: Tensor,
+    weights: Weights,
+    residual: Tensor | None,
+    activation: str | None,
+    return_attention: bool,
+    backend: str,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`cbam`, for weights that are together already."""
+    ending = ending_of(residual, activation)
     if torch.compiler.is_compiling():
         check_tensors(x, weights, ending.residual)
         return _run(x, weights, ending, return_attention, backend, ops.forward_train)
@@ -153,7 +168,7 @@ def run_normalised(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`run`, with batch normalisation of the map that the convolution gives."""
     if (statistics := known(norm)) is not None:
-        return run(x, fold(weights, statistics), ending, return_attention, backend)
+        return run(x, fold(weights, statistics), *ending.arguments, return_attention, backend)
     if (why := _why_plain(norm)) is not None:
         take_plain_form(backend, f"norm takes its statistics from {why}")
         check_tensors(x, weights, ending.residual)
@@ -182,7 +197,8 @@ def _run_by_batch(
     x: Tensor, weights: Weights, norm: Any, ending: Ending, return_attention: bool, backend: str
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     if torch._C._is_any_autocast_enabled():
-        x, weights, ending = _cast_as_autocast(x, weights, ending)
+        x, weights = _cast_as_autocast(x, weights)
+    ending = _widen(ending, x)
     library = choose(backend, x.device)
     if library is None or x.shape[0] == 0:  # no samples have no statistics
         return _plainly(x, weights, ending, return_attention, norm)
@@ -204,11 +220,12 @@ def _plainly(
     norm: nn.Module | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     check_call(x, weights, ending.residual)
+    residual, activation = ending.arguments
     return reference.cbam(
         x,
         *weights,
-        residual=ending.residual,
-        activation=ending.activation,
+        residual=residual,
+        activation=activation,
         return_attention=return_attention,
         normalise=None if norm is None else reference.in_its_dtype(norm),
     )
@@ -223,7 +240,8 @@ def _run(
     forward_train: Callable[..., tuple[Tensor, ...]],
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     if torch._C._is_any_autocast_enabled():
-        x, weights, ending = _cast_as_autocast(x, weights, ending)
+        x, weights = _cast_as_autocast(x, weights)
+    ending = _widen(ending, x)
     library = choose(backend, x.device)
     if library is None:
         return _plainly(x, weights, ending, return_attention)
@@ -241,7 +259,7 @@ def _explain(error: Exception, x: Tensor, weights: Weights, ending: Ending) -> N
     """Raise what is wrong with a call that failed: its arguments, or the GPU; or else the error."""
     try:
         check_tensors(x, weights, ending.residual)
-        x, weights, ending = _cast_as_autocast(x, weights, ending)
+        x, weights = _cast_as_autocast(x, weights)
         check_call(x, weights, ending.residual)
     except (TypeError, ValueError) as refused:
         raise refused from None
@@ -254,22 +272,25 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _cast_as_autocast(
-    x: Tensor, weights: Weights, ending: Ending
-) -> tuple[Tensor, Weights, Ending]:
+def _widen(ending: Ending, x: Tensor) -> Ending:
+    """With a residual in x's dtype, if a sum with x would have that."""
+    residual = ending.residual
+    if residual is None or residual.dtype == x.dtype:
+        return ending
+    if residual.dtype not in DTYPES or torch.promote_types(residual.dtype, x.dtype) != x.dtype:
+        return ending  # which is refused
+    return ending._replace(residual=residual.to(x.dtype))
+
+
+def _cast_as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
     """Under autocast, x in the dtype in which the plain form leaves it, and weights of one dtype.
 
     There the gates come out of convolutions in autocast's dtype and multiply x. float64 is left
-    alone by autocast, and what is no floating point is refused as it is without. A residual is
-    cast where a sum with it would have that dtype.
+    alone by autocast, and what is no floating point is refused as it is without.
     """
-    left_alone = x.is_meta or x.dtype == torch.float64 or x.dtype not in DTYPES
-    if left_alone or not torch.is_autocast_enabled(x.device.type):
-        return x, weights, ending
-    x = x.to(torch.promote_types(x.dtype, torch.get_autocast_dtype(x.device.type)))
-    residual = ending.residual
-    if residual is not None and torch.promote_types(residual.dtype, x.dtype) == x.dtype:
-        ending = ending._replace(residual=residual.to(x.dtype))
-    if not all(w is None or w.dtype == x.dtype for w in weights):
-        weights = Weights(*(None if w is None else w.to(torch.float32) for w in weights))  # type: ignore[arg-type]
-    return x, weights, ending
+    if not is_cast(x):
+        return x, weights
+    x = x.to(dtype_of_out(x))
+    if all(w is None or w.dtype == x.dtype for w in weights):
+        return x, weights
+    return x, Weights(*(None if w is None else w.to(torch.float32) for w in weights))  # type: ignore[arg-type]

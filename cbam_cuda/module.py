@@ -101,15 +101,16 @@ class CBAM(reference.CBAM):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """CBAM of x; see the class and `cbam_cuda.cbam`."""
         check_spatial_dimensions(x, self.dim)
-        ending = ending_of(residual, activation)
         if (name := self.layer_to_call()) is not None:
             take_plain_form(
                 self.backend,
                 f"{name} has hooks or a forward of its own, which only a call of it respects",
             )
-            return self.call_layers(x, return_attention, ending)
+            return self.call_layers(x, return_attention, ending_of(residual, activation))
         if self.norm is None:
-            return run(x, self.weights(), ending, return_attention, self.backend)
+            given = residual, activation, return_attention
+            return run(x, self.weights(), *given, self.backend)
+        ending = ending_of(residual, activation)
         if isinstance(x, torch.fx.Proxy):  # whose graph may change the norm's mode
             take_plain_form(self.backend, "torch.fx traces a norm as a layer")
             return self.call_layers(x, return_attention, ending)

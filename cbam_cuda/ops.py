@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, library
 
 from . import derivatives, ops_normalised
-from .arguments import Weights, accumulator_dtype, check_call
+from .arguments import Weights, accumulator_dtype, check_call, check_residual
 from .ending import NO_ENDING, Ending, before_relu
 
 # Libraries of operators: the same schemas, and for tensors on a CPU different kernels behind them.
@@ -178,6 +178,8 @@ def _fake_scale(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    if residual is not None:
+        check_residual(x, residual)
     return torch.empty_like(x), logits.new_empty(logits.shape)
 
 
@@ -225,8 +227,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     out, channel_gate, spatial_gate, *others = output
     variables, ending = inputs[: 1 + _WEIGHTS], Ending(*inputs[1 + _WEIGHTS :])
-    given = out if ending.relu else None
-    ctx.save_for_backward(*variables, channel_gate, spatial_gate, *others, given)
+    after_relu = out if ending.relu else None
+    ctx.save_for_backward(*variables, channel_gate, spatial_gate, *others, after_relu)
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
 
@@ -235,7 +237,7 @@ def _backward_of_forward(
     backward: Any, ctx: Any, *grads: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     asked = ctx.needs_input_grad  # of what follows it may have nothing
-    mask = [*asked, False, False][: 2 + _WEIGHTS]
+    mask = [*asked, False][: 2 + _WEIGHTS]
     found = forward_gradients(backward, ctx.saved_tensors, mask, *grads[:3])
     return (*found, None)[: len(asked)]
 
@@ -252,22 +254,18 @@ def forward_gradients(
 
     Of `saved` the last is out where a ReLU has followed, else None.
     """
-    *saved, out = saved
-    adds = mask.pop()
-    if out is not None:
-        grad_out = before_relu(grad_out, out)
+    *saved, after_relu = saved
+    *mask, adds = mask
+    grad_out = before_relu(grad_out, after_relu)
     of_residual = grad_out if adds else None
-    if True not in mask:
+    arrived = grad_out, grad_channel_gate, grad_spatial_gate
+    if True not in mask or all(grad is None for grad in arrived):
         return (*(None for _ in mask), of_residual)
     if grad_out is None:
-        if grad_channel_gate is None and grad_spatial_gate is None:
-            return (*(None for _ in mask), None)
         grad_out = torch.zeros_like(saved[0])
     gradients = backward(grad_out, grad_channel_gate, grad_spatial_gate, *saved, mask)
-    return (
-        *(g if wanted else None for g, wanted in zip(gradients, mask, strict=True)),
-        of_residual,
-    )
+    wanted = (g if wanted else None for g, wanted in zip(gradients, mask, strict=True))
+    return (*wanted, of_residual)
 
 
 # For each library, the types of device that it has kernels for.

@@ -99,12 +99,15 @@ def _backward_of_normalised(
     name: str, ctx: Any, grad_out: Tensor | None, _: None, *grads: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     *mask, adds, _, _ = ctx.needs_input_grad
-    *saved, out = ctx.saved_tensors
-    grad_out = before_relu(grad_out, out)
+    *saved, after_relu = ctx.saved_tensors
+    grad_out = before_relu(grad_out, after_relu)
+    of_residual = grad_out if adds else None
+    if True not in mask:
+        return (*(None for _ in mask), of_residual, None, None)
     operator = getattr(torch.ops, name).backward_normalised.default
     found = operator(grad_out, *grads[:2], *saved, mask)
     wanted = (f if wanted else None for f, wanted in zip(found, mask, strict=True))
-    return (*wanted, grad_out if adds else None, None, None)
+    return (*wanted, of_residual, None, None)
 
 
 def define(name: str) -> None:

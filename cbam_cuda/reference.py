@@ -14,7 +14,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arguments import Weights, check_sizes, check_x
+from .arguments import Weights, check_residual, check_sizes, check_x
 from .ending import NO_ENDING, Ending, ending_of
 
 _CONV_MODULE: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -29,6 +29,7 @@ _LAYERS = ("fc1", "fc2", "conv")
 # Calls of these are nodes of a traced graph.
 torch.fx.wrap("cbam")
 torch.fx.wrap("check_x")
+torch.fx.wrap("check_residual")
 torch.fx.wrap("in_dtype_of")
 
 
@@ -184,6 +185,8 @@ class CBAM(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """CBAM of x by calls of the layers, whatever these do."""
         check_x(x, self.in_channels)
+        if ending.residual is not None:
+            check_residual(x, ending.residual)
         fc1, fc2, conv = (in_its_dtype(self._modules[name]) for name in _LAYERS)
         norm = None if self.norm is None else in_its_dtype(self.norm)
         return _attend(self.dim, x, fc1, fc2, conv, return_attention, norm, ending)

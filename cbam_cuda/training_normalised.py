@@ -25,9 +25,8 @@ def train(
     name: str, norm: Any, ending: Ending, x: Tensor, *variables: Tensor | None
 ) -> tuple[Tensor, ...]:
     """The output and the gates, differentiable twice; the norm's running statistics move on."""
-    outputs: tuple[Tensor, ...] = _TrainNormalised.apply(
-        name, norm, *reversed(ending), x, *variables
-    )  # type: ignore[no-untyped-call]
+    residual, relu = ending
+    outputs: tuple[Tensor, ...] = _TrainNormalised.apply(name, norm, relu, residual, x, *variables)  # type: ignore[no-untyped-call]
     return outputs
 
 
@@ -58,12 +57,12 @@ class _TrainNormalised(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        if all(grad is None for grad in grads):
-            return (None,) * (5 + _VARIABLES)
         adds, *mask = ctx.needs_input_grad[3:]
-        out, x, *others = ctx.saved_tensors
-        grads = before_relu(grads[0], out), *grads[1:]
+        after_relu, x, *others = ctx.saved_tensors
+        grads = before_relu(grads[0], after_relu), *grads[1:]
         of_residual = grads[0] if adds else None
+        if True not in mask or all(grad is None for grad in grads):
+            return (None, None, None, of_residual, *(None for _ in mask))
         variables, saved = others[:_VARIABLES], normalised.Saved(*others[_VARIABLES:])
         with MemoryErrors():
             if torch.is_grad_enabled():  # a second derivative is wanted

@@ -45,7 +45,10 @@ Tensor run_forward(Part part, const Tensor& x_given, const Shape& shape,
   ForwardProblem p = problem_of(part, x, shape);
   p.out_strides = *native_strides(out.native);
   p.out = out.native.mutable_data_ptr();
-  if (residual) p.ending = {residual->const_data_ptr(), *native_strides(*residual)};
+  if (residual) {
+    p.ending.residual = residual->const_data_ptr();
+    p.ending.strides = *native_strides(*residual);
+  }
   p.ending.relu = relu;
   fill(p);
   Backend::forward(p, x);

@@ -25,7 +25,7 @@ from regimes import SPLITS, plan_of
 from tolerance import assert_as_good_as_eager, assert_strategies_agree
 from torch import library
 
-from cbam_cuda import CBAM, ResidualCBAM, cbam, reference
+from cbam_cuda import CBAM, ResidualCBAM, cbam, choice, reference
 
 CASE = Case("small", (3, 32, 9, 7), 4, (3, 3))
 ENDINGS = {"residual": (True, None), "ReLU": (False, "relu"), "both": (True, "relu")}
@@ -75,10 +75,11 @@ def test_the_reference_is_the_formula():
     assert torch.equal(reference.cbam(x, *weights, activation="relu"), F.relu(out))
 
 
+@pytest.mark.parametrize("ending", ["ReLU", "both"])
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
 @pytest.mark.parametrize("case", LARGE_CASES, ids=str)
-def test_past_the_caches_of_the_cpu(case, layout):
-    check("cpu", case, torch.float32, layout)
+def test_past_the_caches_of_the_cpu(case, layout, ending):
+    check("cpu", case, torch.float32, layout, ending)
 
 
 @pytest.mark.skipif(why_not("emulated") is not None, reason="make emulator builds it")
@@ -103,8 +104,15 @@ def test_of_samples_on_the_chip(case, layout, split, strategy):
     assert_strategies_agree("out", found[2], found[0], dtype)
 
 
-@pytest.mark.parametrize("of_residual", [*LAYOUTS, "the same for all samples", "for all channels"])
-@pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
+EXPANDED = {  # over what it is the same
+    "all samples": lambda t: t[:1],
+    "all channels": lambda t: t[:, :1],
+    "all positions": lambda t: t[:, :, :1, :1],
+}
+
+
+@pytest.mark.parametrize("of_residual", [*LAYOUTS, *EXPANDED])
+@pytest.mark.parametrize("layout", [*NATIVE_LAYOUTS, "space transposed"])
 @pytest.mark.parametrize("case", [CASE, FEW_CASES[0]], ids=str)
 def test_a_residual_of_any_strides(backend, case, layout, of_residual, strategy):
     strategy("streaming")
@@ -112,14 +120,13 @@ def test_a_residual_of_any_strides(backend, case, layout, of_residual, strategy)
     if of_residual in LAYOUTS:
         other = LAYOUTS[of_residual](residual)
     else:
-        other = residual[:1] if "samples" in of_residual else residual[:, :1]
-        other = other.expand_as(residual)
-        residual = other.clone()
+        other = EXPANDED[of_residual](residual).expand_as(residual)
+        residual = other.contiguous()
     found, same = (
         cbam(x, *weights, residual=r, activation="relu", backend=backend) for r in (other, residual)
     )
     assert torch.equal(found, same)
-    assert found.stride() == x.stride()
+    assert found.stride() == torch.empty_like(x).stride()
 
 
 def test_nan_passes(backend):
@@ -184,6 +191,17 @@ def test_only_what_is_asked_for(backend):
     assert (of_x != 0).any()
 
 
+@pytest.mark.parametrize("form", ["eager", "compiled"])
+def test_a_residual_alone_behind_a_norm(backend, form):
+    block = CBAM(32, 4, norm=True, backend=backend, device=device_of(backend)).requires_grad_(False)
+    x, _, residual = given(CASE, torch.float32, backend)
+    r = residual.clone().requires_grad_()
+    called = block if form == "eager" else torch.compile(block, backend="aot_eager")
+    out = called(x, residual=r, activation="relu")
+    (of_residual,) = torch.autograd.grad(out, r, residual)
+    assert torch.equal(of_residual, residual * (out > 0))
+
+
 def test_x_may_be_the_residual(backend):
     x, weights, _ = given(CASE, torch.float32, backend)
     x.requires_grad_()
@@ -228,14 +246,13 @@ def test_one_graph(backend, training, norm):
         inputs = [
             torch.randn(shape, device=device_of(backend), requires_grad=training) for _ in "xr"
         ]
-        out = compiled(*inputs)
-        assert torch.equal(out, ended(*inputs))
+        with torch.set_grad_enabled(training):
+            found, expected = compiled(*inputs), ended(*inputs)
+            assert torch.equal(found, expected)
         if training:
-            grad = torch.randn_like(out)
-            found, expected = (
-                torch.autograd.grad(f(*inputs), inputs, grad) for f in (compiled, ended)
-            )
-            assert all(map(torch.equal, found, expected))
+            grad = torch.randn_like(found)
+            gradients = (torch.autograd.grad(out, inputs, grad) for out in (found, expected))
+            assert all(map(torch.equal, *gradients))
     assert counter.frame_count == 1 + (norm and training)  # as in test_norm.py
 
 
@@ -251,6 +268,14 @@ def test_graphs_of_fx_and_jit(backend):
     block = Ended().to(device_of(backend))
     x, residual = (torch.randn(2, 32, 9, 7, device=device_of(backend)) for _ in "xr")
     graph = torch.fx.symbolic_trace(block)
+    trained = torch.jit.trace(block, (x, residual), check_trace=False)
+    gradients = []
+    for form in (block, graph, trained):
+        leaf = residual.clone().requires_grad_()
+        out = form(x, leaf)
+        gradients.append(torch.autograd.grad(out.square().sum(), [leaf, *form.parameters()]))
+    assert all(map(torch.equal, gradients[0], gradients[1]))
+    assert all(map(torch.equal, gradients[0], gradients[2]))
     with torch.no_grad():
         traced = torch.jit.trace(block, (x, residual))
         for form in (graph, traced):
@@ -300,14 +325,23 @@ def test_autocast_gives_the_dtype_of_the_plain_form(backend, norm, dtype):
         torch.testing.assert_close(found, plain.relu(), rtol=0.02, atol=0.02)
 
 
-def test_plain_form_of_layers_with_hooks(backend):
-    block = CBAM(32, 4, device=device_of(backend))
-    x, residual = (torch.randn(2, 32, 9, 7, device=device_of(backend)) for _ in "xr")
+def test_plain_form_of_layers_with_hooks(monkeypatch):
+    monkeypatch.setattr(choice, "_warned", set())
+    block = CBAM(32, 4)
+    x, residual = (torch.randn(2, 32, 9, 7) for _ in "xr")
     fused = block(x, residual=residual, activation="relu")
     block.fc1.register_forward_hook(lambda *_: None)
-    plain = block.to(device_of(backend))
-    plain.backend = "reference"
-    torch.testing.assert_close(plain(x, residual=residual, activation="relu"), fused)
+    with pytest.warns(UserWarning, match="plain PyTorch form as fc1 has hooks"):
+        plain = block(x, residual=residual, activation="relu")
+    torch.testing.assert_close(plain, fused)
+
+
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16], ids=str)
+def test_a_narrower_residual_is_widened(backend, narrow):
+    x, weights, residual = given(CASE, torch.float32, backend)
+    found = cbam(x, *weights, residual=residual.to(narrow), backend=backend)
+    wide = cbam(x, *weights, residual=residual.to(narrow).float(), backend=backend)
+    assert torch.equal(found, wide)
 
 
 def test_of_a_block_with_a_residual_of_its_own(backend):
@@ -336,7 +370,8 @@ X = torch.zeros(2, 32, 9, 7)
 WRONG = {
     "no tensor": (1.0, None, TypeError, "residual: expected a Tensor or None, got float"),
     "shape": (X[:1], None, ValueError, r"residual: expected shape \[2, 32, 9, 7\], got \[1, 32"),
-    "dtype": (X.half(), None, TypeError, "residual: expected float32, .*, got float16"),
+    "dtype": (X.double(), None, TypeError, "residual: expected float32, .*, got float64"),
+    "numbers": (X.int(), None, TypeError, "residual: expected float32, .*, got int32"),
     "device": (X.to("meta"), None, ValueError, "residual: expected device cpu, .*, got meta"),
     "layout": (X.to_sparse(), None, TypeError, "residual: expected a strided tensor"),
     "activation": (X, "gelu", ValueError, "activation: expected None or 'relu', got 'gelu'"),
@@ -344,12 +379,27 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+def _with_a_hook():
+    block = CBAM(32, 4, backend="reference")
+    block.fc1.register_forward_hook(lambda *_: None)
+    return block
+
+
+BLOCKS = {
+    "fused": lambda: CBAM(32, 4),
+    "plain": lambda: CBAM(32, 4, backend="reference"),
+    "with a hook": _with_a_hook,
+    "with a norm": lambda: CBAM(32, 4, norm=True),
+    "the reference's layers": lambda: reference.CBAM(32, 4, norm=True),
+    "with x added": lambda: ResidualCBAM(32, 4),
+}
+
+
+@pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize(("residual", "activation", "error", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_arguments_are_refused(residual, activation, error, message, backend):
-    block = CBAM(32, 4, backend=backend)
+def test_wrong_arguments_are_refused(residual, activation, error, message, make):
     with pytest.raises(error, match=message):
-        block(X, residual=residual, activation=activation)
+        make()(X, residual=residual, activation=activation)
 
 
 @pytest.mark.parametrize("residual", [X[:1], X.half()], ids=["shape", "dtype"])

@@ -56,15 +56,13 @@ def test_calls_without_a_plan_are_told_and_not_all_may_be(monkeypatch):
     monkeypatch.setattr(
         small.cbam_cuda,
         "cbam",
-        lambda *_, return_attention, **__: (
-            run("", "attention") if return_attention else run("", "inference")[0]
-        ),
+        lambda *_, activation=None, **__: run("", "ended" if activation else "inference")[0],
     )
     said = small.run("cpu")
     assert said["streaming"] == "24 calls"
     first = "small sample, one thread does it all, float32, contiguous, training"
     assert said["resident"].startswith(f"12 calls, no resident plan for 6: {first}; ")
-    refused += ["attention", "inference"]
+    refused += ["ended", "inference"]
     with pytest.raises(SkippedError, match="no resident plan for 18"):
         small.run("cpu")
     assert small.run("cpu", 2, 3) == {"streaming": "8 calls"}

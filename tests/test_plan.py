@@ -326,7 +326,22 @@ def test_command_with_every_option(capsys):
     options = ["--hidden", "3", "--kernel-size", "3,5", "--channels-last", "--training"]
     streaming = ["--strategy", "streaming"]
     assert main(["plan", "--shape", "1,8,9,9", *options, *streaming]) == 0
-    assert "scale" in capsys.readouterr().out
+    without = capsys.readouterr().out
+    assert "scale" in without
+    assert "residual -" in without
+    assert main(["plan", "--shape", "1,8,9,9", *options, *streaming, "--residual"]) == 0
+    assert "residual 2.6 kB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("strategy", ["streaming", "resident"])
+def test_a_residual_takes_time(strategy):
+    without, added = (
+        plan([256, 256, 56, 56], "float16", strategy=strategy, residual=r) for r in (False, True)
+    )
+    once = 2 * 256 * 256 * 56 * 56
+    assert added["traffic"]["residual_read"] == once
+    assert added["device_memory_bytes"] == without["device_memory_bytes"] + once
+    assert added["predicted_seconds"] > 1.1 * without["predicted_seconds"]
 
 
 def test_command_takes_the_strategy_of_the_environment(strategy, capsys):

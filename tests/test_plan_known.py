@@ -51,6 +51,25 @@ def test_forwards(launches):
         assert count == {"streaming": 4, "resident": 1}.get(name, count)
 
 
+def test_forwards_with_a_residual(launches):
+    """The same of what is added to out."""
+    x, weights = make_x(CASE, torch.float32), make_weights(CASE, torch.float32)
+    for place, name in CALLS:
+        residual = LAYOUTS[place](make_x(CASE, torch.float32, seed=2))
+
+        def call(residual=residual):
+            return cbam(x, *weights, residual=residual, backend="emulated")
+
+        if name == "resident" and not ALIGNED[place]:
+            with pytest.raises(ValueError, match=NO_VECTORS):
+                launches(name, call)
+            continue
+        out, count = launches(name, call)
+        plain = cbam(x, *weights, backend="emulated") + residual
+        torch.testing.assert_close(out, plain)
+        assert count == {"streaming": 4, "resident": 1}.get(name, count)
+
+
 @pytest.mark.parametrize("wanted", [slice(0, 1), slice(1, None), slice(None)], ids=str)
 def test_backwards(launches, wanted):
     """The same of out's gradient, with some gradients asked for or all."""

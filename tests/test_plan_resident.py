@@ -221,7 +221,7 @@ def test_the_weights_are_read_once_for_eight_samples_of_7x7(dtype):
     ("shape", "options", "reason"),
     [
         ([8, 64, 28, 28], {"dtype": "float64"}, "float64 is streamed"),
-        ([8, 63, 5, 5], {}, "rows of x or out are no whole vectors"),
+        ([8, 63, 5, 5], {}, "rows of x, out or the residual are no whole vectors"),
         ([1, 512, 512, 512], {}, "a sample does not fit on the chip"),
         ([8, 64, 28, 28], {"strategy": "streaming"}, "asked for"),
     ],

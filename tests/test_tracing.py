@@ -9,7 +9,7 @@ import torch
 from cases import device_of
 from torch import nn
 
-from cbam_cuda import CBAM, reference
+from cbam_cuda import CBAM, ResidualCBAM, reference
 
 
 @pytest.mark.parametrize("kind", [CBAM, reference.CBAM])
@@ -24,6 +24,18 @@ def test_fx(backend, kind):
         module(x).square().sum().backward()
         gradients.append([p.grad.clone() for p in network.parameters()])
     assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("kind", [CBAM, ResidualCBAM, reference.CBAM])
+def test_fx_of_a_block_by_itself(kind):
+    block = kind(32, 4)
+    x, residual = (torch.randn(2, 32, 9, 7) for _ in "xr")
+    graph = torch.fx.symbolic_trace(block, {"residual": None})
+    assert torch.equal(graph(x), block(x))
+    if kind is not ResidualCBAM:
+        graph = torch.fx.symbolic_trace(block)
+        ending = {"residual": residual, "activation": "relu"}
+        assert torch.equal(graph(x, **ending), block(x, **ending))
 
 
 def test_jit_of_inference(backend):

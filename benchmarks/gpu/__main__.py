@@ -2,7 +2,7 @@
 
 Runs the test suite, compute-sanitizer, checks that need a GPU, a count of the bytes that its memory
 moves, what a call costs the host, timings of the block forward and backward, a ResNet-50 with it,
-blocks with a norm, and a sweep over batches of both strategies; downloads nothing.
+variants of the block, and a sweep over batches of both strategies; downloads nothing.
 Writes a folder and ends with a table. Exit code: 0 where nothing failed, 1 where something did,
 2 without a GPU to run on.
 """

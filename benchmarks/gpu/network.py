@@ -14,7 +14,7 @@ from ..outcome import Folder, Outcome
 from ..rows import Row
 from . import rows
 
-ROW_SECONDS = 6.0  # with less left, a pair of rows is not begun
+ROW_SECONDS = 8.0  # with less left, a setting is not begun
 
 
 def step(seconds: float, folder: Folder) -> Outcome:
@@ -28,9 +28,8 @@ def told(outcome: Outcome) -> str:
     found = by_setting(outcome.details["rows"])
     said = []
     for name in NETWORKS[1:]:
-        ratios = {setting: plain_over(name, timed) for setting, timed in found.items()}
-        told = ", ".join(f"{setting} {r:.2f}" for setting, r in ratios.items() if r is not None)
-        said.append(f"{NETWORKS[0]}/{name}: {told or 'none'}")
+        ratios = (f"{setting} {plain_over(name, timed):.2f}" for setting, timed in found.items())
+        said.append(f"{NETWORKS[0]}/{name}: {', '.join(ratios) or 'none'}")
     return "; ".join(said)
 
 

@@ -141,7 +141,9 @@ Group groups_of(const ForwardProblem& p, const DeviceLimits& device) {
 }
 
 double streaming_seconds(const ForwardProblem& p, const DeviceLimits& device) {
-  return streamed_seconds(kStreamedCosts, p, device, groups_of(p, device), 2, 2, launches_of(p));
+  const int first = p.ending.residual ? 3 : 2;  // x, out and the residual
+  return streamed_seconds(kStreamedCosts, p, device, groups_of(p, device), first, 2,
+                          launches_of(p));
 }
 
 template <class A>

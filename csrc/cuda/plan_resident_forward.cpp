@@ -40,7 +40,9 @@ class ForwardFitting : public Teams {
 
   double seconds(const Geometry& g) const {
     const auto bands = static_cast<double>(ceil_div(s_.pixels(), g.band));
-    return Teams::seconds(kVisitCosts, g, {2, g.split == Split::kPixels ? 4 : 1 + 2 * bands, 0});
+    const double passes = p_.ending.residual ? 3 : 2;
+    return Teams::seconds(kVisitCosts, g,
+                          {passes, g.split == Split::kPixels ? 4 : 1 + 2 * bands, 0});
   }
 
  private:

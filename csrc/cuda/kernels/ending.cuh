@@ -57,10 +57,7 @@ struct UnderWay {
   Added added;
 };
 template <class Scaled, class Added>
-__device__ __forceinline__ UnderWay<Scaled, Added> under_way(const Scaled& scaled,
-                                                             const Added& added) {
-  return {scaled, added};
-}
+UnderWay(Scaled, Added) -> UnderWay<Scaled, Added>;
 
 // Vectors at a time, where nothing is added so many: each is two where something is.
 template <Follows kFollows, int kMany>

@@ -51,12 +51,13 @@ struct Matrix {
   int rows, cols;
 };
 
-// What follows the block (problem.h): of which the last passes have a walk each.
+// What follows the block (problem.h). The last passes have a walk for each of these.
 enum class Follows {
   kNothing,
   kRelu,
   kResidual,  // and perhaps a ReLU
 };
+// The same as a kernel is handed it: the residual as rows, like those of x's matrix.
 struct EndingRows {
   const void* residual;  // or null
   int64_t sample_stride, row_stride;

@@ -13,9 +13,8 @@
 //         the pixels whose gates it computes, with their halo; both gates; what it puts out for the
 //         other blocks of a cluster
 // bytes   reads x and the residual once, writes out once; reads the weights of the MLP once a
-// visit, or once a team
-//         where they stay. In training also writes what is saved. Blocks that are no cluster
-//         exchange through global memory.
+//         visit, or once a team where they stay. In training also writes what is saved. Blocks that
+//         are no cluster exchange through global memory.
 #pragma once
 
 #include "../dispatch.cuh"

@@ -83,8 +83,8 @@ __device__ __forceinline__ void scale_sample(const ResidentForward& p,
       for_mostly_whole_batches<kAtATime<kFollows, kScaledTogether<kTraining>>>(
           chunk.first + row_below, chunk.first + chunk.count, below * group,
           [&](int row) {
-            return under_way(load_staged<kCount>(tile + row * g.pitch + v * kCount),
-                             ending.template load<kCount>(row * e.row_stride + v * kCount));
+            return UnderWay{load_staged<kCount>(tile + row * g.pitch + v * kCount),
+                            ending.template load<kCount>(row * e.row_stride + v * kCount)};
           },
           [&](int row, const auto& loaded) {
             auto pack = widen(loaded.scaled);

@@ -8,8 +8,7 @@
 //         the box, then x passes; weights come, and x is asked for, while the launch before ends
 // shared  the box with its halo, twice; the weights; the gate of each pixel and of each channel
 // bytes   reads x and the residual once, writes out once; every block reads the maps of its box and
-// halo, its
-//         channels' gates and the weights of the convolution
+//         halo, its channels' gates and the weights of the convolution
 #include "../dispatch.cuh"
 #include "../launch.cuh"
 #include "../primitives/dependent_launch.cuh"
@@ -173,8 +172,8 @@ __device__ __forceinline__ void scale_rows(const SpatialGate& p, const ScaleBloc
   for_batches<kAtATime<kFollows, kScaleLoads>>(
       threadIdx.x, rows * vectors, kThreads,
       [&](int) {
-        const auto loaded = under_way(load<kCount>(x + offset(from, p.x.row_stride)),
-                                      ending.template load<kCount>(offset(from, e.row_stride)));
+        const auto loaded = UnderWay{load<kCount>(x + offset(from, p.x.row_stride)),
+                                     ending.template load<kCount>(offset(from, e.row_stride))};
         from.next();
         return loaded;
       },
@@ -222,7 +221,7 @@ __device__ __forceinline__ void scale_packed(const SpatialGate& p, const ScaleBl
     for_batches<kAtATime<kFollows, kBatch>>(
         below * group, block.channels, threads_below * group,
         [&](int row) {
-          return under_way(load<kCount>(x + at(row)), ending.template load<kCount>(at(row)));
+          return UnderWay{load<kCount>(x + at(row)), ending.template load<kCount>(at(row))};
         },
         [&](int row, const auto& loaded) {
           auto pack = widen(loaded.scaled);
@@ -312,8 +311,7 @@ __global__ void __launch_bounds__(kThreads, kScaleBlocks)
 //
 // grid, shared  as of both halves
 // bytes         reads x and the residual once, writes out once; every block reads its pixels'
-// logits and channels'
-//               gates, one for each pixel writes the gate
+//               logits and channels' gates, one for each pixel writes the gate
 template <class T, Access kAccess, bool kChannelsFirst>
 __global__ void __launch_bounds__(kThreads, kScaleBlocks) scale_kernel(const SpatialGate p) {
   using A = acc_t<T>;

@@ -52,13 +52,13 @@ __device__ __forceinline__ int quotient(int n, float reciprocal) {
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 
-// By one instruction where there is one: a comparison and a choice need a predicate, of which walks
-// over packed rows have none left.
+// That of attention_math.h, by one instruction where there is one: a comparison and a choice need a
+// predicate, of which walks over packed rows have none left.
 __device__ __forceinline__ float at_least(float floor, float v) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(v), "f"(floor));
-  return larger;
+  float found;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(found) : "f"(v), "f"(floor));
+  return found;
 #else
   return cbam::at_least(floor, v);
 #endif
