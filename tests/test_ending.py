@@ -53,10 +53,9 @@ def check(backend, case, dtype, layout="contiguous", ending="both"):
 
 
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_the_reference(backend, case, dtype, layout):
-    check(backend, case, dtype, layout)
+def test_matches_the_reference(backend, case, layout):
+    check(backend, case, torch.float32, layout)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -113,10 +112,9 @@ EXPANDED = {  # over what it is the same
 
 @pytest.mark.parametrize("of_residual", [*LAYOUTS, *EXPANDED])
 @pytest.mark.parametrize("layout", [*NATIVE_LAYOUTS, "space transposed"])
-@pytest.mark.parametrize("case", [CASE, FEW_CASES[0]], ids=str)
-def test_a_residual_of_any_strides(backend, case, layout, of_residual, strategy):
+def test_a_residual_of_any_strides(backend, layout, of_residual, strategy):
     strategy("streaming")
-    x, weights, residual = given(case, torch.float16, backend, layout)
+    x, weights, residual = given(FEW_CASES[0], torch.float16, backend, layout)
     if of_residual in LAYOUTS:
         other = LAYOUTS[of_residual](residual)
     else:
@@ -214,9 +212,9 @@ def test_x_may_be_the_residual(backend):
 
 @pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
 def test_second_derivatives(backend, norm):
-    case = Case("", (2, 6, 4, 3), 2, (3, 3))
+    case = Case("", (2, 3, 3, 2), 1, (3, 3))
     block = CBAM(
-        6, 3, 3, norm=norm, backend=backend, device=device_of(backend), dtype=torch.float64
+        3, 3, 3, norm=norm, backend=backend, device=device_of(backend), dtype=torch.float64
     )
     x, residual = (make_x(case, torch.float64, backend, seed).requires_grad_() for seed in (1, 2))
 
