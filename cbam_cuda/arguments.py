@@ -95,11 +95,8 @@ def check_x(x: Tensor, channels: int) -> None:
         raise ValueError(f"x: expected {channels} channels, got shape {list(x.shape)}")
 
 
-def check_tensors(x: object, weights: Sequence[object], residual: object = None) -> None:
-    """Raise unless x and the weights are tensors, biases possibly None, and x is real floating.
-
-    The residual is a tensor, or it is None.
-    """
+def check_tensors(x: object, weights: Sequence[object]) -> None:
+    """Raise unless x and the weights are tensors, biases possibly None, and x is real floating."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
     _check_strided("x", x)
@@ -111,8 +108,6 @@ def check_tensors(x: object, weights: Sequence[object], residual: object = None)
             continue
         wanted = "a Tensor or None" if name.endswith("_bias") else "a Tensor"
         raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
-    if residual is not None and not isinstance(residual, Tensor):
-        raise TypeError(f"residual: expected a Tensor or None, got {type(residual).__name__}")
     _check_dtype(x)
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from . import ops, ops_normalised, reference, training, training_normalised
 from .arguments import (
-    DTYPES,
     Weights,
     accumulator_dtype,
     check_call,
+    check_residual,
     check_tensors,
     dtype_of_out,
     is_cast,
@@ -146,7 +146,7 @@ def run(
     """`cbam`, for weights that are together already."""
     ending = ending_of(residual, activation)
     if torch.compiler.is_compiling():
-        check_tensors(x, weights, ending.residual)
+        check_tensors(x, weights)
         return _run(x, weights, ending, return_attention, backend, ops.forward_train)
     # What torch.jit traces are operators.
     forward_train = ops.forward_train if torch._C._is_tracing() else training.forward_train
@@ -171,10 +171,10 @@ def run_normalised(
         return run(x, fold(weights, statistics), *ending.arguments, return_attention, backend)
     if (why := _why_plain(norm)) is not None:
         take_plain_form(backend, f"norm takes its statistics from {why}")
-        check_tensors(x, weights, ending.residual)
+        check_tensors(x, weights)
         return _plainly(x, weights, ending, return_attention, norm)
     if torch.compiler.is_compiling():
-        check_tensors(x, weights, ending.residual)
+        check_tensors(x, weights)
         check_call(x, weights, ending.residual)
         return _run_by_batch(x, weights, norm, ending, return_attention, backend)
     try:
@@ -258,7 +258,7 @@ def _run(
 def _explain(error: Exception, x: Tensor, weights: Weights, ending: Ending) -> NoReturn:
     """Raise what is wrong with a call that failed: its arguments, or the GPU; or else the error."""
     try:
-        check_tensors(x, weights, ending.residual)
+        check_tensors(x, weights)
         x, weights = _cast_as_autocast(x, weights)
         check_call(x, weights, ending.residual)
     except (TypeError, ValueError) as refused:
@@ -273,13 +273,11 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def _widen(ending: Ending, x: Tensor) -> Ending:
-    """With a residual in x's dtype, if a sum with x would have that."""
-    residual = ending.residual
-    if residual is None or residual.dtype == x.dtype:
+    """With a residual in x's dtype."""
+    if ending.residual is None:
         return ending
-    if residual.dtype not in DTYPES or torch.promote_types(residual.dtype, x.dtype) != x.dtype:
-        return ending  # which is refused
-    return ending._replace(residual=residual.to(x.dtype))
+    check_residual(x, ending.residual)  # or it might be narrowed
+    return ending._replace(residual=ending.residual.to(x.dtype))
 
 
 def _cast_as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
