@@ -10,14 +10,15 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml cbam_cuda/version.
 demo: build
 	$(BIN)/python -m examples.digits
 
-# What reaches every line of the Python package. Counting lines slows tests down by a quarter, so the
-# others, which run kernels most of the time, go without.
-SURFACE := $(patsubst %,tests/test_%.py,arguments modules layers norm convert convert_refused ending backends plan compile backward)
+# What reaches every line of the Python package. Counting lines slows tests down, those that compile a
+# model most of all, so the others, which do or run kernels most of the time, go without.
+SURFACE := $(patsubst %,tests/test_%.py,arguments modules layers norm convert convert_refused ending backends plan backward)
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 ## Formatters, linters, types, then the suite on every backend that runs here.
 test: lint build emulator
-	$(BIN)/python -m pytest -n auto --cov --cov-report=term $(SURFACE) $(PYTEST_OPTIONS)
-	$(BIN)/python -m pytest -n auto --dist worksteal $(SURFACE:%=--ignore=%) $(PYTEST_OPTIONS)
+	$(PYTEST) --cov --cov-report=term $(SURFACE) $(PYTEST_OPTIONS)
+	$(PYTEST) $(SURFACE:%=--ignore=%) $(PYTEST_OPTIONS)
 	$(BIN)/python -m benchmarks.guard
 
 ## The fused block against everything a user would pick instead, in less than 6 minutes; writes
@@ -60,7 +61,7 @@ mutate: emulator
 cuda-code: .venv/.ready
 	TORCH_CUDA_ARCH_LIST= $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch .venv/.built
-	$(BIN)/python -m pytest -n auto tests/test_cuda_code.py $(PYTEST_OPTIONS)
+	$(PYTEST) tests/test_cuda_code.py $(PYTEST_OPTIONS)
 
 ## Builds and loads beside a CUDA build of PyTorch, which takes several gigabytes; needs no GPU.
 cuda-link: build

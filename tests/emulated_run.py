@@ -3,9 +3,12 @@
 The environment says on which build of the emulator (CBAM_CUDA_EMULATOR), in which schedule
 (CBAM_CUDA_EMULATOR_SCHEDULE) and planned for which GPU (CBAM_CUDA_EMULATED_DEVICE).
 
-    python tests/emulated_run.py digests [DTYPE]   {case: digest of all that comes out}
-    python tests/emulated_run.py bytes PROBLEMS    for each problem, {tensor: [read, written]}, and
-                                                   the number of "launches"
+    python tests/emulated_run.py steps [DTYPE]   {case: digest of all that comes out of a forward
+                                                 and a backward}
+    python tests/emulated_run.py others          the same of less common layouts, of a step by
+                                                 parts, and of what follows an inference
+    python tests/emulated_run.py bytes PROBLEMS  for each problem, {tensor: [read, written]}, and
+                                                 the number of "launches"
 """
 
 from __future__ import annotations
@@ -71,8 +74,8 @@ def run(kind: str, *arguments: str, schedule: str = "ascending", device: Device 
 
 
 TWO_DTYPES = (torch.float32, torch.float16)  # all that the race build has
-# Every way in which a kernel reads x: aligned, at an odd address, with gaps between samples.
-LAYOUTS_RUN = ("contiguous", "channels_last", "odd offset", "channels of more")
+# Read in other ways than native ones: at an odd address, with gaps between samples.
+OTHER_LAYOUTS = ("odd offset", "channels of more")
 
 
 def digest_of(tensors) -> str:
@@ -95,29 +98,48 @@ def by_strategies(function) -> list[tuple[torch.Tensor, ...]]:
     return found
 
 
-def digests(*dtypes: str) -> dict[str, str]:
-    """Of every case, in these dtypes or in both (float32 in every layout), by every strategy.
+def make_inputs(
+    case: Case, dtype: torch.dtype, layout: str
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """(x, *weights), and the gradient of the output."""
+    x, grad = (LAYOUTS[layout](make_x(case, dtype, seed=seed)) for seed in (0, 2))
+    return (x, *make_weights(case, dtype)), grad
 
-    And by parts, and an inference that ends with a residual and a ReLU, in one dtype and two
-    layouts.
+
+def digest_of_step(case: Case, dtype: torch.dtype, layout: str) -> str:
+    """By every strategy."""
+    backend = operators("emulated")
+    given, grad = make_inputs(case, dtype, layout)
+    forwards = by_strategies(functools.partial(backend.forward_train, *given))
+    saved = forwards[0][1:]
+    arguments = (grad, *saved[:2], *given, *saved, [True] * 7)
+    backwards = by_strategies(functools.partial(backend.backward, *arguments))
+    return digest_of(itertools.chain(*forwards, *backwards))
+
+
+def steps(*dtypes: str) -> dict[str, str]:
+    """Of every case in native layouts, in these dtypes or in both."""
+    return {
+        f"{case}, {dtype}, {layout}": digest_of_step(case, dtype, layout)
+        for case in CASES
+        for dtype in [getattr(torch, name) for name in dtypes] or TWO_DTYPES
+        for layout in NATIVE_LAYOUTS
+    }
+
+
+def others() -> dict[str, str]:
+    """In float32: what differs from a step in native layouts in how single threads work, and in
+    nothing that they wait for.
     """
-    found, run = {}, operators("emulated")
+    found, backend = {}, operators("emulated")
     for case in CASES:
-        for dtype in [getattr(torch, name) for name in dtypes] or TWO_DTYPES:
-            for layout in LAYOUTS_RUN if dtype == torch.float32 else LAYOUTS_RUN[:2]:
-                x = LAYOUTS[layout](make_x(case, dtype))
-                grad = LAYOUTS[layout](make_x(case, dtype, seed=2))
-                given = (x, *make_weights(case, dtype))
-                forwards = by_strategies(functools.partial(run.forward_train, *given))
-                saved = forwards[0][1:]
-                arguments = (grad, *saved[:2], *given, *saved, [True] * 7)
-                backwards = by_strategies(functools.partial(run.backward, *arguments))
-                tensors = itertools.chain(*forwards, *backwards)
-                if dtype == torch.float32 and layout in NATIVE_LAYOUTS:
-                    parts = step_by_parts(run, x, given[1:], grad)
-                    ended = by_strategies(functools.partial(run.forward, *given, grad, True))
-                    tensors = itertools.chain(tensors, parts, ended)
-                found[f"{case}, {dtype}, {layout}"] = digest_of(tensors)
+        for layout in OTHER_LAYOUTS:
+            found[f"{case}, {layout}"] = digest_of_step(case, torch.float32, layout)
+        for layout in NATIVE_LAYOUTS:
+            given, grad = make_inputs(case, torch.float32, layout)
+            parts = step_by_parts(backend, given[0], given[1:], grad)
+            ended = by_strategies(functools.partial(backend.forward, *given, grad, True))
+            found[f"{case}, {layout}, by parts and ended"] = digest_of((*parts, *ended))
     return found
 
 
@@ -198,7 +220,8 @@ def count_bytes(problems: list[dict]) -> list[dict[str, list[int]]]:
 if __name__ == "__main__":
     ops.load_emulated()
     works = {
-        "digests": lambda: digests(*sys.argv[2:]),
+        "steps": lambda: steps(*sys.argv[2:]),
+        "others": others,
         "bytes": lambda: count_bytes(json.loads(sys.argv[2])),
     }
     print(json.dumps(works[sys.argv[1]]()))

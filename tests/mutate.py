@@ -1,7 +1,7 @@
 """Breaks the CUDA kernels one line at a time, and counts how often the emulator notices.
 
     python tests/mutate.py [--only SUBSTRING] [--sample M --seed S] [--shard I/N]
-                           [--jobs J] [--list]
+                           [--runs SUBSTRING] [--jobs J] [--list]
 
 A mutant is a kernel without one of its barriers or waits, or with one bounds check that lets one
 index more through, or one clamp that does not hold (mutation/find.py). It is compiled for the
@@ -211,6 +211,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="I/N",
         help="of these every N-th from the I-th on, I from 0: splits a long run",
     )
+    parser.add_argument(
+        "--runs",
+        action="append",
+        metavar="SUBSTRING",
+        help="look for a difference only in runs with this in their name: quicker, and proves less",
+    )
     jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
     parser.add_argument("--jobs", type=int, default=jobs, help="compilers at a time")
     parser.add_argument("--list", action="store_true", help="print the mutants and end")
@@ -247,15 +253,20 @@ def main() -> int:
         return 0
 
     with tempfile.TemporaryDirectory(prefix="mutants") as folder:
-        survivors = score(mutants, Tree(Path(folder).resolve(), arguments.jobs))
+        tree = Tree(Path(folder).resolve(), arguments.jobs)
+        survivors = score(mutants, tree, arguments.runs or [""])
     return 1 if survivors else 0
 
 
-def score(mutants: list[Mutant], tree: Tree) -> list[Mutant]:
+def score(mutants: list[Mutant], tree: Tree, runs_named: list[str]) -> list[Mutant]:
     """Print what becomes of each; those that survive without a reason."""
     torch.set_num_threads(1)  # threads do not outlive a fork
     broken_in = {source for mutant in mutants for source in tree.dependents(mutant.path)}
-    runs = [run for run in make_runs() if run.may_notice(list(broken_in))]
+    runs = [
+        run
+        for run in make_runs()
+        if run.may_notice(list(broken_in)) and any(part in run.name for part in runs_named)
+    ]
     started = time.perf_counter()
     expected = in_child(600, unbroken, tree.objects / BACKEND, runs)
     limit = 20 + 5 * (time.perf_counter() - started)

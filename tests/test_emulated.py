@@ -24,12 +24,6 @@ from cbam_cuda.plan import plan
 pytestmark = pytest.mark.skipif(why_not("emulated") is not None, reason="make emulator builds it")
 
 
-@pytest.fixture(scope="session")
-def expected():
-    """Digests of the plain build, blocks and threads in their order, for a GPU."""
-    return functools.cache(lambda device: run("plain", "digests", device=device))
-
-
 # Clusters and bulk copies; teams that come back for more samples; whole grids, with asynchronous
 # copies and with none.
 WHOLE, SLICE, OLDER, OLDEST = (
@@ -40,24 +34,33 @@ WHOLE, SLICE, OLDER, OLDEST = (
 )
 
 
+@pytest.fixture(scope="session")
+def expected():
+    """Digests of the plain build, blocks and threads in their order, for a GPU."""
+    return functools.cache(lambda what, device: run("plain", what, device=device))
+
+
 @pytest.mark.parametrize(
-    ("kind", "schedule", "device"),
+    ("kind", "schedule", "what", "device"),
     [
-        ("race", "descending", WHOLE),
-        ("race", "random:3", SLICE),
-        ("race", "random:5", OLDER),
-        ("plain", "descending", OLDEST),
+        ("race", "descending", "steps", WHOLE),
+        ("race", "random:3", "steps", SLICE),
+        ("race", "random:5", "steps", OLDER),
+        ("race", "random:6", "others", OLDER),
+        ("plain", "descending", "steps", OLDEST),
+        # In float32, which is all that this build has: it is several times as slow as the others.
+        ("asan", "random:4", "others", SLICE),
     ],
     ids=str,
 )
-def test_every_schedule_gives_the_same_bits_and_no_findings(expected, kind, schedule, device):
-    assert run(kind, "digests", schedule=schedule, device=device) == expected(device)
+def test_every_schedule_gives_the_same_bits_and_no_findings(expected, kind, schedule, what, device):
+    assert run(kind, what, schedule=schedule, device=device) == expected(what, device)
 
 
-def test_the_sanitizers_find_nothing(expected):
-    """In float32, which is all that the build has: it is several times as slow as the others."""
-    found = run("asan", "digests", "float32", schedule="random:4", device=SLICE)
-    assert found == {key: value for key, value in expected(SLICE).items() if "float32" in key}
+def test_the_sanitizers_find_nothing_in_a_step(expected):
+    found = run("asan", "steps", "float32", schedule="random:4", device=SLICE)
+    of_both = expected("steps", SLICE)
+    assert found == {key: value for key, value in of_both.items() if "float32" in key}
 
 
 def test_positions_are_those_of_the_cpu():

@@ -149,9 +149,10 @@ def test_a_shard_that_is_none(text, capsys):
     assert "expected I/N with I from 0 to N - 1" in capsys.readouterr().err
 
 
-# A barrier and a bound of streaming kernels: resident ones take three times as long to compile and
-# to run.
+# A barrier and a bound of streaming kernels, and runs that notice: resident ones take three times
+# as long to compile and to run.
 SAMPLE = ("__syncthreads after stage_hidden", "within <= rows) write_part")
+RUNS = ("small", "three walks over the weights")
 
 
 # Of the backward, and changes nothing: whatever notices it would notice every mutant.
@@ -162,9 +163,10 @@ HARMLESS = "at > end) return"
 @pytest.mark.skipif(why_not("emulated") is not None, reason="make emulator builds it")
 def test_missing_barriers_and_wrong_bounds_are_noticed():
     program = Path(__file__).with_name("mutate.py")
-    only = [argument for part in (*SAMPLE, HARMLESS) for argument in ("--only", part)]
+    options = [f"--only={part}" for part in (*SAMPLE, HARMLESS)]
+    options += [f"--runs={part}" for part in RUNS]
     done = subprocess.run(
-        [sys.executable, str(program), *only], capture_output=True, text=True, timeout=600
+        [sys.executable, str(program), *options], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert f"score: {len(SAMPLE)}/{len(SAMPLE) + 1}, 1 redundant" in done.stdout
