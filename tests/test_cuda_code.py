@@ -198,8 +198,7 @@ def test_loops_over_x_are_unrolled(sass, kind, architecture):
             # Packed, the gates and rows of a vector's elements take the registers of more.
             packed = kind in ("spatial_gate", "scale") and "packed" in kernel.words
             floor = 2 if packed or kind == "input_gradient" else 4
-            loop = code.main_loop() if code.x_loops() else []
-            loads = sum(is_vector_load(i.opcode) for i in loop)
+            loads = min(map(cuda_code.vector_loads, code.main_loops()), default=0)
             if loads < floor:
                 wrong[kernel] = f"{loads} 16-byte loads a turn, {floor} expected"
     none_of(wrong)
@@ -212,7 +211,7 @@ def test_several_loads_are_under_way(sass, kind, architecture):
     wrong = {}
     for kernel, code in kernels_of(sass, architecture, kind).items():
         if reads_vectors(kernel) and kernel.dtype != "float64":  # two elements a load: as slow
-            flying = cuda_code.loads_in_flight(code.main_loop()) if code.x_loops() else 0
+            flying = min(map(cuda_code.loads_in_flight, code.main_loops()), default=0)
             floor = 2 if kind == "input_gradient" else UNDER_WAY
             if flying < floor:
                 wrong[kernel] = f"{flying} 16-byte loads at a time, {floor} expected"
@@ -398,10 +397,11 @@ SASS = """
 @pytest.mark.parametrize(("first", "flying"), [("NOP", 2), ("FADD R1, R1, R7", 1)])
 def test_the_reading_of_loops(first, flying):
     code = code_of(SASS.format(first=first).splitlines())
-    assert [i.address for i in code.main_loop()] == list(range(0x10, 0x80, 0x10))
+    (loop,) = code.main_loops()
+    assert [i.address for i in loop] == list(range(0x10, 0x80, 0x10))
     assert len(code.loops) == 1
-    assert [i.opcode for i in code.main_loop() if is_global(i.opcode)] == ["LDG.E.128.CONSTANT"] * 2
-    assert cuda_code.loads_in_flight(code.main_loop()) == flying
+    assert [i.opcode for i in loop if is_global(i.opcode)] == ["LDG.E.128.CONSTANT"] * 2
+    assert cuda_code.loads_in_flight(loop) == flying
 
 
 # A branch around the wait.
