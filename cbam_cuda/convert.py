@@ -7,11 +7,9 @@ import re
 from itertools import pairwise
 from typing import NamedTuple
 
-from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch import nn
 
 from .forms import (
-    CONVOLUTIONS,
     NORMS,
     Form,
     Layers,
@@ -24,9 +22,9 @@ from .forms import (
     layers_of_block,
     with_weights,
 )
+from .halves import Both, Names, applied_by, halves_of
 from .module import CBAM
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from .ties import Ties
 
 
 class Origin(NamedTuple):
@@ -34,6 +32,7 @@ class Origin(NamedTuple):
 
     module: nn.Module  # on the device "meta", without weights
     form: Form
+    channel_place: nn.Module | None = None  # where the channel gate was, if `module` is two gates
 
 
 class Refused(NamedTuple):
@@ -53,8 +52,10 @@ def convert(model: nn.Module, *, strict: bool = True) -> nn.Module:
     Known is what computes `cbam_cuda.cbam`, under any names of classes and weights: with an MLP of
     linear layers or of convolutions, the maximum before the mean or after it, with or without
     biases, with batch normalisation of the convolution's map, with x added at the end. It is found
-    out by trying a copy on random numbers. Not known is what draws random numbers itself, takes
-    other arguments than x, has hooks or parametrizations, shares layers or weights with other
+    out by trying a copy on random numbers. The two gates may be modules of their own that the
+    module around them multiplies with x one after the other, as torch.fx tells; then the block
+    takes the second one's place. Not known is what draws random numbers itself, takes other
+    arguments than x, has hooks or parametrizations, shares layers or weights with other
     modules, or is compiled. Where several elements are the maximum, the gradient of the fused block
     goes to the first one.
 
@@ -99,12 +100,12 @@ def revert(model: nn.Module) -> nn.Module:
             shares weights, or is compiled.
     """
     former: dict[nn.Module, nn.Module] = {}
-    ties = _Ties(_module(model))
+    ties = Ties(_module(model))
     for path, block in model.named_modules():
         if isinstance(block, CBAM) and block.origin is not None:
             try:
                 ties.refuse_losses(block)
-                former[block] = _former(block)
+                former |= _former(block, model)
             except ValueError as error:
                 raise ValueError(str(Refused(path, block, str(error)))) from None
     if not former:
@@ -127,58 +128,13 @@ def _swap(model: nn.Module, others: dict[nn.Module, nn.Module]) -> nn.Module:
     return others.get(model, model)
 
 
-class _Ties:
-    """What modules of a model have in common, and what else would be lost with one of them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._parents: dict[nn.Module, set[nn.Module]] = {}
-        self._owners: dict[Tensor, list[nn.Module]] = {}
-        for module in model.modules():
-            for child in module.children():
-                self._parents.setdefault(child, set()).add(module)
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    self._owners.setdefault(parameter, []).append(module)
-
-    def refuse_losses(self, module: nn.Module) -> None:
-        """Raise ValueError if another one in its place would lose something."""
-        inside = set(module.modules())
-        for part in inside:
-            if any(getattr(part, hooks) for hooks in _HOOKS) or is_parametrized(part):
-                name = type(part).__name__
-                raise ValueError(f"{name} has hooks or parametrizations, which would be lost")
-            if part is not module and not self._parents[part] <= inside:
-                raise ValueError(f"its {type(part).__name__} is used by a module outside of it too")
-            if isinstance(part, (nn.Linear, *CONVOLUTIONS)) and _tensors(part) - {"weight", "bias"}:
-                raise ValueError(f"{type(part).__name__} has other tensors than weight and bias")
-        around = inside | self._parents.get(module, set())
-        if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl for m in around):
-            raise ValueError(
-                "it is under torch.compile, which would go on with what it has compiled"
-            )
-        for parameter in module.parameters():
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                raise ValueError("a weight has hooks, which would be lost")
-            owners = self._owners[parameter]
-            if len(owners) != 1:
-                raise ValueError(
-                    "it shares weights with another module"
-                    if not inside.issuperset(owners)
-                    else "two of its layers share weights"
-                )
-
-
-def _tensors(layer: nn.Module) -> set[str]:
-    return {*layer._parameters, *layer._buffers}
-
-
 class _Survey:
     """What there is in a model: `found` by the module whose place it takes, and `refused`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.found: dict[nn.Module, nn.Module] = {}
         self.refused: dict[tuple[nn.Module | None, ...], Refused] = {}  # by the layers
-        self._ties = _Ties(model)
+        self._ties = Ties(model)
         self._visited: dict[nn.Module, bool] = {}
         self._visit("", model)
 
@@ -200,12 +156,13 @@ class _Survey:
         if layers is not None and (not inside or whole):
             self._try(path, module, layers)
             return True
-        reason = None if layers is not None else _halves(module)
-        if reason is None and not inside:
-            reason = _named_so(module)
-        if reason is not None:
+        if layers is None and (names := halves_of(module)) is not None:
+            self._take_halves(path, module, names)
+            return True
+        if not inside and (reason := _named_so(module)) is not None:
             self.refused[module,] = Refused(path, module, reason)
-        return inside or reason is not None
+            return True
+        return inside
 
     def _try(self, path: str, module: nn.Module, layers: Layers) -> None:
         try:
@@ -215,18 +172,33 @@ class _Survey:
         except ValueError as error:
             self.refused.setdefault(layers, Refused(path, module, str(error)))
 
+    def _take_halves(self, path: str, module: nn.Module, names: Names) -> None:
+        """Of a module that has more than a CBAM's layers, and calls the gates itself."""
+        try:
+            taken = applied_by(module, names)
+            blocks = [self._block_of_both(both) for both in taken]
+        except ValueError as error:
+            self.refused[module,] = Refused(
+                path,
+                module,
+                f"it calls {names}, the halves of a CBAM, in a way of its own ({error}): put them "
+                "into one module that applies both",
+            )
+            return
+        for both, block in zip(taken, blocks, strict=True):
+            place = both.channel_place()
+            block.origin = block.origin._replace(channel_place=place)
+            self.found |= {both.channel: place, both.spatial: block}
+            for part in both.modules():
+                self.refused.pop((part,), None)
 
-def _halves(module: nn.Module) -> str | None:
-    """Why a module that has more than a CBAM's layers may be one all the same: by its parts."""
-    children = [(name, with_weights(child)) for name, child in module.named_children()]
-    gates = [name for name, layers in children if is_mlp(layers)]
-    convs = [name for name, layers in children if is_spatial(layers)]
-    if not gates or not convs:
-        return None
-    return (
-        f"it calls {' and '.join(gates + convs)}, the halves of a CBAM, in a way of its own: "
-        "put them into one module that applies both"
-    )
+    def _block_of_both(self, both: Both) -> CBAM:
+        for half in (both.channel, both.spatial):
+            self._ties.refuse_losses(half)
+            self._ties.refuse_more_parents(half)
+        layers = layers_of(both)
+        assert layers is not None
+        return _converted(both, layers, both.kind_of_block())
 
 
 def _named_so(module: nn.Module) -> str | None:
@@ -241,27 +213,40 @@ def _named_so(module: nn.Module) -> str | None:
     )
 
 
-def _converted(module: nn.Module, layers: Layers) -> CBAM:
-    """The fused block that computes what a module does.
+def _converted(module: nn.Module, layers: Layers, kind: type[CBAM] = CBAM) -> CBAM:
+    """The fused block, of this kind, that computes what a module does.
 
     Raises:
         ValueError: there is none; it says why.
     """
     form = form_of(module, layers)
     norm_training = layers.norm is not None and layers.norm.training
-    block = block_of(layers, form).train(module.training)
+    block = block_of(layers, form, kind).train(module.training)
     if block.norm is not None:
         block.norm.train(norm_training)
     block.origin = Origin(copy.deepcopy(module).to("meta"), form)
     return block
 
 
-def _former(block: CBAM) -> nn.Module:
-    """The module that a block was before.
+def _former(block: CBAM, model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The module that a block was before, by the block; of two gates each by its place.
 
     Raises:
-        ValueError: the block has other layers now.
+        ValueError: the block has other layers now, or the other place is no more in the model.
     """
+    origin: Origin = block.origin
+    module = _with_weights_of(block)
+    if not isinstance(module, Both):
+        return {block: module}
+    place = origin.channel_place
+    if not any(m is place for m in model.modules()):
+        raise ValueError("its channel gate had a place of its own, which is not in the model")
+    assert place is not None
+    return {place: module.channel, block: module.spatial}
+
+
+def _with_weights_of(block: CBAM) -> nn.Module:
+    """What it was made from, with its weights."""
     origin: Origin = block.origin
     module = copy.deepcopy(origin.module).train(block.training)
     layers, now = layers_of(module), layers_of_block(block)

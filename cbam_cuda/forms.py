@@ -252,13 +252,16 @@ def _agree(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     )
 
 
-def block_of(layers: Layers, form: Form) -> CBAM:
-    """A fused module with the layers' weights: the same parameters where shape and order fit."""
+def block_of(layers: Layers, form: Form, kind: type[CBAM] = CBAM) -> CBAM:
+    """A fused module with the layers' weights: the same parameters where shape and order fit.
+
+    It is of this kind, or a `ResidualCBAM`.
+    """
     layers = layers.ordered(form)
     norm, kernel = layers.norm, layers.conv.kernel_size
     hidden, channels = _channels(layers.fc1)
     sizes = {"kernel_size": kernel, "dim": len(kernel), "hidden": hidden, "norm": norm is not None}
-    block = (ResidualCBAM if form.residual else CBAM)(channels, **sizes, device="meta")
+    block = (ResidualCBAM if form.residual else kind)(channels, **sizes, device="meta")
     if norm is not None and type(norm) in NORMS:
         block.norm = norm
     elif norm is not None:

@@ -1,0 +1,275 @@
+"""Gates that their parent calls and applies by itself are converted together, and come back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from cases import device_of
+from test_convert import CHANNELS, filled
+from torch import nn
+from variants import (
+    Block,
+    ChannelAttention,
+    OfficialChannelGate,
+    OfficialSpatialGate,
+    Pair,
+    SpatialAttention,
+)
+
+import cbam_cuda
+from cbam_cuda import CBAM
+from cbam_cuda.halves import GateCBAM
+
+
+class Residual(Block):
+    """As in a residual network: the tensor is the left factor, and ReLUs change theirs in place."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.bn, self.relu, self.downsample = nn.BatchNorm2d(channels), nn.ReLU(inplace=True), None
+
+    def forward(self, x):
+        residual = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn(self.conv1(x)))
+        out = out * self.ca(out)
+        out = out * self.sa(out)
+        out += residual
+        return self.relu(out)
+
+
+class Applied(Block):
+    """Modules that apply themselves, with batch normalisation, the maximum first."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.ca, self.sa = OfficialChannelGate(channels, 16, ("avg", "max")), OfficialSpatialGate()
+
+    def forward(self, x):
+        return x + self.sa(x=self.ca(self.conv1(x)))
+
+
+class Mixed(Applied):
+    """One of each, and more that the input is used for."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.ca = ChannelAttention(channels)
+
+    def forward(self, x):
+        y = self.conv1(x)
+        before = y.square()
+        z = self.sa(torch.mul(y, self.ca(y)))
+        return z + before + y
+
+
+class Twice(Block):
+    """Two pairs, as first and last of a network."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.ca1, self.sa1 = ChannelAttention(channels, 4), SpatialAttention(3)
+
+    def forward(self, x):
+        x = self.ca(x) * x
+        x = self.sa(x) * x
+        x = self.conv1(x)
+        x = self.ca1(x) * x
+        return self.sa1(x) * x
+
+
+PARENTS = (Block, Residual, Applied, Mixed, Twice)
+each_parent = pytest.mark.parametrize("parent", PARENTS)
+
+
+def input_of(**place) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, CHANNELS, 9, 6, **place)
+
+
+def blocks_of(model: nn.Module) -> list[CBAM]:
+    return [m for m in model.modules() if isinstance(m, CBAM)]
+
+
+@each_parent
+def test_computes_the_same(backend, parent):
+    model = nn.Sequential(filled(parent(CHANNELS))).to(device_of(backend)).eval()
+    x, class_ = input_of(device=device_of(backend)), type(model[0])
+    expected = model(x)
+    assert cbam_cuda.convert(model) is model
+    assert type(model[0]) is class_
+    assert len(blocks_of(model)) == (2 if parent is Twice else 1)
+    for block in blocks_of(model):
+        block.backend = backend
+    torch.testing.assert_close(model(x), expected)
+    assert cbam_cuda.convert(model) is model  # nothing is left to do
+
+
+@each_parent
+def test_trains_alike_and_comes_back(parent):
+    plain, x = filled(parent(CHANNELS)).double(), input_of(dtype=torch.float64)
+    model = copy.deepcopy(plain)
+    cbam_cuda.convert(model)
+    grads = []
+    for network in (plain, model):
+        given = x.clone().requires_grad_()
+        network(given).square().sum().backward()
+        grads.append(given.grad)
+    torch.testing.assert_close(*grads)
+    cbam_cuda.revert(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
+    gradients = [{name: p.grad for name, p in m.named_parameters()} for m in (model, plain)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_copies_come_back(copied):
+    plain = filled(Block(CHANNELS))
+    other = cbam_cuda.revert(copied(cbam_cuda.convert(copy.deepcopy(plain))))
+    assert type(other.ca) is ChannelAttention
+    torch.testing.assert_close(other.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+def test_gates_and_weights_are_those_of_the_block():
+    model, x = Block(CHANNELS), input_of()
+    weight, y = model.ca.fc[0].weight, model.conv1(x)
+    gate = model.ca(y)
+    cbam_cuda.convert(model)
+    assert type(model.sa) is GateCBAM
+    assert model.sa.fc1.weight is weight
+    assert not list(model.ca.parameters())
+    _, channel_gate, _ = model.sa(y, return_attention=True)
+    torch.testing.assert_close(channel_gate, gate)
+
+
+@pytest.mark.parametrize("parent", [Block, Residual, Applied])
+def test_graphs_are_whole(parent):
+    model, x = filled(parent(CHANNELS)).eval(), input_of()
+    expected = model(x)
+    cbam_cuda.convert(model)
+    with torch.no_grad():
+        for graph in (
+            torch.compile(model, fullgraph=True, backend="aot_eager"),
+            torch.jit.trace(model, x),
+            torch.export.export(model, (x,)).module(),
+        ):
+            torch.testing.assert_close(graph(x), expected)
+
+
+def test_a_gate_is_of_one_tensor():
+    model, x = cbam_cuda.convert(Block(CHANNELS)), input_of()
+    with pytest.raises(TypeError, match="expected the tensor that this is a gate of"):
+        model.sa(x) * x.clone()
+
+
+class Changed(Block):
+    """What is multiplied changes before the second gate is."""
+
+    def forward(self, x):
+        y = self.conv1(x)
+        z = self.ca(y) * y
+        y.add_(1)
+        return self.sa(z) * z + y
+
+
+class Exchanged(Block):
+    def forward(self, x):
+        y = self.sa(x) * x
+        return self.conv1(self.ca(y) * y)
+
+
+class Apart(Block):
+    """The second gate is of something else."""
+
+    def forward(self, x):
+        y = self.ca(x) * x
+        return self.conv1(self.sa(x) * y)
+
+
+class Again(Block):
+    def forward(self, x):
+        y = self.ca(x) * x
+        return self.conv1(self.sa(y) * y) * self.ca(x)
+
+
+class Known(Block):
+    """The first product is needed elsewhere as well."""
+
+    def forward(self, x):
+        y = self.ca(x) * x
+        return self.conv1(self.sa(y) * y) + y
+
+
+class Branching(Block):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+
+class Training(Block):
+    """Only in training it applies both."""
+
+    def forward(self, x):
+        return super().forward(x) if self.training else self.sa(x) * x
+
+
+class Another(Block):
+    """A gate that looks the same and is not."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.ca.fc[1] = nn.SiLU()
+
+
+REFUSED = {
+    Changed: "what ca is called with is used before both are done",
+    Exchanged: "a channel gate and a spatial one do not take turns",
+    Apart: "sa is not called with x times ca alone",
+    Again: "each of them is not called once",
+    Known: "sa is not called with x times ca alone",
+    Branching: "torch.fx cannot follow it: symbolically traced variables",
+    Training: "each of them is not called once",
+    Another: "it computes something else than CBAM from its layers",
+}
+
+
+@pytest.mark.parametrize("parent", REFUSED)
+def test_other_ways_are_refused(parent):
+    model = nn.Sequential(parent(CHANNELS), Pair(CHANNELS))
+    before = list(model.modules())
+    with pytest.raises(
+        ValueError, match=rf"0 \({parent.__name__}\): it calls ca and sa, the halves"
+    ) as e:
+        cbam_cuda.convert(model)
+    assert f"in a way of its own ({REFUSED[parent]}" in str(e.value)
+    assert list(model.modules()) == before
+
+
+def test_what_would_be_lost_is_refused():
+    hooked, shared, other = (Block(CHANNELS) for _ in range(3))
+    hooked.sa.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="SpatialAttention has hooks"):
+        cbam_cuda.convert(hooked)
+    other.ca = shared.ca
+    with pytest.raises(ValueError, match="its ChannelAttention is used by a module outside"):
+        cbam_cuda.convert(nn.Sequential(shared, other))
+
+
+def test_one_that_is_no_more_whole_does_not_come_back():
+    model = cbam_cuda.convert(Block(CHANNELS))
+    with pytest.raises(ValueError, match="its channel gate had a place of its own"):
+        cbam_cuda.revert(copy.deepcopy(model.sa))
+
+
+def test_tracing_leaves_nothing_behind():
+    class Keeps(Block):
+        def forward(self, x):
+            self.seen = x
+            return super().forward(x)
+
+    model = cbam_cuda.convert(Keeps(CHANNELS))
+    assert not hasattr(model, "seen")
