@@ -35,6 +35,24 @@ int capability_of(int index, const cudaDeviceProp& p) {
   return std::min(10 * p.major + p.minor, compiled.ptxVersion);
 }
 
+std::string said(const std::string& where, cudaError_t status) {
+  cudaGetLastError();
+  return where + ": " + cudaGetErrorString(status);
+}
+
+// Why this build cannot run on one device; empty if it can. Another process may have it for itself.
+std::string problem_of(int index) {
+  const std::string on = "on cuda:" + std::to_string(index);
+  int before = 0;
+  cudaError_t status = cudaGetDevice(&before);
+  if (status == cudaSuccess && index != before) status = cudaSetDevice(index);
+  if (status != cudaSuccess) return said(on, status);
+  cudaFuncAttributes attributes;
+  status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&probe));
+  if (index != before) cudaSetDevice(before);
+  return status == cudaSuccess ? "" : said("built for " CBAM_CUDA_ARCHITECTURES ", " + on, status);
+}
+
 }  // namespace
 
 std::vector<Device> visible_devices() {
@@ -53,30 +71,23 @@ std::vector<Device> visible_devices() {
 }
 
 std::string problem(int index) {
-  const auto say = [](const std::string& where, cudaError_t status) {
-    cudaGetLastError();
-    return where + ": " + cudaGetErrorString(status);
-  };
-  int count = 0;
+  int count = 0, current = 0;
   if (const cudaError_t status = cudaGetDeviceCount(&count); status != cudaSuccess)
-    return say("CUDA " CBAM_CUDA_VERSION, status);
-  std::string first;
-  for (int i = index < 0 ? 0 : index; i < (index < 0 ? count : index + 1); ++i) {
-    const CurrentDevice current(i);
-    cudaFuncAttributes attributes;
-    const cudaError_t status =
-        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&probe));
-    if (status == cudaSuccess) return "";
-    const std::string why =
-        say("built for " CBAM_CUDA_ARCHITECTURES ", on cuda:" + std::to_string(i), status);
-    if (first.empty()) first = why;
-  }
+    return said("CUDA " CBAM_CUDA_VERSION, status);
+  if (index >= 0) return problem_of(index);
+  // First the one in use: asking another takes memory there.
+  if (const cudaError_t status = cudaGetDevice(&current); status != cudaSuccess)
+    return said("CUDA " CBAM_CUDA_VERSION, status);
+  std::string first = problem_of(current);
+  for (int i = 0; i < count && !first.empty(); ++i)
+    if (i != current && problem_of(i).empty()) return "";
   return first;
 }
 
 const DeviceLimits& limits_of_device(int index) {
   static std::mutex mutex;
-  static std::map<int, DeviceLimits> known;
+  // Never destroyed: threads may still run when a process ends.
+  static auto& known = *new std::map<int, DeviceLimits>;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(index);
   if (found != known.end()) return found->second;

@@ -18,7 +18,8 @@ struct Device {
 std::vector<Device> visible_devices();
 
 // Why this build cannot run on a device of this machine, in a few words; empty if it can. Of all
-// devices, where the index is negative: of the first, unless it can run on another one.
+// devices, where the index is negative: of the current one, unless it can run on another. Never
+// throws.
 std::string problem(int index);
 
 // The limits of a device of this machine; asked for once and kept.

@@ -73,9 +73,13 @@ struct ResidentBlock {
 
   // Of the team.
   __device__ __forceinline__ int number() const { return block_index() / g.team; }
-  // Samples of this team's visit in a round; none once all are done.
+  // The first sample of this team's visit in a round, and how many these are; none once all are
+  // done.
+  __device__ __forceinline__ int64_t first_in(int any_round) const {
+    return (number() + any_round * g.teams) * g.samples;
+  }
   __device__ __forceinline__ int samples_in(int any_round) const {
-    const int64_t left = p.samples - (number() + any_round * g.teams) * g.samples;
+    const int64_t left = p.samples - first_in(any_round);
     return static_cast<int>(max(int64_t{0}, min(left, int64_t{g.samples})));
   }
   __device__ __forceinline__ void start(int this_round) {
@@ -83,9 +87,7 @@ struct ResidentBlock {
     samples = samples_in(round);
   }
   // Of the visit.
-  __device__ __forceinline__ int64_t first_sample() const {
-    return (number() + round * g.teams) * g.samples;
-  }
+  __device__ __forceinline__ int64_t first_sample() const { return first_in(round); }
   // Of what is loaded once a visit.
   __device__ __forceinline__ int parity() const { return round & 1; }
 };
@@ -161,7 +163,7 @@ __device__ __forceinline__ void load_chunk(const ResidentGeometry& g,
   const Chunk chunk(g, block.rows(), number);
   if (chunk.count <= 0) return;
   const int64_t row = block.first_row() + chunk.first;
-  const int64_t sample = (block.number() + round * g.teams) * g.samples + within;
+  const int64_t sample = block.first_in(round) + within;
   const T* data = static_cast<const T*>(from.data) + sample * from.sample_stride +
                   row * from.row_stride + block.first_col();
   // Rows without a gap between them are one piece.
@@ -199,10 +201,8 @@ __device__ __forceinline__ void fetch_ahead(const ResidentGeometry& g,
   const int step = kChannelsFirst && !block.kHoldsPixels ? g.channel_group : 1;
   const int bytes = step * block.cols() * static_cast<int>(sizeof(T));
   for (int sample = 0; sample < block.samples_in(round); ++sample) {
-    const T* slice =
-        static_cast<const T*>(from.data) +
-        ((block.number() + round * g.teams) * g.samples + sample) * from.sample_stride +
-        block.first_col();
+    const T* slice = static_cast<const T*>(from.data) +
+                     (block.first_in(round) + sample) * from.sample_stride + block.first_col();
     for (int row = step * threadIdx.x; row < block.rows(); row += step * g.threads)
       prefetch(slice + (block.first_row() + row) * from.row_stride, bytes);
   }
