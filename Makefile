@@ -12,7 +12,7 @@ demo: build
 
 # What reaches every line of the Python package. Counting lines slows tests down, those that compile a
 # model most of all, so the others, which do or run kernels most of the time, go without.
-SURFACE := $(patsubst %,tests/test_%.py,arguments modules layers norm convert convert_refused convert_halves ending backends plan backward)
+SURFACE := $(patsubst %,tests/test_%.py,arguments modules layers norm convert convert_refused convert_halves ending backends plan backward derivatives)
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 ## Formatters, linters, types, then the suite on every backend that runs here.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -71,11 +71,11 @@ def check_sizes(
 
 
 def _positive(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 1:
+    if value.__index__() < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
-    return value
+    return value.__index__()
 
 
 def check_spatial_dimensions(x: object, dim: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from . import ops
+from .derivatives import is_transformed
 
 BACKENDS = ("auto", "cuda", "cpu", "emulated", "reference")
 _VARIABLE = "CBAM_CUDA_BACKEND"
@@ -20,7 +21,7 @@ def choose(backend: str, device: torch.device) -> str | None:
     name, source = _named(backend)
     if name == "reference":
         return None
-    if _is_transformed():
+    if is_transformed():
         if name == "auto":
             return None
         raise RuntimeError(
@@ -55,16 +56,12 @@ def take_plain_form(backend: str, why: str) -> None:
 def _named(backend: str) -> tuple[str, str]:
     """The backend that is asked for, and who asks for it."""
     name, source = backend, "backend"
-    if backend == "auto" and (named := os.environ.get(_VARIABLE)):
+    if backend == "auto":
+        if not (named := os.environ.get(_VARIABLE)):
+            return name, source
         name, source = named, _VARIABLE
     check_backend(source, name)
     return name, source
-
-
-def _is_transformed() -> bool:
-    """Whether a call now must be made of operators that PyTorch itself can transform."""
-    in_forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return in_forward_mode or torch._C._are_functorch_transforms_active()
 
 
 def check_backend(source: str, name: str) -> None:

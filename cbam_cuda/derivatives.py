@@ -12,28 +12,52 @@ from . import reference
 from .arguments import Weights
 
 _WEIGHTS = len(Weights._fields)
+_BEHIND = 1 + Weights._fields.index("conv_weight")  # the channel gate, of x and the weights
 
 
-def setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep what the second derivatives are of."""
-    ctx.output_mask = inputs[-1]
-    ctx.inputs = len(inputs)
-    ctx.save_for_backward(*inputs[: 4 + _WEIGHTS])
+def is_transformed() -> bool:
+    """Whether a call now must be made of operators that PyTorch itself can transform."""
+    in_forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return in_forward_mode or torch._C._are_functorch_transforms_active()
+
+
+def reached(mask: list[bool], grads: Sequence[Tensor | None]) -> list[bool]:
+    """Of x, the weights and what follows them, what gradients of out and the gates lead to."""
+    if grads[0] is not None or grads[2] is not None:
+        return mask
+    return [wanted and number < _BEHIND for number, wanted in enumerate(mask)]
+
+
+def keep(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    function: Callable[..., Any] = reference.cbam,
+    variables: int = 1 + _WEIGHTS,
+) -> None:
+    """Keep what the second derivatives are of, of inputs that begin with three gradients."""
+    ctx.function, ctx.output_mask, ctx.inputs = function, inputs[-1], len(inputs)
+    ctx.save_for_backward(*inputs[: 3 + variables])
     ctx.set_materialize_grads(False)
 
 
-def backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of the operator `backward`: the first derivatives of the reference, differentiated.
+def setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """`keep`, for the operator `backward`."""
+    keep(ctx, inputs)
 
-    What forward_train saved is a function of x and the weights, so the whole derivative is taken
+
+def backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of such an operator: the first derivatives of the reference, differentiated.
+
+    What the forward saved is a function of x and the weights, so the whole derivative is taken
     through these and none through the saved tensors.
     """
-    needed, saved = ctx.needs_input_grad[: 4 + _WEIGHTS], ctx.saved_tensors
+    saved = ctx.saved_tensors
+    needed = ctx.needs_input_grad[: len(saved)]
     with reference.without_autocast(saved[3]):  # also around what derives the convolutions
         with torch.enable_grad():
             inputs = [in_graph(t) for t in saved]
             incoming, variables = inputs[:3], inputs[3:]
-            first = reference_gradients(variables, incoming, ctx.output_mask)
+            first = reference_gradients(variables, incoming, ctx.output_mask, ctx.function)
         chosen = [
             (f, g) for f, g in zip(first, grads, strict=True) if f is not None and g is not None
         ]
@@ -44,6 +68,46 @@ def backward_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
             create_graph=torch.is_grad_enabled(),
         )
     return (*second, *(None for _ in range(ctx.inputs - len(second))))
+
+
+def plain_gradients(
+    variables: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    mask: Sequence[bool],
+    function: Callable[..., Any] = reference.cbam,
+) -> Sequence[Tensor | None]:
+    """What such an operator gives, by PyTorch's own, to be differentiated or transformed."""
+    x = variables[0]
+    assert x is not None
+    with reference.without_autocast(x):
+        if is_transformed():
+            return _pulled_back(variables, grads, mask, function)
+        with torch.enable_grad():
+            return reference_gradients([in_graph(t) for t in variables], grads, mask, function)
+
+
+def _pulled_back(
+    variables: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    mask: Sequence[bool],
+    function: Callable[..., Any],
+) -> list[Tensor | None]:
+    """The same inside of a transform, in which torch.autograd.grad does not see outer tensors."""
+    wanted = [number for number, asked in enumerate(mask) if asked]
+
+    def of_wanted(*chosen: Tensor) -> Any:
+        given = list(variables)
+        for number, tensor in zip(wanted, chosen, strict=True):
+            given[number] = tensor
+        return function(*given, return_attention=True)
+
+    results, pull = torch.func.vjp(of_wanted, *(variables[number] for number in wanted))  # type: ignore[misc]
+    incoming = (
+        torch.zeros_like(result) if grad is None else grad.to(result.dtype)
+        for result, grad in zip(results, grads, strict=True)
+    )
+    found = dict(zip(wanted, pull(tuple(incoming)), strict=True))
+    return [found.get(number) for number in range(len(mask))]
 
 
 def reference_gradients(

@@ -3,8 +3,8 @@
 No list of the implementations that there are: a module is known by its layers, the two of the MLP
 and the convolution over two maps, and what it makes of them is tried. A copy of it gets random
 weights and must agree with `CBAM` in float64, with layers and maps in one order or the other, with
-x added or not, in inference and in training: in the output, the gradient of x and the statistics
-that a norm keeps. So what only looks alike is told apart.
+x added or not, in inference and in training: in the output, the gradient of x, whether each weight
+has one, and the statistics that a norm keeps. So what only looks alike is told apart.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
@@ -23,6 +24,8 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from . import reference
 from .arguments import check_residual
 from .module import CBAM
+
+torch.fx.wrap("check_residual")  # one node of a traced graph
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Kept as they are; what is derived from them may do more.
@@ -206,20 +209,21 @@ def _with_random_weights(module: nn.Module) -> nn.Module:
 
 
 def _tried(module: nn.Module, x: Tensor, cotangent: Tensor, training: bool) -> _Result:
-    """The output, the gradient of x, and the statistics that the norm has then."""
+    """The output, the gradient of x, whether all weights have one, and the norm's statistics."""
     module = copy.deepcopy(module).train(training)
+    weights = [p.requires_grad_() for p in module.parameters()]
     torch.default_generator.manual_seed(0)  # that of the CPU alone
     before = torch.get_rng_state()
     with torch.enable_grad():
         out = module(x)
         if not isinstance(out, Tensor) or out.shape != x.shape:
             raise ValueError(f"expected one tensor like x, got {type(out).__name__}")
-        (dx,) = torch.autograd.grad(out, x, cotangent)
+        dx, *others = torch.autograd.grad(out, [x, *weights], cotangent, allow_unused=True)
     if not torch.equal(torch.get_rng_state(), before):
         raise ValueError("it draws random numbers")
     norms: list[Any] = [m for m in module.modules() if _is_norm(m)]
     statistics = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
-    return out.detach(), dx, *statistics
+    return out.detach(), dx, torch.tensor([None not in others]).to(x.dtype), *statistics
 
 
 def _random_input(channels: int, space: tuple[int, ...]) -> _Input:

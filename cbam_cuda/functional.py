@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NoReturn, overload
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from . import ops, ops_normalised, reference, training, training_normalised
@@ -21,6 +22,9 @@ from .arguments import (
 from .choice import choose, take_plain_form
 from .ending import Ending, ending_of
 from .norm import fold, known
+from .training import below_autograd
+
+torch.fx.wrap("run")  # one node of a traced graph
 
 
 @overload
@@ -245,14 +249,17 @@ def _run(
     library = choose(backend, x.device)
     if library is None:
         return _plainly(x, weights, ending, return_attention)
-    if torch.compiler.is_compiling():
+    if compiling := torch.compiler.is_compiling():
         check_call(x, weights, ending.residual)
     if return_attention or _needs_grad(x, *weights, ending.residual):
         out, channel_gate, spatial_gate, *_ = forward_train(x, weights, ending, library)
         if return_attention:
             return out, channel_gate.to(x.dtype), spatial_gate.to(x.dtype)
         return out
-    return ops.forward(x, weights, ending, library)
+    if compiling:
+        return ops.forward(x, weights, ending, library)
+    with below_autograd():
+        return ops.forward(x, weights, ending, library)
 
 
 def _explain(error: Exception, x: Tensor, weights: Weights, ending: Ending) -> NoReturn:

@@ -104,7 +104,7 @@ class CBAM(reference.CBAM):
         if (name := self.layer_to_call()) is not None:
             take_plain_form(
                 self.backend,
-                f"{name} has hooks or a forward of its own, which only a call of it respects",
+                f"{name} has hooks, settings or a forward of its own, which only a call respects",
             )
             return self.call_layers(x, return_attention, ending_of(residual, activation))
         if self.norm is None:

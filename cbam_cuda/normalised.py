@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import Weights
+from . import reference
+from .arguments import Weights, accumulator_dtype
 from .ending import Ending
 
 # Sums of so many values PyTorch shares among the threads of a CPU, as many as there are.
@@ -102,3 +103,15 @@ def backward(
         *(saved.pixel_argmax, saved.channel_argmax, list(mask[:-2])),
     )
     return [*found, d_weight, d_bias]
+
+
+def plain(eps: float, x: Tensor, *variables: Tensor | None, return_attention: bool) -> Any:
+    """The reference's form of it: `variables` are the weights, and the norm's weight and bias."""
+    # In 16 bits second derivatives overflow.
+    acc = accumulator_dtype(x.dtype)
+    *weights, weight, bias = (None if v is None else v.to(acc) for v in variables)
+
+    def normalise(z: Tensor) -> Tensor:
+        return F.batch_norm(z, None, None, weight, bias, training=True, eps=eps)
+
+    return reference.cbam(x, *weights, return_attention=return_attention, normalise=normalise)  # type: ignore[arg-type]

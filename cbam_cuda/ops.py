@@ -3,8 +3,9 @@
 Nothing else loads it. The operators (schemas in csrc/ops.cpp), for x [N, C, *space] and acc =
 float64 for float64, else float32:
 
-- ``forward`` returns out. It carries no autograd, which makes it the cheaper one to call. This and
-  the next take what follows the block, a residual like x or None, and whether there is a ReLU.
+- ``forward`` returns out. It saves nothing, so that its derivative runs the next one first: graphs
+  have it where nothing needed a gradient when they were made. Both take what follows the block, a
+  residual like x or None, and whether there is a ReLU.
 - ``forward_train`` also returns channel_gate acc [N, C, 1, ...], spatial_gate acc [N, 1, *space],
   pooled acc [N, 2, C], hidden acc [N, 2, R], maps in x's dtype [N, 2, *space], and the positions
   of the maxima, pixel_argmax int32 [N, C] and channel_argmax int32 [N, S].
@@ -110,7 +111,7 @@ def build_info() -> dict[str, Any] | None:
 
 
 def forward(x: Tensor, weights: Weights, ending: Ending = NO_ENDING, name: str = FUSED) -> Tensor:
-    """The output alone, outside autograd."""
+    """The output alone."""
     out: Tensor = getattr(torch.ops, name).forward.default(x, *weights, *ending)
     return out
 
@@ -224,6 +225,21 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _setup_inference(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    variables, ending = inputs[: 1 + _WEIGHTS], Ending(*inputs[1 + _WEIGHTS :])
+    ctx.save_for_backward(*variables, output if ending.relu else None)
+
+
+def _backward_of_inference(operators: Any, ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    asked = ctx.needs_input_grad
+    mask = [*asked, False][: 2 + _WEIGHTS]
+    *variables, after_relu = ctx.saved_tensors
+    _, *saved = operators.forward_train.default(*variables)
+    given = (*variables, *saved, after_relu)
+    found = forward_gradients(operators.backward.default, given, mask, grad_out, None, None)
+    return (*found, None)[: len(asked)]
+
+
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     out, channel_gate, spatial_gate, *others = output
     variables, ending = inputs[: 1 + _WEIGHTS], Ending(*inputs[1 + _WEIGHTS :])
@@ -259,11 +275,15 @@ def forward_gradients(
     grad_out = before_relu(grad_out, after_relu)
     of_residual = grad_out if adds else None
     arrived = grad_out, grad_channel_gate, grad_spatial_gate
+    mask = derivatives.reached(mask, arrived)
     if True not in mask or all(grad is None for grad in arrived):
         return (*(None for _ in mask), of_residual)
-    if grad_out is None:
-        grad_out = torch.zeros_like(saved[0])
-    gradients = backward(grad_out, grad_channel_gate, grad_spatial_gate, *saved, mask)
+    if derivatives.is_transformed():
+        gradients = derivatives.plain_gradients(saved[: 1 + _WEIGHTS], arrived, mask)
+    else:
+        if grad_out is None:
+            grad_out = torch.zeros_like(saved[0])
+        gradients = backward(grad_out, *arrived[1:], *saved, mask)
     wanted = (g if wanted else None for g, wanted in zip(gradients, mask, strict=True))
     return (*wanted, of_residual)
 
@@ -276,10 +296,15 @@ def _describe(name: str) -> None:
     """Register tracing and autograd for a library that is loaded, and note what it has."""
     for operator, description in OPERATORS.items():
         library.register_fake(f"{name}::{operator}", description)
-    backward = getattr(torch.ops, name).backward
+    operators = getattr(torch.ops, name)
+    library.register_autograd(
+        f"{name}::forward",
+        functools.partial(_backward_of_inference, operators),
+        setup_context=_setup_inference,
+    )
     library.register_autograd(
         f"{name}::forward_train",
-        functools.partial(_backward_of_forward, backward),
+        functools.partial(_backward_of_forward, operators.backward),
         setup_context=_setup_forward,
     )
     library.register_autograd(

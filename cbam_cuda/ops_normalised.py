@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from . import normalised, reference
+from . import derivatives, normalised, reference
 from .arguments import Weights
 from .ending import Ending, before_relu
 
@@ -35,7 +35,7 @@ _TRAIN_NORMALISED = (
 )
 _BACKWARD_NORMALISED = (
     "backward_normalised(Tensor? grad_out, Tensor? grad_channel_gate, Tensor? grad_spatial_gate, "
-    f"{_INPUTS}, {_SAVED}, bool[] output_mask) -> Tensor[]"
+    f"{_INPUTS}, {_SAVED}, float eps, bool[] output_mask) -> Tensor[]"
 )
 _VARIABLES = 1 + _WEIGHTS + 2
 
@@ -46,8 +46,7 @@ def train(
     """The output and the gates, by a library's operator; the norm's running statistics move on."""
     operator = getattr(torch.ops, name).train_normalised.default
     out, z, channel_gate, spatial_gate, *_ = operator(x, *variables, *ending, norm.eps)
-    with torch.no_grad():
-        reference.in_its_dtype(norm)(z)
+    reference.in_its_dtype(norm)(z.detach())
     return out, channel_gate, spatial_gate
 
 
@@ -62,7 +61,7 @@ def _train_normalised(name: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 def _backward_normalised(name: str, *given: Any) -> list[Tensor]:
     grads, (x, *weights), mask = given[:3], given[3 : 3 + _VARIABLES], given[-1]
-    saved = normalised.Saved(*given[3 + _VARIABLES : -1])
+    saved = normalised.Saved(*given[3 + _VARIABLES : -2])
     operators, chosen = getattr(torch.ops, name), Weights(*weights[:_WEIGHTS])
     found = normalised.backward(operators, grads, x, chosen, weights[_WEIGHTS], saved, mask)
     return [f if wanted else x.new_empty(0) for f, wanted in zip(found, mask, strict=True)]
@@ -77,7 +76,7 @@ def _fake_train_normalised(name: str, x: Tensor, *rest: Any) -> tuple[Tensor, ..
 
 def _fake_backward_normalised(name: str, *given: Any) -> list[Tensor]:
     (x, *weights), mask = given[3 : 3 + _VARIABLES], given[-1]
-    saved = normalised.Saved(*given[3 + _VARIABLES : -1])
+    saved = normalised.Saved(*given[3 + _VARIABLES : -2])
     gates = saved.channel_gate, saved.spatial_gate
     found = getattr(torch.ops, name).logits_backward.default(
         *(x, None, None, x, *weights[:_WEIGHTS], *gates, saved.pooled, saved.hidden, saved.maps),
@@ -89,7 +88,7 @@ def _fake_backward_normalised(name: str, *given: Any) -> list[Tensor]:
 
 def _setup_normalised(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     out, z, _, _, *others = output
-    *variables, _, relu, _ = inputs
+    *variables, _, relu, ctx.eps = inputs
     ctx.save_for_backward(*variables, *output[2:], out if relu else None)
     ctx.mark_non_differentiable(z, *others)
     ctx.set_materialize_grads(False)
@@ -102,12 +101,21 @@ def _backward_of_normalised(
     *saved, after_relu = ctx.saved_tensors
     grad_out = before_relu(grad_out, after_relu)
     of_residual = grad_out if adds else None
+    mask = derivatives.reached(mask, (grad_out, *grads[:2]))
     if True not in mask:
         return (*(None for _ in mask), of_residual, None, None)
     operator = getattr(torch.ops, name).backward_normalised.default
-    found = operator(grad_out, *grads[:2], *saved, mask)
+    found = operator(grad_out, *grads[:2], *saved, ctx.eps, mask)
     wanted = (f if wanted else None for f, wanted in zip(found, mask, strict=True))
     return (*wanted, of_residual, None, None)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    derivatives.keep(ctx, inputs, functools.partial(normalised.plain, inputs[-2]), _VARIABLES)
+
+
+def _backward_of_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return derivatives.backward_gradients(ctx, *grads)
 
 
 def define(name: str) -> None:
@@ -125,4 +133,7 @@ def define(name: str) -> None:
         f"{name}::train_normalised",
         functools.partial(_backward_of_normalised, name),
         setup_context=_setup_normalised,
+    )
+    library.register_autograd(
+        f"{name}::backward_normalised", _backward_of_backward, setup_context=_setup_backward
     )

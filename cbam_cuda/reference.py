@@ -6,6 +6,7 @@ S. Woo, J. Park, J.-Y. Lee, I. S. Kweon, "CBAM: Convolutional Block Attention Mo
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,7 +109,8 @@ def _attend(
 class CBAM(nn.Module):
     """CBAM as a module in plain PyTorch; owns the weights that `cbam_cuda.CBAM` also has.
 
-    Args, shapes and errors are those of `cbam_cuda.CBAM`, which see; there is no backend to choose.
+    Args and shapes are those of `cbam_cuda.CBAM`, which see; there is no backend to choose. What is
+    wrong with a size is said as there, with x or a residual by PyTorch where it notices.
     """
 
     def __init__(
@@ -142,24 +144,33 @@ class CBAM(nn.Module):
         found: list[Any] = []
         for name in _LAYERS:
             layer: Any = self._modules[name]
-            for kind in ("weight", "bias"):
-                own = layer._parameters
-                found.append(own[kind] if kind in own else getattr(layer, kind))
+            own = layer._parameters
+            try:
+                found += own["weight"], own["bias"]
+            except KeyError:
+                found += layer.weight, layer.bias
         return Weights(*found)
 
     def layer_to_call(self) -> str | None:
         """The name of a layer that is more than its weights, so that it must be called.
 
         It has hooks, as pruning gives it, or another ``forward`` than its kind, as an adapter or a
-        quantized layer has.
+        quantized layer has, or strides, dilation or padding that the formula has not.
         """
-        forwards = (_CONV_MODULE[self.dim].forward,)
-        for name in _LAYERS:
-            if _is_more_than_weights(self._modules[name], forwards):
+        kind = _CONV_MODULE[self.dim]
+        for name in _LAYERS if self.norm is None else (*_LAYERS, "norm"):
+            layer: Any = self._modules[name]
+            own = layer.__dict__
+            if (
+                (type(layer) is not kind and not _calls_as(layer, kind))
+                or "forward" in own
+                or own["_forward_pre_hooks"]
+                or own["_forward_hooks"]
+                or own["_backward_pre_hooks"]
+                or own["_backward_hooks"]
+            ):
                 return name
-        if self.norm is not None and _is_more_than_weights(self.norm, _NORMS):
-            return "norm"
-        return None
+        return None if _has_settings(self._modules["conv"]) else "conv"
 
     def forward(
         self,
@@ -196,25 +207,33 @@ class CBAM(nn.Module):
         return f"dim={self.dim}"
 
 
-def _is_more_than_weights(layer: Any, forwards: tuple[Any, ...]) -> bool:
-    """Whether calling it does more than one of these."""
-    own = layer.__dict__
+def _calls_as(layer: Any, kind: Any) -> bool:
+    """Whether a call of it is one of this convolution, or of a batch normalisation."""
+    own = type(layer)
+    if own.forward in _NORMS:
+        return True
+    return own.forward is kind.forward and own._conv_forward is kind._conv_forward
+
+
+def _has_settings(conv: Any) -> bool:
+    """Whether it is as the convolution of a block that is made: for pooled vectors none matters."""
+    own = conv.__dict__
+    kernel, ones = own["kernel_size"], (1,) * len(own["kernel_size"])
     return bool(
-        type(layer).forward not in forwards
-        or "forward" in own
-        or own["_forward_pre_hooks"]
-        or own["_forward_hooks"]
-        or own["_backward_pre_hooks"]
-        or own["_backward_hooks"]
+        own["stride"] == own["dilation"] == ones
+        and own["padding_mode"] == "zeros"
+        and own["groups"] == 1
+        and list(own["padding"]) == [size // 2 for size in kernel]
     )
 
 
 def in_its_dtype(layer: Any) -> _Layer:
     """Calls a layer with what it takes, which may be float32 beside 16 bits."""
-    weight = next(layer.parameters(), None)
-    if weight is None or not weight.is_floating_point():
+    tensors = itertools.chain(layer.parameters(), layer.buffers())
+    some = next((t for t in tensors if t.is_floating_point()), None)
+    if some is None:
         return layer  # type: ignore[no-any-return]
-    return lambda v: layer(in_dtype_of(v, weight))
+    return lambda v: layer(in_dtype_of(v, some))
 
 
 def in_dtype_of(v: Tensor, other: Tensor) -> Tensor:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from .arguments import Weights
+from .derivatives import is_transformed
 from .ending import NO_ENDING, Ending
 from .ops import FUSED, MemoryErrors, forward_gradients
 
-_below_autograd = torch._C._AutoDispatchBelowAutograd
+# Where operators are called as they are.
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 class _Train(torch.autograd.Function):
@@ -24,7 +26,7 @@ class _Train(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, relu: bool, *given: Tensor | None) -> Any:
         library = getattr(torch.ops, name)
-        with _below_autograd():
+        with below_autograd():
             out, *saved = library.forward_train.default(*given, relu)
         ctx.save_for_backward(*given[:-1], *saved, out if relu else None)
         ctx.set_materialize_grads(False)
@@ -35,9 +37,9 @@ class _Train(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         given = ctx.operator, ctx.saved_tensors, list(ctx.needs_input_grad[2:]), *grads
         with MemoryErrors():
-            if torch.is_grad_enabled():  # a second derivative is wanted
+            if torch.is_grad_enabled() or is_transformed():  # a second derivative is wanted
                 return (None, None, *forward_gradients(*given))
-            with _below_autograd():
+            with below_autograd():
                 return (None, None, *forward_gradients(*given))
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import normalised, reference
-from .arguments import Weights, accumulator_dtype
-from .derivatives import in_graph, reference_gradients
+from .arguments import Weights
+from .derivatives import is_transformed, plain_gradients, reached
 from .ending import Ending, before_relu
 from .ops import MemoryErrors
+from .training import below_autograd
 
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 _WEIGHTS = len(Weights._fields)
 _VARIABLES = _WEIGHTS + 2  # and the norm's weight and bias
 
@@ -46,7 +44,7 @@ class _TrainNormalised(torch.autograd.Function):
         ctx.operators, ctx.eps = getattr(torch.ops, name), norm.eps
         weights = Weights(*variables[:_WEIGHTS])  # type: ignore[arg-type]
         weight, bias = variables[_WEIGHTS:]
-        with _below_autograd():
+        with below_autograd():
             out, z, saved = normalised.forward(
                 ctx.operators, x, weights, weight, bias, norm.eps, Ending(residual, relu)
             )
@@ -61,42 +59,19 @@ class _TrainNormalised(torch.autograd.Function):
         after_relu, x, *others = ctx.saved_tensors
         grads = before_relu(grads[0], after_relu), *grads[1:]
         of_residual = grads[0] if adds else None
+        mask = reached(mask, grads)
         if True not in mask or all(grad is None for grad in grads):
             return (None, None, None, of_residual, *(None for _ in mask))
         variables, saved = others[:_VARIABLES], normalised.Saved(*others[_VARIABLES:])
         with MemoryErrors():
-            if torch.is_grad_enabled():  # a second derivative is wanted
-                found = _plain_gradients(ctx.eps, [x, *variables], mask, grads)
+            if torch.is_grad_enabled() or is_transformed():  # a second derivative is wanted
+                plain = functools.partial(normalised.plain, ctx.eps)
+                found = plain_gradients([x, *variables], grads, mask, plain)
             else:
                 weights, weight = Weights(*variables[:_WEIGHTS]), variables[_WEIGHTS]
-                with _below_autograd():
+                with below_autograd():
                     found = normalised.backward(
                         ctx.operators, grads, x, weights, weight, saved, mask
                     )
         wanted = (f if wanted else None for f, wanted in zip(found, mask, strict=True))
         return (None, None, None, of_residual, *wanted)
-
-
-def _plain_gradients(
-    eps: float,
-    variables: Sequence[Tensor | None],
-    mask: Sequence[bool],
-    grads: Sequence[Tensor | None],
-) -> Sequence[Tensor | None]:
-    """The same by PyTorch's own operators, to be differentiated."""
-    x = variables[0]
-    assert x is not None
-    with reference.without_autocast(x), torch.enable_grad():
-        inputs = [in_graph(t) for t in variables]
-        return reference_gradients(inputs, grads, mask, functools.partial(_plain, eps))
-
-
-def _plain(eps: float, x: Tensor, *variables: Tensor | None, return_attention: bool) -> Any:
-    # In 16 bits second derivatives overflow.
-    acc = accumulator_dtype(x.dtype)
-    *weights, weight, bias = (None if v is None else v.to(acc) for v in variables)
-
-    def normalise(z: Tensor) -> Tensor:
-        return F.batch_norm(z, None, None, weight, bias, training=True, eps=eps)
-
-    return reference.cbam(x, *weights, return_attention=return_attention, normalise=normalise)  # type: ignore[arg-type]

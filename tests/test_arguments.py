@@ -218,6 +218,12 @@ def test_wrong_module(what):
             CBAM_Module(**arguments)
 
 
+def test_sizes_may_be_integers_of_numpy():
+    numpy = pytest.importorskip("numpy")
+    block = CBAM_Module(numpy.int64(2), numpy.int32(64), numpy.int64(4), numpy.int8(3))
+    assert [*block.fc1.weight.shape[:2], *block.conv.weight.shape[2:]] == [16, 64, 3, 3]
+
+
 def test_module_of_another_number_of_dimensions():
     with pytest.raises(ValueError, match=r"x: expected .* 3 spatial dimensions, got shape \[1, 32"):
         CBAM3d(32)(torch.zeros(1, 32, 5, 5))

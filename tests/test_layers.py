@@ -61,6 +61,26 @@ def replace_class(block):
     block.fc1.__class__ = Rounded
 
 
+def exchange(**settings):
+    """For a layer of the standard class that pads or strides in another way."""
+
+    def change(block):
+        block.conv = nn.Conv2d(2, 1, block.conv.kernel_size, **settings)
+
+    return change
+
+
+class Averaged(nn.Conv2d):
+    """As layers do that keep forward and its checks."""
+
+    def _conv_forward(self, maps, weight, bias):
+        return super()._conv_forward(maps, weight - weight.mean(), bias)
+
+
+def replace_inner(block):
+    block.conv.__class__ = Averaged
+
+
 MORE = {
     "hook": ("conv", add_hook),
     "pruning": ("fc1", prune_weights),
@@ -68,6 +88,9 @@ MORE = {
     "wrapped forward": ("fc2", wrap_forward),
     "adapter": ("conv", replace_layer),
     "subclass": ("fc1", replace_class),
+    "what forward calls": ("conv", replace_inner),
+    "padding": ("conv", exchange(padding=1, padding_mode="reflect")),
+    "dilation": ("conv", exchange(padding=2, dilation=2)),
 }
 
 

@@ -371,6 +371,21 @@ def test_compiled(backend, training):
     assert counter.frame_count == 1 + training
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_trains_in_16_bits_without_weights_of_the_norm(backend, dtype):
+    """Whose statistics are in 16 bits then, beside a map in float32."""
+    x = torch.linspace(-2, 2, 32 * 12 * 9 * 3).view(SHAPES[2]).to(device_of(backend), dtype)
+    found = []
+    ours, plain = pair()
+    ours.backend = backend
+    for block, given in ((ours, x), (plain, x), (pair()[1], x.double())):
+        block.norm = nn.BatchNorm2d(1, affine=False)
+        out = block.to(given.device, given.dtype).train()(given.requires_grad_())
+        found.append((out, block.norm.running_mean, block.norm.running_var))
+    for name, *three in zip(("out", "mean", "variance"), *found, strict=True):
+        assert_as_good_as_eager(name, *three)
+
+
 @pytest.mark.parametrize("options", [{}, {"conv_bias": False, "bias": False}], ids=str)
 def test_operators_are_what_they_say(backend, options):
     ours = pair(1, **options)[0].to(device_of(backend)).train()
@@ -388,9 +403,9 @@ def test_operators_are_what_they_say(backend, options):
         mask = [t is not None for t in given]
         mask[1] = not options
         grads = (torch.ones_like(out), None, torch.ones_like(saved[1]))
+        variables = (None if t is None else t.detach() for t in given)
         library.opcheck(
-            operators.backward_normalised.default,
-            (*grads, *(None if t is None else t.detach() for t in given), *saved, mask),
+            operators.backward_normalised.default, (*grads, *variables, *saved, 1e-5, mask)
         )
 
 

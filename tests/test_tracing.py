@@ -9,7 +9,7 @@ import torch
 from cases import device_of
 from torch import nn
 
-from cbam_cuda import CBAM, ResidualCBAM, reference
+from cbam_cuda import CBAM, ResidualCBAM, cbam, reference
 
 
 @pytest.mark.parametrize("kind", [CBAM, reference.CBAM])
@@ -32,10 +32,22 @@ def test_fx_of_a_block_by_itself(kind):
     x, residual = (torch.randn(2, 32, 9, 7) for _ in "xr")
     graph = torch.fx.symbolic_trace(block, {"residual": None})
     assert torch.equal(graph(x), block(x))
-    if kind is not ResidualCBAM:
-        graph = torch.fx.symbolic_trace(block)
-        ending = {"residual": residual, "activation": "relu"}
-        assert torch.equal(graph(x, **ending), block(x, **ending))
+    graph = torch.fx.symbolic_trace(block)
+    ending = {"residual": residual, "activation": "relu"}
+    assert torch.equal(graph(x, **ending), block(x, **ending))
+
+
+def test_fx_of_the_function():
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = CBAM(32, 4)
+
+        def forward(self, x):
+            return cbam(x * 2, *self.block.weights(), residual=x)
+
+    module, x = Calls(), torch.randn(2, 32, 9, 7)
+    assert torch.equal(torch.fx.symbolic_trace(module)(x), module(x))
 
 
 def test_jit_of_inference(backend):

@@ -258,6 +258,20 @@ class Detached(Pair):
         return self.sa(x) * x
 
 
+class Unlearned(Pair):
+    """Its convolution gives the same, and learns nothing."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.sa = FixedAttention()
+
+
+class FixedAttention(SpatialAttention):
+    def forward(self, x):
+        maps = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+        return torch.sigmoid(F.conv2d(maps, self.conv1.weight.detach(), padding=3))
+
+
 class Wide(Pair):
     """The convolution skips pixels."""
 
@@ -367,6 +381,7 @@ REFUSED = {
     "clipped activation": (Clipped, "computes something else"),
     "dropout": (Dropped, "cannot be tried on random numbers: it draws random numbers"),
     "detached": (Detached, "computes something else"),
+    "unlearned": (Unlearned, "computes something else"),
     "dilation": (Wide, "computes something else"),
     "tuple": (WithMask, "cannot be tried on random numbers: expected one tensor like x, got tuple"),
     "halves": (InPlace, "calls ca and sa, the halves of a CBAM"),
