@@ -24,12 +24,16 @@ NAMES = (
     "backward",
     "compile",
     "convert",
+    "convert_halves",
+    "derivatives",
     "ending",
     "forward",
+    "layers",
     "modules",
     "norm",
     "numerics",
     "parts",
+    "tracing",
 )
 TESTS = [ROOT / f"tests/test_{name}.py" for name in NAMES]
 CHECK = """
