@@ -8,8 +8,9 @@ here, in fewer words; a call that one of them refused is explained from here.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
-from typing import NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,12 +71,16 @@ def check_sizes(
     return Sizes(by_ratio if hidden is None else _positive("hidden", hidden), kernel)
 
 
-def _positive(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+def _positive(name: str, value: Any) -> int:
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value.__index__() < 1:
+    if number < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
-    return value.__index__()
+    return number
 
 
 def check_spatial_dimensions(x: object, dim: int) -> None:

@@ -46,16 +46,14 @@ class Refused(NamedTuple):
         return f"{self.path or 'the model'} ({type(self.module).__name__}): {self.reason}"
 
 
-def convert(model: nn.Module, *, strict: bool = True) -> nn.Module:
+def convert(model: nn.Module, *, strict: bool = True, gates: bool = False) -> nn.Module:
     """Swap each CBAM inside of a model for a fused one with the same weights, in place.
 
     Known is what computes `cbam_cuda.cbam`, under any names of classes and weights: with an MLP of
     linear layers or of convolutions, the maximum before the mean or after it, with or without
     biases, with batch normalisation of the convolution's map, with x added at the end. It is found
-    out by trying a copy on random numbers. The two gates may be modules of their own that the
-    module around them multiplies with x one after the other, as torch.fx tells; then the block
-    takes the second one's place. Not known is what draws random numbers itself, takes other
-    arguments than x, has hooks or parametrizations, shares layers or weights with other
+    out by trying a copy on random numbers. Not known is what draws random numbers itself, takes
+    other arguments than x, has hooks or parametrizations, shares layers or weights with other
     modules, or is compiled. Where several elements are the maximum, the gradient of the fused block
     goes to the first one.
 
@@ -67,6 +65,11 @@ def convert(model: nn.Module, *, strict: bool = True) -> nn.Module:
             another module.
         strict: raise where something looks like a CBAM and is not known, before anything is
             changed; else it stays as it is.
+        gates: also take two gates that are modules of their own and that the module around them
+            applies, as in ``y = ca(x) * x; out = sa(y) * y``. One block then takes the place of the
+            second, and x passes that of the first, so nothing else may call either, and what
+            torch.fx saw of that module's forward must be what it goes on to do: flags that it reads
+            stay as they are.
 
     Returns:
         The model.
@@ -76,7 +79,7 @@ def convert(model: nn.Module, *, strict: bool = True) -> nn.Module:
         ValueError: there is no CBAM, or with `strict` one that is not known; it says which, and
             why.
     """
-    survey = _Survey(_module(model))
+    survey = _Survey(_module(model), gates)
     if strict and survey.refused:
         listed = "\n".join(f"- {one}" for one in survey.refused.values())
         raise ValueError(
@@ -104,8 +107,10 @@ def revert(model: nn.Module) -> nn.Module:
     for path, block in model.named_modules():
         if isinstance(block, CBAM) and block.origin is not None:
             try:
-                ties.refuse_losses(block)
-                former |= _former(block, model)
+                replaced = _former(block, model)
+                for module in replaced:
+                    ties.refuse_losses(module)
+                former |= replaced
             except ValueError as error:
                 raise ValueError(str(Refused(path, block, str(error)))) from None
     if not former:
@@ -131,7 +136,8 @@ def _swap(model: nn.Module, others: dict[nn.Module, nn.Module]) -> nn.Module:
 class _Survey:
     """What there is in a model: `found` by the module whose place it takes, and `refused`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, gates: bool) -> None:
+        self._gates = gates
         self.found: dict[nn.Module, nn.Module] = {}
         self.refused: dict[tuple[nn.Module | None, ...], Refused] = {}  # by the layers
         self._ties = Ties(model)
@@ -156,7 +162,7 @@ class _Survey:
         if layers is not None and (not inside or whole):
             self._try(path, module, layers)
             return True
-        if layers is None and (names := halves_of(module)) is not None:
+        if (layers is None or self._gates) and (names := halves_of(module)) is not None:
             self._take_halves(path, module, names)
             return True
         if not inside and (reason := _named_so(module)) is not None:
@@ -169,22 +175,34 @@ class _Survey:
             self._ties.refuse_losses(module)
             self.found[module] = _converted(module, layers)
             self.refused.pop(layers, None)
+            return
         except ValueError as error:
-            self.refused.setdefault(layers, Refused(path, module, str(error)))
+            refused = Refused(path, module, str(error))
+        names = halves_of(module) if self._gates else None
+        if names is None or self._why_not_halves(module, names) is not None:
+            self.refused.setdefault(layers, refused)
 
     def _take_halves(self, path: str, module: nn.Module, names: Names) -> None:
-        """Of a module that has more than a CBAM's layers, and calls the gates itself."""
+        """Of a module that calls the gates itself."""
+        why, more = None, ", or see `gates` of convert"
+        if self._gates:
+            why, more = self._why_not_halves(module, names), ""
+            if why is None:
+                return
+        reason = f"it calls {names}, the halves of a CBAM, in a way of its own"
+        reason += f"{f' ({why})' if why else ''}: put them into one module that applies both{more}"
+        self.refused[module,] = Refused(path, module, reason)
+
+    def _why_not_halves(self, module: nn.Module, names: Names) -> str | None:
+        """Take them; else why they cannot be."""
         try:
-            taken = applied_by(module, names)
-            blocks = [self._block_of_both(both) for both in taken]
+            self._take(applied_by(module, names))
         except ValueError as error:
-            self.refused[module,] = Refused(
-                path,
-                module,
-                f"it calls {names}, the halves of a CBAM, in a way of its own ({error}): put them "
-                "into one module that applies both",
-            )
-            return
+            return str(error)
+        return None
+
+    def _take(self, taken: list[Both]) -> None:
+        blocks = [self._block_of_both(both) for both in taken]
         for both, block in zip(taken, blocks, strict=True):
             place = both.channel_place()
             block.origin = block.origin._replace(channel_place=place)

@@ -1,4 +1,4 @@
-"""Second derivatives: the gradients of the reference, differentiated."""
+"""Derivatives by the reference: second ones, and first ones inside of a transform."""
 
 from __future__ import annotations
 
@@ -12,20 +12,12 @@ from . import reference
 from .arguments import Weights
 
 _WEIGHTS = len(Weights._fields)
-_BEHIND = 1 + Weights._fields.index("conv_weight")  # the channel gate, of x and the weights
 
 
 def is_transformed() -> bool:
     """Whether a call now must be made of operators that PyTorch itself can transform."""
     in_forward_mode = torch.autograd.forward_ad._current_level >= 0
     return in_forward_mode or torch._C._are_functorch_transforms_active()
-
-
-def reached(mask: list[bool], grads: Sequence[Tensor | None]) -> list[bool]:
-    """Of x, the weights and what follows them, what gradients of out and the gates lead to."""
-    if grads[0] is not None or grads[2] is not None:
-        return mask
-    return [wanted and number < _BEHIND for number, wanted in enumerate(mask)]
 
 
 def keep(

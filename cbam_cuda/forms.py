@@ -217,7 +217,8 @@ def _tried(module: nn.Module, x: Tensor, cotangent: Tensor, training: bool) -> _
     with torch.enable_grad():
         out = module(x)
         if not isinstance(out, Tensor) or out.shape != x.shape:
-            raise ValueError(f"expected one tensor like x, got {type(out).__name__}")
+            got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"expected one tensor like x, {list(x.shape)}, got {got}")
         dx, *others = torch.autograd.grad(out, [x, *weights], cotangent, allow_unused=True)
     if not torch.equal(torch.get_rng_state(), before):
         raise ValueError("it draws random numbers")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class Gate:
     def __torch_function__(
         cls, function: Any, types: Any, arguments: Any = (), options: Any = None
     ) -> Any:
-        """The same where a tensor is asked first, and for torch.compile wherever it stands."""
+        """The same where torch is asked: for a tensor on the left, and while it compiles."""
         if function not in _PRODUCTS:
             return NotImplemented
         one, other = arguments
@@ -51,9 +52,8 @@ class Gate:
         """
         if x is not self._x:
             raise TypeError(
-                "expected the tensor that this is a gate of as the other factor, as when "
-                "cbam_cuda.convert took both gates together, got another one; "
-                "cbam_cuda.revert brings the former modules back"
+                "a gate that cbam_cuda.convert took: expected it to be multiplied with the tensor "
+                "that it was called with, got another one"
             )
         return self._product
 
@@ -105,7 +105,8 @@ class Both(nn.Module):
 
     def channel_place(self) -> nn.Module:
         """What stands for the channel gate once a block computes both."""
-        return ChannelPlace() if self.multiplies_channel else nn.Identity()
+        place = ChannelPlace() if self.multiplies_channel else nn.Identity()
+        return place.train(self.channel.training)
 
     def kind_of_block(self) -> type[CBAM]:
         """What stands for the spatial gate."""
@@ -138,13 +139,18 @@ def applied_by(module: nn.Module, names: Names) -> list[Both]:
     Raises:
         ValueError: it does something else with one of them, or what it does cannot be traced.
     """
-    found, others = (_turns(_nodes_of(module, mode), names) for mode in (True, False))
+    found, others = (_turns(_nodes_of(module, mode, {}), names) for mode in (True, False))
     if found != others:
         raise ValueError("not in the same way in training and in inference")
-    return [
+    taken = [
         Both(getattr(module, turn.channel), getattr(module, turn.spatial), *turn[2:])
         for turn in found
     ]
+    # Whether it calls what stands under these names, or has them elsewhere as well.
+    places: dict[str, nn.Module] = {n: nn.Identity() for turn in found for n in turn[:2]}
+    if _turns(_nodes_of(module, module.training, places), names) != found:
+        raise ValueError("not by their names")
+    return taken
 
 
 class _Proxy(torch.fx.Proxy):
@@ -164,15 +170,27 @@ class _Shallow(torch.fx.Tracer):
         return True
 
 
-def _nodes_of(module: nn.Module, training: bool) -> list[torch.fx.Node]:
-    traced = copy.copy(module)  # in which attributes are left that a forward may set
-    for name in ("_modules", "_parameters", "_buffers"):
-        setattr(traced, name, dict(getattr(module, name)))
+def _nodes_of(
+    module: nn.Module, training: bool, places: Mapping[str, nn.Module]
+) -> list[torch.fx.Node]:
+    """What a module does, with others in some places, all of which stays as it is."""
+    traced = copy.copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, (list, dict, set)):
+            traced.__dict__[name] = copy.copy(value)
+    traced._buffers = {n: None if b is None else b.clone() for n, b in module._buffers.items()}
+    traced._modules.update(places)
     traced.training = training
+    before = torch.get_rng_state()
     try:
-        return list(_Shallow().trace(traced).nodes)
+        with torch.random.fork_rng(devices=[]):
+            nodes = list(_Shallow().trace(traced).nodes)
+            drawn = not torch.equal(torch.get_rng_state(), before)
     except Exception as error:  # whatever other people's code raises
         raise ValueError(f"torch.fx cannot follow it: {error}") from error
+    if drawn:
+        raise ValueError("it draws random numbers")
+    return nodes
 
 
 class _Turn(NamedTuple):
@@ -187,6 +205,9 @@ class _Turn(NamedTuple):
 def _turns(nodes: list[torch.fx.Node], names: Names) -> list[_Turn]:
     """All of a graph."""
     both = {*names.channel, *names.spatial}
+    inner = tuple(f"{name}." for name in both)
+    if any(n.op in ("call_module", "get_attr") and str(n.target).startswith(inner) for n in nodes):
+        raise ValueError("it uses what is inside of one")
     calls = [n for n in nodes if n.op == "call_module" and n.target in both]
     if sorted(str(n.target) for n in calls) != sorted(both):
         raise ValueError("each of them is not called once")
@@ -202,24 +223,24 @@ def _turn(nodes: list[torch.fx.Node], channel: torch.fx.Node, spatial: torch.fx.
     out = _product(spatial, y)
     if _argument(spatial) is not y or set(y.users) != {spatial, out}:
         raise ValueError(f"{spatial.target} is not called with x times {channel.target} alone")
-    # Whatever happens to x there happens to y as well, where x is what stands for it.
+    # y becomes another name of x: whatever changes x meanwhile, by whichever name, changes both.
     meanwhile = nodes[nodes.index(channel) : nodes.index(out)]
-    if not set(meanwhile).isdisjoint(set(x.users) - {channel, y}):
-        raise ValueError(f"what {channel.target} is called with is used before both are done")
+    if not {channel, y, spatial}.issuperset(meanwhile):
+        raise ValueError(f"it does something else between {channel.target} and {spatial.target}")
     targets = str(channel.target), str(spatial.target)
     return _Turn(*targets, y is not channel, out is not spatial)
 
 
 def _argument(call: torch.fx.Node) -> torch.fx.Node:
     """What a module is called with, if that is all."""
-    given = (*call.args, *call.kwargs.values())
-    if len(given) != 1 or not isinstance(given[0], torch.fx.Node):
-        raise ValueError(f"{call.target} is called with more than one tensor")
-    return given[0]
+    if call.kwargs or len(call.args) != 1 or not isinstance(call.args[0], torch.fx.Node):
+        raise ValueError(f"{call.target} is not called with one tensor alone")
+    return call.args[0]
 
 
 def _product(gate: torch.fx.Node, x: torch.fx.Node) -> torch.fx.Node:
     """Where it is multiplied with x and no more, that; else itself."""
     users = list(gate.users)
     multiplied = len(users) == 1 and users[0].target in (operator.mul, torch.mul)
-    return users[0] if multiplied and set(users[0].args) == {gate, x} else gate
+    alone = multiplied and not users[0].kwargs and set(users[0].args) == {gate, x}
+    return users[0] if alone else gate

@@ -29,16 +29,16 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from . import derivatives, ops_normalised
+from . import derivatives, gradients, ops_normalised
 from .arguments import Weights, accumulator_dtype, check_call, check_residual
-from .ending import NO_ENDING, Ending, before_relu
+from .ending import NO_ENDING, Ending
 
 # Libraries of operators: the same schemas, and for tensors on a CPU different kernels behind them.
 FUSED = "cbam_cuda"
@@ -225,69 +225,6 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _setup_inference(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    variables, ending = inputs[: 1 + _WEIGHTS], Ending(*inputs[1 + _WEIGHTS :])
-    ctx.save_for_backward(*variables, output if ending.relu else None)
-
-
-def _backward_of_inference(operators: Any, ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    asked = ctx.needs_input_grad
-    mask = [*asked, False][: 2 + _WEIGHTS]
-    *variables, after_relu = ctx.saved_tensors
-    _, *saved = operators.forward_train.default(*variables)
-    given = (*variables, *saved, after_relu)
-    found = forward_gradients(operators.backward.default, given, mask, grad_out, None, None)
-    return (*found, None)[: len(asked)]
-
-
-def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    out, channel_gate, spatial_gate, *others = output
-    variables, ending = inputs[: 1 + _WEIGHTS], Ending(*inputs[1 + _WEIGHTS :])
-    after_relu = out if ending.relu else None
-    ctx.save_for_backward(*variables, channel_gate, spatial_gate, *others, after_relu)
-    ctx.mark_non_differentiable(*others)
-    ctx.set_materialize_grads(False)
-
-
-def _backward_of_forward(
-    backward: Any, ctx: Any, *grads: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    asked = ctx.needs_input_grad  # of what follows it may have nothing
-    mask = [*asked, False][: 2 + _WEIGHTS]
-    found = forward_gradients(backward, ctx.saved_tensors, mask, *grads[:3])
-    return (*found, None)[: len(asked)]
-
-
-def forward_gradients(
-    backward: Any,
-    saved: Sequence[Any],
-    mask: list[bool],
-    grad_out: Tensor | None,
-    grad_channel_gate: Tensor | None,
-    grad_spatial_gate: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, the weights and the residual where `mask` says so, by a library's operator.
-
-    Of `saved` the last is out where a ReLU has followed, else None.
-    """
-    *saved, after_relu = saved
-    *mask, adds = mask
-    grad_out = before_relu(grad_out, after_relu)
-    of_residual = grad_out if adds else None
-    arrived = grad_out, grad_channel_gate, grad_spatial_gate
-    mask = derivatives.reached(mask, arrived)
-    if True not in mask or all(grad is None for grad in arrived):
-        return (*(None for _ in mask), of_residual)
-    if derivatives.is_transformed():
-        gradients = derivatives.plain_gradients(saved[: 1 + _WEIGHTS], arrived, mask)
-    else:
-        if grad_out is None:
-            grad_out = torch.zeros_like(saved[0])
-        gradients = backward(grad_out, *arrived[1:], *saved, mask)
-    wanted = (g if wanted else None for g, wanted in zip(gradients, mask, strict=True))
-    return (*wanted, of_residual)
-
-
 # For each library, the types of device that it has kernels for.
 _KERNELS: dict[str, frozenset[str]] = {}
 
@@ -299,13 +236,13 @@ def _describe(name: str) -> None:
     operators = getattr(torch.ops, name)
     library.register_autograd(
         f"{name}::forward",
-        functools.partial(_backward_of_inference, operators),
-        setup_context=_setup_inference,
+        functools.partial(gradients.backward_of_inference, operators),
+        setup_context=gradients.setup_inference,
     )
     library.register_autograd(
         f"{name}::forward_train",
-        functools.partial(_backward_of_forward, operators.backward),
-        setup_context=_setup_forward,
+        functools.partial(gradients.backward_of_forward, operators.backward),
+        setup_context=gradients.setup_forward,
     )
     library.register_autograd(
         f"{name}::backward",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from . import derivatives, normalised, reference
+from . import derivatives, gradients, normalised, reference
 from .arguments import Weights
 from .ending import Ending, before_relu
 
@@ -101,7 +101,7 @@ def _backward_of_normalised(
     *saved, after_relu = ctx.saved_tensors
     grad_out = before_relu(grad_out, after_relu)
     of_residual = grad_out if adds else None
-    mask = derivatives.reached(mask, (grad_out, *grads[:2]))
+    mask = gradients.reached(mask, (grad_out, *grads[:2]))
     if True not in mask:
         return (*(None for _ in mask), of_residual, None, None)
     operator = getattr(torch.ops, name).backward_normalised.default

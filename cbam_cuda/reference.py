@@ -170,7 +170,7 @@ class CBAM(nn.Module):
                 or own["_backward_hooks"]
             ):
                 return name
-        return None if _has_settings(self._modules["conv"]) else "conv"
+        return None if _keeps_size(self._modules["conv"]) else "conv"
 
     def forward(
         self,
@@ -215,15 +215,15 @@ def _calls_as(layer: Any, kind: Any) -> bool:
     return own.forward is kind.forward and own._conv_forward is kind._conv_forward
 
 
-def _has_settings(conv: Any) -> bool:
-    """Whether it is as the convolution of a block that is made: for pooled vectors none matters."""
+def _keeps_size(conv: Any) -> bool:
+    """Whether its settings are those of a block that is made: zeros around, each position once."""
     own = conv.__dict__
-    kernel, ones = own["kernel_size"], (1,) * len(own["kernel_size"])
+    kernel, padding = own["kernel_size"], own["padding"]
     return bool(
-        own["stride"] == own["dilation"] == ones
+        own["stride"] == own["dilation"] == (1,) * len(kernel)
         and own["padding_mode"] == "zeros"
         and own["groups"] == 1
-        and list(own["padding"]) == [size // 2 for size in kernel]
+        and (padding == "same" or list(padding) == [size // 2 for size in kernel])
     )
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from .arguments import Weights
 from .derivatives import is_transformed
 from .ending import NO_ENDING, Ending
-from .ops import FUSED, MemoryErrors, forward_gradients
+from .gradients import forward_gradients
+from .ops import FUSED, MemoryErrors
 
 # Where operators are called as they are.
 below_autograd = torch._C._AutoDispatchBelowAutograd

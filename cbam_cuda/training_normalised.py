@@ -10,8 +10,9 @@ from torch import Tensor
 
 from . import normalised, reference
 from .arguments import Weights
-from .derivatives import is_transformed, plain_gradients, reached
+from .derivatives import is_transformed, plain_gradients
 from .ending import Ending, before_relu
+from .gradients import reached
 from .ops import MemoryErrors
 from .training import below_autograd
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -22,6 +23,8 @@ from variants import (
 import cbam_cuda
 from cbam_cuda import CBAM
 from cbam_cuda.halves import GateCBAM
+
+convert = functools.partial(cbam_cuda.convert, gates=True)
 
 
 class Residual(Block):
@@ -48,7 +51,7 @@ class Applied(Block):
         self.ca, self.sa = OfficialChannelGate(channels, 16, ("avg", "max")), OfficialSpatialGate()
 
     def forward(self, x):
-        return x + self.sa(x=self.ca(self.conv1(x)))
+        return x + self.sa(self.ca(self.conv1(x)))
 
 
 class Mixed(Applied):
@@ -80,7 +83,20 @@ class Twice(Block):
         return self.sa1(x) * x
 
 
-PARENTS = (Block, Residual, Applied, Mixed, Twice)
+class Alone(nn.Module):
+    """Both are all that it has, and it does more."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.ca, self.sa = ChannelAttention(channels), SpatialAttention()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        x = self.ca(x) * x
+        return self.drop(self.sa(x) * x)
+
+
+PARENTS = (Block, Residual, Applied, Mixed, Twice, Alone)
 each_parent = pytest.mark.parametrize("parent", PARENTS)
 
 
@@ -98,23 +114,24 @@ def test_computes_the_same(backend, parent):
     model = nn.Sequential(filled(parent(CHANNELS))).to(device_of(backend)).eval()
     x, class_ = input_of(device=device_of(backend)), type(model[0])
     expected = model(x)
-    assert cbam_cuda.convert(model) is model
+    assert convert(model) is model
     assert type(model[0]) is class_
     assert len(blocks_of(model)) == (2 if parent is Twice else 1)
     for block in blocks_of(model):
         block.backend = backend
     torch.testing.assert_close(model(x), expected)
-    assert cbam_cuda.convert(model) is model  # nothing is left to do
+    assert convert(model) is model  # nothing is left to do
 
 
 @each_parent
 def test_trains_alike_and_comes_back(parent):
     plain, x = filled(parent(CHANNELS)).double(), input_of(dtype=torch.float64)
     model = copy.deepcopy(plain)
-    cbam_cuda.convert(model)
+    convert(model)
     grads = []
     for network in (plain, model):
         given = x.clone().requires_grad_()
+        torch.manual_seed(0)  # of dropout
         network(given).square().sum().backward()
         grads.append(given.grad)
     torch.testing.assert_close(*grads)
@@ -130,7 +147,7 @@ def test_trains_alike_and_comes_back(parent):
 )
 def test_copies_come_back(copied):
     plain = filled(Block(CHANNELS))
-    other = cbam_cuda.revert(copied(cbam_cuda.convert(copy.deepcopy(plain))))
+    other = cbam_cuda.revert(copied(convert(copy.deepcopy(plain))))
     assert type(other.ca) is ChannelAttention
     torch.testing.assert_close(other.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
@@ -139,7 +156,7 @@ def test_gates_and_weights_are_those_of_the_block():
     model, x = Block(CHANNELS), input_of()
     weight, y = model.ca.fc[0].weight, model.conv1(x)
     gate = model.ca(y)
-    cbam_cuda.convert(model)
+    convert(model)
     assert type(model.sa) is GateCBAM
     assert model.sa.fc1.weight is weight
     assert not list(model.ca.parameters())
@@ -151,7 +168,7 @@ def test_gates_and_weights_are_those_of_the_block():
 def test_graphs_are_whole(parent):
     model, x = filled(parent(CHANNELS)).eval(), input_of()
     expected = model(x)
-    cbam_cuda.convert(model)
+    convert(model)
     with torch.no_grad():
         for graph in (
             torch.compile(model, fullgraph=True, backend="aot_eager"),
@@ -162,19 +179,29 @@ def test_graphs_are_whole(parent):
 
 
 def test_a_gate_is_of_one_tensor():
-    model, x = cbam_cuda.convert(Block(CHANNELS)), input_of()
-    with pytest.raises(TypeError, match="expected the tensor that this is a gate of"):
+    model, x = convert(Block(CHANNELS)), input_of()
+    with pytest.raises(TypeError, match="multiplied with the tensor that it was called"):
         model.sa(x) * x.clone()
 
 
 class Changed(Block):
-    """What is multiplied changes before the second gate is."""
+    """What is multiplied changes before the second gate is, by another name."""
 
     def forward(self, x):
         y = self.conv1(x)
+        same = y.flatten(1)
         z = self.ca(y) * y
-        y.add_(1)
-        return self.sa(z) * z + y
+        same.add_(1)
+        return self.sa(z) * z
+
+
+class InPlace(Block):
+    """Whoever else has y has the product then."""
+
+    def forward(self, x):
+        y = self.conv1(x)
+        y *= self.ca(y)
+        return x + self.sa(y) * y
 
 
 class Exchanged(Block):
@@ -184,11 +211,11 @@ class Exchanged(Block):
 
 
 class Apart(Block):
-    """The second gate is of something else."""
+    """The second product is of something else."""
 
     def forward(self, x):
         y = self.ca(x) * x
-        return self.conv1(self.sa(x) * y)
+        return self.conv1(self.sa(y) * x)
 
 
 class Again(Block):
@@ -217,6 +244,45 @@ class Training(Block):
         return super().forward(x) if self.training else self.sa(x) * x
 
 
+class Modes(Block):
+    """Applies them in another way in training."""
+
+    def forward(self, x):
+        if self.training:
+            return super().forward(x)
+        x = self.ca(x) * x
+        return self.sa(x)
+
+
+class Named(Block):
+    def forward(self, x):
+        x = self.ca(x=x) * x
+        return self.sa(x) * x
+
+
+class Listed(Block):
+    """What it calls is not what stands under the names."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.gates = [self.ca, self.sa]
+
+    def forward(self, x):
+        for gate in self.gates:
+            x = gate(x) * x
+        return self.conv1(x)
+
+
+class Inside(Block):
+    def forward(self, x):
+        return super().forward(x) + self.ca.fc[0].weight.square().mean()
+
+
+class Drawing(Block):
+    def forward(self, x):
+        return super().forward(x) * float(torch.rand(()))
+
+
 class Another(Block):
     """A gate that looks the same and is not."""
 
@@ -225,14 +291,21 @@ class Another(Block):
         self.ca.fc[1] = nn.SiLU()
 
 
+ELSE = "sa is not called with x times ca alone"
 REFUSED = {
-    Changed: "what ca is called with is used before both are done",
+    Changed: "it does something else between ca and sa",
+    InPlace: ELSE,
     Exchanged: "a channel gate and a spatial one do not take turns",
-    Apart: "sa is not called with x times ca alone",
+    Apart: "it cannot be tried on random numbers: expected one tensor like x",
     Again: "each of them is not called once",
-    Known: "sa is not called with x times ca alone",
+    Known: ELSE,
     Branching: "torch.fx cannot follow it: symbolically traced variables",
     Training: "each of them is not called once",
+    Modes: "not in the same way in training and in inference",
+    Named: "ca is not called with one tensor alone",
+    Listed: "torch.fx cannot follow it: module is not installed as a submodule",
+    Inside: "it uses what is inside of one",
+    Drawing: "it draws random numbers",
     Another: "it computes something else than CBAM from its layers",
 }
 
@@ -244,7 +317,7 @@ def test_other_ways_are_refused(parent):
     with pytest.raises(
         ValueError, match=rf"0 \({parent.__name__}\): it calls ca and sa, the halves"
     ) as e:
-        cbam_cuda.convert(model)
+        convert(model)
     assert f"in a way of its own ({REFUSED[parent]}" in str(e.value)
     assert list(model.modules()) == before
 
@@ -253,23 +326,44 @@ def test_what_would_be_lost_is_refused():
     hooked, shared, other = (Block(CHANNELS) for _ in range(3))
     hooked.sa.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="SpatialAttention has hooks"):
-        cbam_cuda.convert(hooked)
+        convert(hooked)
     other.ca = shared.ca
     with pytest.raises(ValueError, match="its ChannelAttention is used by a module outside"):
-        cbam_cuda.convert(nn.Sequential(shared, other))
+        convert(nn.Sequential(shared, other))
 
 
 def test_one_that_is_no_more_whole_does_not_come_back():
-    model = cbam_cuda.convert(Block(CHANNELS))
+    model = convert(Block(CHANNELS))
     with pytest.raises(ValueError, match="its channel gate had a place of its own"):
         cbam_cuda.revert(copy.deepcopy(model.sa))
 
 
 def test_tracing_leaves_nothing_behind():
     class Keeps(Block):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.calls, self.seen = [], None
+            self.register_buffer("steps", torch.zeros(()))
+
         def forward(self, x):
             self.seen = x
+            self.calls.append(x)
+            self.steps += 1
             return super().forward(x)
 
-    model = cbam_cuda.convert(Keeps(CHANNELS))
-    assert not hasattr(model, "seen")
+    model = convert(Keeps(CHANNELS))
+    assert (model.seen, model.calls, model.steps) == (None, [], 0)
+
+
+def test_only_when_asked():
+    """What torch.fx sees of a parent may not be all that happens to its gates."""
+    with pytest.raises(ValueError, match="applies both, or see `gates` of convert"):
+        cbam_cuda.convert(Block(CHANNELS))
+
+
+def test_hooks_of_either_are_not_lost():
+    for name in ("ca", "sa"):
+        model = convert(Block(CHANNELS))
+        getattr(model, name).register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match="has hooks"):
+            cbam_cuda.revert(model)

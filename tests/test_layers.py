@@ -130,6 +130,12 @@ def test_layers_are_called_where_they_are_more_than_weights(what, kind):
         block.zero_grad()
 
 
+def test_padding_by_name_is_the_same():
+    block, x = CBAM(16, 4, 3, backend="cpu"), torch.randn(2, 16, 6, 5)
+    exchange(padding="same")(block)
+    torch.testing.assert_close(block(x), by_layers(block, x))
+
+
 def test_hooks_are_called():
     block, seen = CBAM(16, 4, 3, backend="reference"), []
     for layer in (block.fc1, block.fc2, block.conv):

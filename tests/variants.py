@@ -344,16 +344,7 @@ class Block(nn.Module):
         return x + self.sa(y) * y
 
 
-class InPlace(Block):
-    """Whoever else has y has the product then."""
-
-    def forward(self, x):
-        y = self.conv1(x)
-        y *= self.ca(y)
-        return x + self.sa(y) * y
-
-
-class Halves(InPlace):
+class Halves(Block):
     """With a whole one beside them."""
 
     def __init__(self, channels):
@@ -383,8 +374,11 @@ REFUSED = {
     "detached": (Detached, "computes something else"),
     "unlearned": (Unlearned, "computes something else"),
     "dilation": (Wide, "computes something else"),
-    "tuple": (WithMask, "cannot be tried on random numbers: expected one tensor like x, got tuple"),
-    "halves": (InPlace, "calls ca and sa, the halves of a CBAM"),
+    "tuple": (
+        WithMask,
+        "cannot be tried on random numbers: expected one tensor .*got tuple",
+    ),
+    "halves": (Block, "calls ca and sa, the halves of a CBAM"),
     "even kernel": (EvenKernel, "kernel_size: expected odd numbers, got .4, 4."),
     "an option": (Optional, "its forward takes x, spatial, and a block"),
     "other statistics": (OtherStatistics, "computes something else"),
