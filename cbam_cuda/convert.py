@@ -67,9 +67,8 @@ def convert(model: nn.Module, *, strict: bool = True, gates: bool = False) -> nn
             changed; else it stays as it is.
         gates: also take two gates that are modules of their own and that the module around them
             applies, as in ``y = ca(x) * x; out = sa(y) * y``. One block then takes the place of the
-            second, and x passes that of the first, so nothing else may call either, and what
-            torch.fx saw of that module's forward must be what it goes on to do: flags that it reads
-            stay as they are.
+            second, and x passes that of the first: what torch.fx saw of that module's forward must
+            be what it goes on to do, and whatever else happens to either is an error.
 
     Returns:
         The model.

@@ -1,15 +1,13 @@
-"""Channel and spatial gates that their parent calls one after the other and applies by itself.
+"""Two gates that their parent calls one after the other and applies, as torch.fx reads it.
 
-``y = self.ca(x) * x; out = self.sa(y) * y`` is CBAM of x, but neither of the two modules is. Where
-the parent's code says so, as torch.fx reads it, a fused block can take the spatial gate's place: x
-passes the place of the channel gate as it is, and what the block returns becomes CBAM of x by the
-parent's own multiplication. Gates may as well be modules that apply themselves.
+What stands in their places afterwards: `gates`.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
+import random
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,68 +16,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from .forms import is_mlp, is_spatial, with_weights
-from .module import CBAM
-
-_PRODUCTS = (operator.mul, torch.mul, torch.Tensor.mul)
-
-
-class Gate:
-    """What a parent takes for a gate of x: times x it is what is known to come out."""
-
-    def __init__(self, x: Any, product: Any) -> None:
-        self._x, self._product = x, product
-
-    def __mul__(self, x: Any) -> Any:
-        return self.times(x)
-
-    __rmul__ = __mul__
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, arguments: Any = (), options: Any = None
-    ) -> Any:
-        """The same where torch is asked: for a tensor on the left, and while it compiles."""
-        if function not in _PRODUCTS:
-            return NotImplemented
-        one, other = arguments
-        return one.times(other) if isinstance(one, Gate) else other.times(one)
-
-    def times(self, x: Any) -> Any:
-        """What is known, if x is the tensor that it is known of.
-
-        Raises:
-            TypeError: it is another one.
-        """
-        if x is not self._x:
-            raise TypeError(
-                "a gate that cbam_cuda.convert took: expected it to be multiplied with the tensor "
-                "that it was called with, got another one"
-            )
-        return self._product
-
-
-class ChannelPlace(nn.Module):
-    """Where a channel gate was that the block behind it computes as well: x passes."""
-
-    def forward(self, x: Tensor) -> Gate:
-        """What is x, times x."""
-        return Gate(x, x)
-
-
-class GateCBAM(CBAM):
-    """A `CBAM` in the place of a spatial gate, which its parent multiplies with x."""
-
-    def forward(  # type: ignore[override]
-        self,
-        x: Tensor,
-        return_attention: bool = False,
-        *,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-    ) -> Gate | tuple[Tensor, Tensor, Tensor]:
-        """What is CBAM of x, times x; with ``return_attention`` as `CBAM`."""
-        made = super().forward(x, return_attention, residual=residual, activation=activation)
-        return made if isinstance(made, tuple) else Gate(x, made)
+from .gates import AppliedCBAM, AppliedChannelPlace, ChannelPlace, GateCBAM
 
 
 class Both(nn.Module):
@@ -105,12 +42,12 @@ class Both(nn.Module):
 
     def channel_place(self) -> nn.Module:
         """What stands for the channel gate once a block computes both."""
-        place = ChannelPlace() if self.multiplies_channel else nn.Identity()
+        place = ChannelPlace() if self.multiplies_channel else AppliedChannelPlace()
         return place.train(self.channel.training)
 
-    def kind_of_block(self) -> type[CBAM]:
+    def kind_of_block(self) -> type[AppliedCBAM]:
         """What stands for the spatial gate."""
-        return GateCBAM if self.multiplies_spatial else CBAM
+        return GateCBAM if self.multiplies_spatial else AppliedCBAM
 
 
 class Names(NamedTuple):
@@ -148,7 +85,7 @@ def applied_by(module: nn.Module, names: Names) -> list[Both]:
     ]
     # Whether it calls what stands under these names, or has them elsewhere as well.
     places: dict[str, nn.Module] = {n: nn.Identity() for turn in found for n in turn[:2]}
-    if _turns(_nodes_of(module, module.training, places), names) != found:
+    if any(_turns(_nodes_of(module, mode, places), names) != found for mode in (True, False)):
         raise ValueError("not by their names")
     return taken
 
@@ -174,20 +111,21 @@ def _nodes_of(
     module: nn.Module, training: bool, places: Mapping[str, nn.Module]
 ) -> list[torch.fx.Node]:
     """What a module does, with others in some places, all of which stays as it is."""
-    traced = copy.copy(module)
-    for name, value in vars(module).items():
-        if isinstance(value, (list, dict, set)):
-            traced.__dict__[name] = copy.copy(value)
-    traced._buffers = {n: None if b is None else b.clone() for n, b in module._buffers.items()}
-    traced._modules.update(places)
-    traced.training = training
-    before = torch.get_rng_state()
+    if "forward" in vars(module):
+        raise ValueError("its forward is its own, not its class's")
+    states = torch.get_rng_state(), random.getstate()
     try:
-        with torch.random.fork_rng(devices=[]):
-            nodes = list(_Shallow().trace(traced).nodes)
-            drawn = not torch.equal(torch.get_rng_state(), before)
+        # But for the weights, of which there are many.
+        traced = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+        traced._modules.update(places)
+        traced.training = training
+        nodes = list(_Shallow().trace(traced).nodes)
     except Exception as error:  # whatever other people's code raises
         raise ValueError(f"torch.fx cannot follow it: {error}") from error
+    finally:
+        drawn = not torch.equal(torch.get_rng_state(), states[0]) or random.getstate() != states[1]
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
     if drawn:
         raise ValueError("it draws random numbers")
     return nodes

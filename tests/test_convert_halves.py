@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import random
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from variants import (
 
 import cbam_cuda
 from cbam_cuda import CBAM
-from cbam_cuda.halves import GateCBAM
+from cbam_cuda.gates import GateCBAM
 
 convert = functools.partial(cbam_cuda.convert, gates=True)
 
@@ -38,7 +39,7 @@ class Residual(Block):
         residual = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn(self.conv1(x)))
         out = out * self.ca(out)
-        out = out * self.sa(out)
+        out = torch.mul(out, self.sa(out))
         out += residual
         return self.relu(out)
 
@@ -160,7 +161,7 @@ def test_gates_and_weights_are_those_of_the_block():
     assert type(model.sa) is GateCBAM
     assert model.sa.fc1.weight is weight
     assert not list(model.ca.parameters())
-    _, channel_gate, _ = model.sa(y, return_attention=True)
+    _, channel_gate, _ = model.sa(model.ca(y) * y, return_attention=True)
     torch.testing.assert_close(channel_gate, gate)
 
 
@@ -178,10 +179,44 @@ def test_graphs_are_whole(parent):
             torch.testing.assert_close(graph(x), expected)
 
 
-def test_a_gate_is_of_one_tensor():
+@pytest.mark.parametrize("parent", [Block, Residual, Applied])
+def test_training_is_one_graph(parent):
+    torch.compiler.reset()
+    model, x = convert(filled(parent(CHANNELS))), input_of()
+    gradients = []
+    for run in (torch.compile(model, fullgraph=True, backend="aot_eager"), model):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+OTHERWISE = {
+    "another factor": (lambda m, x: m.ca(x) * x.clone(), TypeError, "multiplied with what it was"),
+    "no channel gate": (lambda m, x: m.sa(x) * x, TypeError, "got Tensor"),
+    "no spatial gate": (lambda m, x: torch.relu(m.ca(x) * x), TypeError, "got relu"),
+    "something in between": (lambda m, x: m.sa(m.ca(x) * x + 1), TypeError, "unsupported operand"),
+    "a sum": (lambda m, x: m.ca(x) + x, TypeError, "unsupported operand"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_whatever_else_a_parent_does_is_an_error(what):
+    does, error, message = OTHERWISE[what]
+    with pytest.raises(error, match=message):
+        does(convert(Block(CHANNELS)), input_of())
+
+
+@pytest.mark.parametrize("name", ["ca", "sa"])
+def test_what_is_made_without_gradients_does_not_learn(name):
     model, x = convert(Block(CHANNELS)), input_of()
-    with pytest.raises(TypeError, match="multiplied with the tensor that it was called"):
-        model.sa(x) * x.clone()
+    gate = getattr(model, name)
+    given = x if name == "ca" else model.ca(x) * x
+    with torch.no_grad():
+        made = gate(given)
+        made * given
+    with pytest.raises(RuntimeError, match="it was made under no_grad"):
+        made * given
 
 
 class Changed(Block):
@@ -273,6 +308,11 @@ class Listed(Block):
         return self.conv1(x)
 
 
+class ListedInInference(Listed):
+    def forward(self, x):
+        return Block.forward(self, x) if self.training else super().forward(x)
+
+
 class Inside(Block):
     def forward(self, x):
         return super().forward(x) + self.ca.fc[0].weight.square().mean()
@@ -304,6 +344,7 @@ REFUSED = {
     Modes: "not in the same way in training and in inference",
     Named: "ca is not called with one tensor alone",
     Listed: "torch.fx cannot follow it: module is not installed as a submodule",
+    ListedInInference: "torch.fx cannot follow it: module is not installed",
     Inside: "it uses what is inside of one",
     Drawing: "it draws random numbers",
     Another: "it computes something else than CBAM from its layers",
@@ -347,12 +388,25 @@ def test_tracing_leaves_nothing_behind():
 
         def forward(self, x):
             self.seen = x
-            self.calls.append(x)
+            self.calls.append([x])
+            self.conv1.seen = x
+            random.random()
             self.steps += 1
             return super().forward(x)
 
-    model = convert(Keeps(CHANNELS))
+    model, state = Keeps(CHANNELS), random.getstate()
+    with pytest.raises(ValueError, match="it draws random numbers"):
+        convert(model)
     assert (model.seen, model.calls, model.steps) == (None, [], 0)
+    assert not hasattr(model.conv1, "seen")
+    assert random.getstate() == state
+
+
+def test_a_forward_of_one_module_is_not_that_of_its_class():
+    model = Block(CHANNELS)
+    model.forward = lambda x: x
+    with pytest.raises(ValueError, match="its forward is its own"):
+        convert(model)
 
 
 def test_only_when_asked():
