@@ -93,14 +93,7 @@ class AppliedChannelPlace(nn.Module):
 class AppliedCBAM(CBAM):
     """A `CBAM` in the place of a spatial gate that applied itself."""
 
-    def forward(  # type: ignore[override]
-        self,
-        x: Passed,
-        return_attention: bool = False,
-        *,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Passed, *given: Any, **more: Any) -> Any:  # type: ignore[override]
         """As `CBAM`, of what has passed the place of the channel gate.
 
         Raises:
@@ -111,20 +104,13 @@ class AppliedCBAM(CBAM):
                 "a spatial gate that cbam_cuda.convert took: expected what the channel gate gives "
                 f"for it, got {type(x).__name__}"
             )
-        return super().forward(x.x, return_attention, residual=residual, activation=activation)
+        return super().forward(x.x, *given, **more)
 
 
 class GateCBAM(AppliedCBAM):
     """A `CBAM` in the place of a spatial gate that its parent multiplied with x."""
 
-    def forward(  # type: ignore[override]
-        self,
-        x: Passed,
-        return_attention: bool = False,
-        *,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-    ) -> Gate | tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Passed, *given: Any, **more: Any) -> Any:  # type: ignore[override]
         """What is CBAM of x, times x; with ``return_attention`` as `CBAM`."""
-        made = super().forward(x, return_attention, residual=residual, activation=activation)
+        made = super().forward(x, *given, **more)
         return made if isinstance(made, tuple) else Gate(x, made)
