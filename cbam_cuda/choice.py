@@ -56,9 +56,7 @@ def take_plain_form(backend: str, why: str) -> None:
 def _named(backend: str) -> tuple[str, str]:
     """The backend that is asked for, and who asks for it."""
     name, source = backend, "backend"
-    if backend == "auto":
-        if not (named := os.environ.get(_VARIABLE)):
-            return name, source
+    if backend == "auto" and (named := os.environ.get(_VARIABLE)):
         name, source = named, _VARIABLE
     check_backend(source, name)
     return name, source

@@ -83,10 +83,10 @@ def applied_by(module: nn.Module, names: Names) -> list[Both]:
         Both(getattr(module, turn.channel), getattr(module, turn.spatial), *turn[2:])
         for turn in found
     ]
-    # Whether it calls what stands under these names, or has them elsewhere as well.
+    # It may have them elsewhere as well, or ask what they are.
     places: dict[str, nn.Module] = {n: nn.Identity() for turn in found for n in turn[:2]}
     if any(_turns(_nodes_of(module, mode, places), names) != found for mode in (True, False)):
-        raise ValueError("not by their names")
+        raise ValueError("not in the same way with others in their places")
     return taken
 
 

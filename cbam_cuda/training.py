@@ -1,7 +1,7 @@
 """Training outside of tracing: the operators, and their backward, in one step of autograd.
 
-The operators can be differentiated by themselves (`ops`), as tracing needs it; the machinery for
-that is written in Python and costs as much as a small block. Here it is passed by.
+The operators can be differentiated by themselves (`gradients`), as tracing needs it; the machinery
+for that is written in Python and costs as much as a small block. Here it is passed by.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Train(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         given = ctx.operator, ctx.saved_tensors, list(ctx.needs_input_grad[2:]), *grads
         with MemoryErrors():
-            if torch.is_grad_enabled() or is_transformed():  # a second derivative is wanted
+            if torch.is_grad_enabled() or is_transformed():  # more derivatives are wanted
                 return (None, None, *forward_gradients(*given))
             with below_autograd():
                 return (None, None, *forward_gradients(*given))

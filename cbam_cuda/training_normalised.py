@@ -65,7 +65,7 @@ class _TrainNormalised(torch.autograd.Function):
             return (None, None, None, of_residual, *(None for _ in mask))
         variables, saved = others[:_VARIABLES], normalised.Saved(*others[_VARIABLES:])
         with MemoryErrors():
-            if torch.is_grad_enabled() or is_transformed():  # a second derivative is wanted
+            if torch.is_grad_enabled() or is_transformed():  # more derivatives are wanted
                 plain = functools.partial(normalised.plain, ctx.eps)
                 found = plain_gradients([x, *variables], grads, mask, plain)
             else:
